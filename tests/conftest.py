@@ -10,13 +10,13 @@ import tempfile
 import hypothesis
 import pytest
 
-# Time limits of single examples fail on a busy machine; CI has to say the same thing twice for the same commit.
+# Time limits on single examples fail on a busy machine; CI has to say the same thing twice of one commit.
 hypothesis.settings.register_profile("suite", deadline=None, derandomize=bool(os.environ.get("CI")))
 hypothesis.settings.load_profile("suite")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # Before any test module is imported: nothing may come from, or be left in, the cache of whoever runs the tests.
+    # Before any test module is imported: nothing may come from, or be left in, the user's own cache.
     folder = tempfile.TemporaryDirectory(prefix="cupy_moe-tests-", ignore_cleanup_errors=True)
     os.environ["CUPY_MOE_CACHE_DIR"] = folder.name
     config.add_cleanup(folder.cleanup)

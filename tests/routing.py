@@ -2,8 +2,8 @@
 
     topk_ids = routing.make("skewed", num_tokens=4096, topk=2, num_experts=64)     # int32 [4096, 2]
 
-The skew is an axis of its own, beside the sizes: atomics, block boundaries and empty segments each have a routing
-that strains them.
+The skew is an axis of its own, beside the sizes: atomics, block boundaries and empty segments each have a
+routing that strains them.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ def make(
     skewed          the expert of rank r has weight 1/r; ranks are dealt to the experts at random
     all_to_one      every id is the same expert, neither the first nor the last where there are three
     empty_experts   uniform over a random quarter of the experts; the others get nothing
-    with_invalid    uniform, then about a quarter of the ids is outside [0, num_experts), as far as `dtype` holds such
+    with_invalid    uniform, but about a quarter of the ids is outside [0, num_experts), if `dtype` has any
 
-    The ids of a token are distinct in uniform, skewed and with_invalid, as long as topk <= num_experts.
+    The valid ids of a token are distinct, except in all_to_one, as long as there are enough experts.
     """
     generator = torch.Generator().manual_seed(seed)
     if name == "uniform":
@@ -58,12 +58,12 @@ def make(
 
 
 def draw(weights: torch.Tensor, num_tokens: int, topk: int, generator: torch.Generator) -> torch.Tensor:
-    """Experts drawn by weight, int64 [num_tokens, topk]: without repeats inside a token, where there are enough."""
-    if topk > len(weights):
-        return torch.multinomial(weights, num_tokens * topk, replacement=True, generator=generator).view(-1, topk)
-    rows = max(1, 2**21 // len(weights))  # a few MB at a time: 64k tokens x 512 experts stay in the CPU's caches
+    """Experts drawn by weight, int64 [num_tokens, topk]; without repeats in a token if possible."""
+    repeat = topk > len(weights)
+    rows = max(1, 2**21 // len(weights))  # a few MB at a time stay in the CPU's caches
     chunks = [
-        torch.multinomial(weights.expand(min(rows, num_tokens - start), -1), topk, generator=generator)
-        for start in range(0, num_tokens, rows)
+        torch.multinomial(weights.expand(len(chunk), -1), topk, repeat, generator=generator)
+        for chunk in torch.arange(num_tokens).split(rows)
+        if len(chunk)
     ]
     return torch.cat(chunks) if chunks else torch.empty(0, topk, dtype=torch.int64)
