@@ -1,0 +1,42 @@
+"""The package's only import of CuPy; `from ._cupy import cupy` wherever it is needed, inside functions.
+
+CuPy creates its own cache folder when it is imported and fails where it cannot (HOME unset or read-only, an
+unknown uid, a full disk). We compile and load without that folder, so point CuPy at any folder that exists.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+
+from .errors import DependencyError
+
+
+def _give_cupy_a_folder() -> None:
+    if "CUPY_CACHE_DIR" in os.environ:
+        return
+    default = os.path.expanduser("~/.cupy/kernel_cache")
+    try:
+        if not os.path.isabs(
+            default
+        ):  # no HOME and no passwd entry: "~" would be created in the current folder
+            raise FileNotFoundError(default)
+        os.makedirs(default, exist_ok=True)
+    except OSError:
+        try:
+            os.environ["CUPY_CACHE_DIR"] = tempfile.mkdtemp(prefix="cupy_moe-cupy-")
+        except OSError:
+            os.environ["CUPY_CACHE_DIR"] = os.sep
+
+
+_give_cupy_a_folder()
+try:
+    import cupy
+    from cupy.cuda import nvrtc  # noqa: F401  (loads the bindings; the library itself comes with the first call)
+except ImportError as error:
+    raise DependencyError(
+        f"CuPy cannot be imported ({error}); pip install 'cupy-moe[cuda12]' (CUDA 12 driver)"
+        " or 'cupy-moe[cuda13]' (CUDA 13 driver)"
+    ) from error
+
+__all__ = ["cupy"]

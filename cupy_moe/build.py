@@ -1,0 +1,255 @@
+"""Sources -> digest -> image. `compile` is pure: NVRTC in memory, no GPU, no files, no cache.
+
+A *unit* is one `kernels_cu/<unit>.cu`; every `*.cuh` beside it is handed to NVRTC from memory, so that no path is
+part of a compilation or of a digest, and images can be moved between machines. A *target* is `sm_90` (a cubin)
+or `compute_90` (PTX, compiled by the driver at load).
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.metadata
+import json
+import re
+import struct
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from . import config
+from .errors import CompileError, ConfigError, CupyMoeError, DependencyError
+
+SCHEMA = 1
+TARGETS = tuple(f"sm_{n}" for n in (75, 80, 86, 87, 89, 90, 100, 103, 120, 121))
+# PTX serves devices newer than every cubin. They have clusters, which code below compute_90 cannot use.
+PTX_TARGET = "compute_90"
+OPTIONS = ("-std=c++17",)
+_TEGRA = {
+    "sm_53",
+    "sm_62",
+    "sm_72",
+    "sm_87",
+    "sm_101",
+    "sm_110",
+}  # numbered like desktop parts, not compatible
+
+Kernels = dict[str, dict[str, int]]
+
+
+@dataclass(frozen=True)
+class Unit:
+    name: str
+    source: bytes
+    headers: dict[str, bytes]
+    options: tuple[str, ...]
+    files: dict[str, str] = field(init=False)  # file name -> sha256
+    digest: str = field(init=False)  # contents and options only: no path, time, version or toolchain
+
+    def __post_init__(self) -> None:
+        contents = {f"{self.name}.cu": self.source, **self.headers}
+        files = {name: hashlib.sha256(data).hexdigest() for name, data in sorted(contents.items())}
+        object.__setattr__(self, "files", files)
+        object.__setattr__(self, "digest", _digest([SCHEMA, self.name, files, self.options]))
+
+
+@dataclass(frozen=True)
+class Toolchain:
+    nvrtc: str  # 12.9.86
+    build: str  # CL-36037853
+
+
+@dataclass(frozen=True)
+class Compiled:
+    data: bytes
+    kernels: Kernels  # entry point -> regs, spill, stack, smem (bytes); empty figures for PTX
+    toolchain: Toolchain
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+# ---- sources --------------------------------------------------------------------------------------------
+
+
+def checkout() -> Path | None:
+    """The repository root when the package runs from a checkout or an editable install."""
+    root = Path(__file__).resolve().parent.parent
+    return root if (root / "kernels_cu").is_dir() else None
+
+
+def source_folder() -> Path:
+    packaged = Path(__file__).resolve().parent / "kernels_cu"
+    if packaged.is_dir():
+        return packaged
+    root = checkout()
+    if root is None:
+        raise CupyMoeError(f"the kernel sources are missing ({packaged}); reinstall cupy-moe")
+    return root / "kernels_cu"
+
+
+def units() -> dict[str, Unit]:
+    """All units by name, read and hashed once per process."""
+    return _read_units(source_folder(), (*OPTIONS, *config.nvrtc_flags()))
+
+
+@functools.cache
+def _read_units(folder: Path, options: tuple[str, ...]) -> dict[str, Unit]:
+    headers = {path.name: path.read_bytes() for path in sorted(folder.glob("*.cuh"))}
+    sources = sorted(folder.glob("*.cu"))
+    return {path.stem: Unit(path.stem, path.read_bytes(), headers, options) for path in sources}
+
+
+def unit(name: str) -> Unit:
+    try:
+        return units()[name]
+    except KeyError:
+        raise CupyMoeError(f"no kernel {name!r}; there are: {', '.join(units())}") from None
+
+
+# ---- targets --------------------------------------------------------------------------------------------
+
+
+def parse_target(text: str) -> str:
+    """`sm_90`, `90`, `9.0` and `compute_90` -> target. Raises ConfigError, which lists the known ones."""
+    match = re.fullmatch(r"(sm_|compute_)?(\d+)\.?(\d)", text)
+    if match and f"sm_{match[2]}{match[3]}" in TARGETS:
+        return f"{match[1] or 'sm_'}{match[2]}{match[3]}"
+    raise ConfigError(f"unknown architecture {text!r}; known: {', '.join(TARGETS)} (and compute_XY for PTX)")
+
+
+def number(target: str) -> int:
+    return int(target.rpartition("_")[2])
+
+
+def native_targets(capability: tuple[int, int]) -> list[str]:
+    """The `sm_` targets whose cubins run on a device, best first: its own, then lower minors of its major."""
+    own = f"sm_{capability[0]}{capability[1]}"
+    if own in _TEGRA:
+        return [own]
+    lower = [t for t in reversed(TARGETS) if number(t) // 10 == capability[0] and number(t) < number(own)]
+    return [own, *(t for t in lower if t not in _TEGRA)]
+
+
+# ---- NVRTC ----------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _nvrtc() -> Any:
+    from ._cupy import cupy
+
+    nvrtc = cupy.cuda.nvrtc
+    try:
+        nvrtc.getVersion()
+    except Exception as error:  # the class depends on the versions of CuPy and cuda-pathfinder
+        package = "nvidia-cuda-nvrtc" if installed_version("cupy-cuda13x") else "nvidia-cuda-nvrtc-cu12"
+        raise DependencyError(f"NVRTC cannot be loaded ({error}); pip install {package}") from error
+    return nvrtc
+
+
+def installed_version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+@functools.cache
+def installed_nvrtc() -> frozenset[str]:
+    """Versions of the NVRTC wheels installed here, without loading the 100 MB library (about 1 ms)."""
+    return frozenset(filter(None, map(installed_version, ("nvidia-cuda-nvrtc-cu12", "nvidia-cuda-nvrtc"))))
+
+
+@functools.cache
+def toolchain() -> Toolchain:
+    """The NVRTC in use, to the patch level that `getVersion` does not tell: read from the PTX of nothing."""
+    ptx, _ = _run_nvrtc("empty.cu", b"", {}, (), PTX_TARGET)
+    text = ptx.decode(errors="replace")
+    version, build = re.search(r"\bV(\d+\.\d+\.\d+)", text), re.search(r"\b(CL-\d+)", text)
+    fallback = ".".join(map(str, _nvrtc().getVersion()))
+    return Toolchain(version[1] if version else fallback, build[1] if build else "")
+
+
+def supported_targets() -> list[str]:
+    """The members of TARGETS that the NVRTC in use can make."""
+    known = set(_nvrtc().getSupportedArchs())
+    return [target for target in TARGETS if number(target) in known]
+
+
+def entry_key(unit: Unit, target: str, toolchain: Toolchain) -> str:
+    """Names one image: what it was made from, for which target, by which compiler."""
+    return _digest([SCHEMA, unit.digest, target, toolchain.nvrtc, toolchain.build])
+
+
+def compile(unit: Unit, target: str) -> Compiled:
+    """Compile one unit: the same inputs give the same bytes in every process and folder. Raises CompileError,
+    DependencyError."""
+    if number(target) not in _nvrtc().getSupportedArchs():
+        known = ", ".join(supported_targets())
+        raise CompileError(f"NVRTC {toolchain().nvrtc} cannot compile for {target}; it knows {known}")
+    data, log = _run_nvrtc(f"{unit.name}.cu", unit.source, unit.headers, unit.options, target)
+    if target.startswith("compute_"):
+        return Compiled(data, {name: {} for name in _ptx_entries(data)}, toolchain())
+    return Compiled(_whole_elf(data), _parse_ptxas(log), toolchain())
+
+
+def _run_nvrtc(
+    name: str, source: bytes, headers: dict[str, bytes], options: tuple[str, ...], target: str
+) -> tuple[bytes, str]:
+    nvrtc = _nvrtc()
+    arguments = [*options, f"-arch={target}", "--ptxas-options=-v"]
+    if nvrtc.getVersion() >= (12, 9):
+        arguments.append(
+            "--no-cache"
+        )  # NVRTC's own cache calls cuInit, which would poison children forked later
+    program = nvrtc.createProgram(
+        source.decode(), name, tuple(headers.values()), tuple(header.encode() for header in headers)
+    )
+    try:
+        nvrtc.compileProgram(program, tuple(arguments))
+        get = nvrtc.getPTX if target.startswith("compute_") else nvrtc.getCUBIN
+        return get(program), nvrtc.getProgramLog(program)
+    except nvrtc.NVRTCError as error:
+        hint = "; upgrade cuda-pathfinder, or reinstall the NVRTC wheel" if error.status == 7 else ""
+        log = nvrtc.getProgramLog(program)
+        raise CompileError(f"{name} for {target} ({' '.join(arguments)}): {error}{hint}\n{log}") from None
+    finally:
+        nvrtc.destroyProgram(program)
+
+
+def elf_end(data: bytes) -> int:
+    """Where the last table of an ELF file ends: the least size of a whole image."""
+    phoff, shoff = struct.unpack_from("<QQ", data, 32)
+    phsize, phnum, shsize, shnum = struct.unpack_from("<4H", data, 54)
+    return int(max(phoff + phsize * phnum, shoff + shsize * shnum))
+
+
+def _whole_elf(data: bytes) -> bytes:
+    """CuPy takes a cubin for a C string and drops its last byte, a zero, which ELF tools insist on."""
+    return data + b"\0" if elf_end(data) == len(data) + 1 else data
+
+
+def _parse_ptxas(log: str) -> Kernels:
+    """The figures of each entry point from ptxas -v, whose log has lines on other functions, too."""
+    kernels: Kernels = {}
+    entry, current = "", ""
+    for line in log.splitlines():
+        if match := re.search(r"Compiling entry function '(\S+)'", line):
+            entry = match[1]
+            kernels[entry] = {"regs": 0, "spill": 0, "stack": 0, "smem": 0}
+        elif match := re.search(r"Function properties for (\S+)", line):
+            current = match[1]
+        elif entry and current == entry:
+            if match := re.search(
+                r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line
+            ):
+                kernels[entry].update(stack=int(match[1]), spill=int(match[2]) + int(match[3]))
+            if match := re.search(r"Used (\d+) registers", line):
+                smem = re.search(r"(\d+) bytes smem", line)
+                kernels[entry].update(regs=int(match[1]), smem=int(smem[1]) if smem else 0)
+    return dict(sorted(kernels.items()))
+
+
+def _ptx_entries(ptx: bytes) -> list[str]:
+    return sorted(re.findall(r"\.entry\s+(\w+)", ptx.decode(errors="replace")))

@@ -1,0 +1,355 @@
+"""The command line. No command but `demo` imports torch; only `prebuild` and `doctor` load CuPy and NVRTC.
+
+Data goes to stdout, everything else to stderr; exit 0 is success, 1 a failure, 2 wrong usage.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from . import build, cache, config, prebuild
+from ._version import __version__
+from .errors import ConfigError, CupyMoeError
+
+
+class _Main(click.Group):
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except ConfigError as error:
+            raise click.UsageError(str(error)) from error
+        except (CupyMoeError, OSError) as error:
+            raise click.ClickException(str(error)) from error
+
+
+@click.group(cls=_Main, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="cupy-moe")
+def main() -> None:
+    """MoE routing kernels for NVIDIA GPUs: build them ahead of time, and see what is built."""
+
+
+as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+def _print(value: dict[str, Any], as_json: bool, text: str) -> None:
+    click.echo(json.dumps({"schema": build.SCHEMA, **value}, indent=1, default=str) if as_json else text)
+
+
+def _table(head: list[str], rows: list[list[Any]]) -> str:
+    cells = [head, *([str(cell) for cell in row] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in cells)
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e6:.2f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"
+
+
+# ---- prebuild -------------------------------------------------------------------------------------------
+
+
+def _targets(names: tuple[str, ...], ptx: bool, offline: bool) -> list[str]:
+    targets: list[str] = []
+    for name in names:
+        if name == "all":
+            targets += build.TARGETS if offline else build.supported_targets()
+        elif name == "native":
+            targets += [_native()]
+        else:
+            try:
+                targets.append(build.parse_target(name))
+            except ConfigError as error:
+                raise click.BadParameter(f"{error}, all, native", param_hint="--arch") from None
+    return list(dict.fromkeys([*targets, *([build.PTX_TARGET] if ptx else [])]))
+
+
+def _native() -> str:
+    from ._cupy import cupy
+
+    try:
+        return build.parse_target(cupy.cuda.Device().compute_capability)
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        raise click.BadParameter(f"native: no GPU here ({error})", param_hint="--arch") from None
+
+
+@main.command("prebuild")
+@click.option(
+    "--arch",
+    "arch",
+    multiple=True,
+    required=True,
+    metavar="ARCH",
+    help="sm_90, 90, 9.0, all or native; repeat.",
+)
+@click.option(
+    "--out", type=click.Path(file_okay=False, path_type=Path), help="Folder [default: see path --prebuild]."
+)
+@click.option("--kernel", "names", multiple=True, help="Only this file of kernels_cu/ (without .cu); repeat.")
+@click.option(
+    "--ptx/--no-ptx", default=False, help=f"Also {build.PTX_TARGET}, for GPUs newer than every cubin."
+)
+@click.option(
+    "--jobs", "-j", type=click.IntRange(1), default=os.cpu_count, help="How many to compile at once."
+)
+@click.option("--force", is_flag=True, help="Compile again what is up to date.")
+@click.option("--check", is_flag=True, help="Build nothing; exit 1 if anything is missing or stale.")
+@click.option("--dry-run", is_flag=True, help="Build nothing; show what would be built.")
+@click.option(
+    "--verbose", "-v", is_flag=True, help="Show registers, spills and shared memory of each kernel."
+)
+@as_json
+def prebuild_command(
+    arch: tuple[str, ...],
+    out: Path | None,
+    names: tuple[str, ...],
+    ptx: bool,
+    jobs: int,
+    force: bool,
+    check: bool,
+    dry_run: bool,
+    verbose: bool,
+    as_json: bool,
+) -> None:
+    """Compile kernels for GPUs that need not be here.
+
+    Needs NVRTC, but no GPU, no nvcc and no network. Without --out, writes to the checkout's cache/ or, if the
+    package is installed, to the user cache. Ship the folder and set CUPY_MOE_PREBUILT_DIR to it.
+    """
+    units = build.units()
+    for name in names:
+        if name not in units:
+            raise click.BadParameter(
+                f"unknown kernel {name!r}; there are: {', '.join(units)}", param_hint="--kernel"
+            )
+    root = cache.Root(out.absolute(), "prebuilt") if out else prebuild.default_folder()
+    targets = _targets(arch, ptx, offline=check or dry_run)
+    wanted = [(units[name], target) for target in targets for name in (names or units)]
+    results = [prebuild.state(root.path, unit, target) for unit, target in wanted]
+    todo = [
+        pair
+        for pair, result in zip(wanted, results, strict=True)
+        if result.status == "missing" or (force and not check)
+    ]
+    manifests: dict[str, str] = {}
+    if not (check or dry_run):
+        built = {(result.target, result.unit): result for result in _build(root, todo, jobs)}
+        results = [built.get((result.target, result.unit), result) for result in results]
+        if root.origin != "user":  # a shared cache may hold images of other versions
+            manifests = {
+                target: prebuild.finish(root.path, target)
+                for target in targets
+                if (root.path / cache.LAYOUT / target).is_dir()
+            }
+    _report(root.path, results, manifests, verbose, as_json)
+    failed = any(result.status == "failed" for result in results)
+    if failed or (check and todo):
+        sys.exit(1)
+
+
+def _build(root: cache.Root, todo: list[tuple[build.Unit, str]], jobs: int) -> list[prebuild.Result]:
+    results = []
+    running = prebuild.run(root, todo, jobs)
+    if todo and sys.stderr.isatty():
+        with click.progressbar(running, length=len(todo), label="compiling", file=sys.stderr) as bar:
+            return list(bar)
+    for result in running:
+        click.echo(f"{result.target} {result.unit}: {result.status} ({result.milliseconds:.0f} ms)", err=True)
+        results.append(result)
+    return results
+
+
+def _report(
+    root: Path, results: list[prebuild.Result], manifests: dict[str, str], verbose: bool, as_json: bool
+) -> None:
+    rows = [
+        [r.target, r.unit, r.status, len(r.kernels), _size(r.size), f"{r.milliseconds:.0f} ms"]
+        for r in results
+    ]
+    lines = [_table(["target", "unit", "status", "kernels", "size", "time"], rows)]
+    if verbose:
+        figures = [
+            [r.target, name, *(figure.get(key, "-") for key in ("regs", "spill", "stack", "smem"))]
+            for r in results
+            for name, figure in r.kernels.items()
+        ]
+        lines += ["", _table(["target", "kernel", "registers", "spill", "stack", "shared"], figures)]
+    lines += [f"\n{r.error}" for r in results if r.error]
+    lines += ["", *(f"{target} manifest sha256 {digest}" for target, digest in manifests.items())]
+    lines.append(f"{_size(sum(r.size for r in results))} in {root}")
+    _print(
+        {"out": root, "results": [asdict(r) for r in results], "manifests": manifests},
+        as_json,
+        "\n".join(lines),
+    )
+
+
+# ---- look and clean -------------------------------------------------------------------------------------
+
+
+def _roots() -> list[cache.Root]:
+    user = cache.user_root()
+    return [*cache.prebuilt_roots(), *([user] if user and user.path.is_dir() else [])]
+
+
+@main.command("list")
+@click.option("--arch", metavar="ARCH", help="Only this architecture.")
+@as_json
+def list_command(arch: str | None, as_json: bool) -> None:
+    """Show every image in every folder, in the order of their lookup."""
+    units = build.units()
+    images = []
+    for root in _roots():
+        for sidecar, entry in cache.entries(root.path, build.parse_target(arch) if arch else "*"):
+            row: dict[str, Any] = {"origin": root.origin, "state": "damaged", "path": sidecar.with_suffix("")}
+            if entry:
+                unit = units.get(entry.unit)
+                fresh = unit and unit.digest == entry.source_digest
+                row |= asdict(entry) | {"state": "fresh" if fresh else "stale"}
+            images.append(row)
+    rows = [
+        [
+            *(row[key] for key in ("origin", "state")),
+            row.get("target", row["path"].parent.name),
+            row.get("unit", row["path"].name),
+            *([len(row["kernels"]), _size(row["size"]), row["nvrtc"]] if "unit" in row else ["", "", ""]),
+        ]
+        for row in images
+    ]
+    head = ["origin", "state", "target", "unit", "kernels", "size", "nvrtc"]
+    _print(
+        {"images": images}, as_json, _table(head, rows) if rows else "no images; cupy-moe prebuild makes some"
+    )
+
+
+@main.command("verify")
+@click.argument("path", required=False, type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--strict", is_flag=True, help="Prebuilt folders must also be complete and up to date.")
+@as_json
+def verify_command(path: Path | None, strict: bool, as_json: bool) -> None:
+    """Check images against their sha256, architecture, manifest and (--strict) sources; exit 1 if one is bad."""
+    roots = [cache.Root(path.absolute(), "prebuilt")] if path else _roots()
+    found = [text for root in roots for text in prebuild.problems(root, strict and root.origin != "user")]
+    if strict and not any(root.origin != "user" for root in roots):
+        found.append("there is no prebuilt folder")
+    images = sum(1 for root in roots for _ in cache.entries(root.path))
+    summary = f"{images} images in {len(roots)} folders, {len(found)} problems"
+    _print(
+        {"images": images, "folders": [root.path for root in roots], "problems": found},
+        as_json,
+        "\n".join([*found, summary]),
+    )
+    if found:
+        sys.exit(1)
+
+
+@main.command("clean")
+@click.option("--stale", is_flag=True, help="What no kernel of this version uses (the default).")
+@click.option("--all", "everything", is_flag=True, help="Every image.")
+@click.option("--arch", metavar="ARCH", help="Every image of this architecture.")
+@click.option("--dry-run", is_flag=True, help="Remove nothing; show how much it would be.")
+@as_json
+def clean_command(stale: bool, everything: bool, arch: str | None, dry_run: bool, as_json: bool) -> None:
+    """Remove images from the user cache; prebuilt folders are never touched."""
+    if stale + everything + bool(arch) > 1:
+        raise click.UsageError("--stale, --all and --arch exclude each other")
+    digests = {name: unit.digest for name, unit in build.units().items()}
+    root, why = cache.locate_user_root()
+    files, size = 0, 0
+    if root:
+        files, size = prebuild.sweep(
+            root.path,
+            build.parse_target(arch) if arch else "*",
+            lambda entry: everything or bool(arch) or digests.get(entry.unit) != entry.source_digest,
+            dry_run,
+        )
+    verb = "would remove" if dry_run else "removed"
+    text = f"{verb} {files} files, {_size(size)}, from {root.path if root else f'nowhere ({why})'}"
+    _print({"path": root and root.path, "files": files, "bytes": size, "dry_run": dry_run}, as_json, text)
+
+
+# ---- environment ----------------------------------------------------------------------------------------
+
+
+@main.command("path")
+@click.option("--prebuild", "of_prebuild", is_flag=True, help="Instead, where prebuild writes without --out.")
+@as_json
+def path_command(of_prebuild: bool, as_json: bool) -> None:
+    """Print the folder of the user cache."""
+    root, why = (prebuild.default_folder(), "") if of_prebuild else cache.locate_user_root()
+    if root is None:
+        raise click.ClickException(f"there is no user cache ({why})")
+    _print({"path": root.path}, as_json, str(root.path))
+
+
+def _configuration() -> dict[str, Any]:
+    user, why = cache.locate_user_root()
+    names = (
+        "cupy-cuda12x",
+        "cupy-cuda13x",
+        "nvidia-cuda-nvrtc-cu12",
+        "nvidia-cuda-nvrtc",
+        "cuda-pathfinder",
+        "torch",
+    )
+    return {
+        "version": __version__,
+        "sources": build.source_folder(),
+        "kernels": {name: unit.digest[:16] for name, unit in build.units().items()},
+        "prebuilt": [f"{root.path} ({root.origin})" for root in cache.prebuilt_roots()],
+        "user cache": f"{user.path if user else None} ({why})",
+        "packages": {name: version for name in names if (version := build.installed_version(name))},
+        "environment": {
+            name: value for name, value in sorted(os.environ.items()) if name.startswith("CUPY_MOE_")
+        },
+    }
+
+
+@main.command("show-config")
+@as_json
+def show_config_command(as_json: bool) -> None:
+    """Show folders, digests, versions and environment variables, and why each folder is the one used."""
+    value = _configuration()
+    lines = []
+    for key, what in value.items():
+        items = [f"{k} {v}" for k, v in what.items()] if isinstance(what, dict) else what
+        lines.append(
+            f"{key}: " + ("\n  ".join(["", *items]) or "none" if isinstance(items, list) else str(items))
+        )
+    known = "\n  ".join(["", *(f"{name}  {meaning}" for name, meaning in config.VARIABLES.items())])
+    _print(
+        value | {"known variables": config.VARIABLES},
+        as_json,
+        "\n".join([*lines, f"known variables:{known}"]),
+    )
+
+
+@main.command("doctor")
+@click.option("--gpu", is_flag=True, help="Also load every kernel on every GPU.")
+@as_json
+def doctor_command(gpu: bool, as_json: bool) -> None:
+    """Check that kernels can be found, compiled and kept here, and say how to repair what is not right."""
+    from .doctor import examine
+
+    checks = examine(gpu)
+    text = "\n".join(
+        f"{c.status:4}  {c.subject}: {c.finding}" + (f"\n      -> {c.fix}" if c.fix else "") for c in checks
+    )
+    _print({"checks": [asdict(check) for check in checks]}, as_json, text)
+    if any(check.status == "FAIL" for check in checks):
+        sys.exit(1)
+
+
+@main.command("demo", context_settings={"ignore_unknown_options": True, "help_option_names": []})
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def demo_command(arguments: tuple[str, ...]) -> None:
+    """Route tokens to experts, on a GPU if there is one (imports torch)."""
+    from .demo import demo
+
+    demo.main(list(arguments), prog_name="cupy-moe demo")
