@@ -1,8 +1,8 @@
 """Sources -> digest -> image. `compile` is pure: NVRTC in memory, no GPU, no files, no cache.
 
-A *unit* is one `kernels_cu/<unit>.cu`; every `*.cuh` beside it is handed to NVRTC from memory, so that no path is
-part of a compilation or of a digest, and images can be moved between machines. A *target* is `sm_90` (a cubin)
-or `compute_90` (PTX, compiled by the driver at load).
+A *unit* is one `kernels_cu/<unit>.cu`; every `*.cuh` beside it is handed to NVRTC from memory, so that no
+path is part of a compilation or of a digest, and images can be moved between machines. A *target* is `sm_90`
+(a cubin) or `compute_90` (PTX, compiled by the driver at load).
 """
 
 from __future__ import annotations

@@ -1,13 +1,14 @@
 """Where images are looked up, verified and published. No CuPy, no torch, no GPU.
 
-    <root>/v1/sm_90/align_shared-3f2a9c0d11e2ab47.cubin    a plain ELF file, as cuobjdump likes it
-    <root>/v1/sm_90/align_shared-3f2a9c0d11e2ab47.json     its Entry, written last; without it there is no image
-    <root>/v1/sm_90/manifest.json                          prebuilt folders only, see prebuild.py
+    <root>/v1/sm_90/align_shared-3f2a9c0d11e2ab47.cubin   a plain ELF file, as cuobjdump likes it
+    <root>/v1/sm_90/align_shared-3f2a9c0d11e2ab47.json    its Entry, written last: no image without it
+    <root>/v1/sm_90/manifest.json                         prebuilt folders only, see prebuild.py
 
-Prebuilt roots match on the digest of the sources, whatever compiler made the image; the user cache also matches
-the compiler, so that a new NVRTC takes effect. Files are published by rename and never deleted or read back by a
-lookup. There is no lock: two processes that miss together both compile (tens of ms) and publish identical bytes.
-Whatever is wrong with a file or a folder costs one warning and a compilation, never an exception.
+Prebuilt roots match on the digest of the sources, whatever compiler made the image; the user cache also
+matches the compiler, so that a new NVRTC takes effect. Files are published by rename, and a lookup neither
+deletes nor reads back. There is no lock: two processes that miss together both compile (tens of ms) and
+publish identical bytes. Whatever is wrong with a file or a folder costs one warning and a compilation, never
+an exception.
 """
 
 from __future__ import annotations
@@ -72,7 +73,10 @@ class Image:
 class Root:
     path: Path
     origin: str
-    private: bool = False  # create it for this user only
+    private: bool = False  # for this user only
+
+    def create(self) -> None:
+        self.path.mkdir(mode=0o700 if self.private else 0o777, parents=True, exist_ok=True)
 
 
 class DamagedEntryError(Exception):
@@ -100,15 +104,11 @@ def locate_user_root() -> tuple[Root | None, str]:
     if config.flag("CUPY_MOE_DISABLE_CACHE"):
         return None, "CUPY_MOE_DISABLE_CACHE=1: memory only"
     if named := config.cache_dir():
-        if reason := _distrust(named):
-            _warn_once(
-                f"trust {named}", "CUPY_MOE_CACHE_DIR=%s is %s: others can replace its kernels", named, reason
-            )
+        if reason := _distrust(named, stat.S_IWOTH):  # a group may well share a folder that it names
+            _warn_once(f"trust {named}", "CUPY_MOE_CACHE_DIR: %s is %s", named, reason)
         return Root(named, "user"), "CUPY_MOE_CACHE_DIR"
-    choices = [
-        (os.environ.get("XDG_CACHE_HOME", ""), "XDG_CACHE_HOME"),
-        (os.path.expanduser("~/.cache"), "home"),
-    ]
+    choices = [(os.environ.get("XDG_CACHE_HOME", ""), "XDG_CACHE_HOME")]
+    choices += [(os.path.expanduser("~/.cache"), "home")]
     for folder, why in choices:
         path = Path(folder) / "cupy_moe"
         if path.is_absolute() and _usable(
@@ -138,19 +138,26 @@ def _usable(path: Path) -> bool:
         return False
 
 
-def _distrust(path: Path) -> str | None:
+def _distrust(path: Path, others: int = stat.S_IWGRP | stat.S_IWOTH) -> str | None:
     """Why kernels in this folder may be someone else's, if so."""
     if not hasattr(os, "geteuid") or not path.exists():
         return None
     status = path.stat()
     if status.st_uid not in (os.geteuid(), 0):
         return f"owned by uid {status.st_uid}"
-    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not status.st_mode & stat.S_ISVTX:
+    if status.st_mode & others and not status.st_mode & stat.S_ISVTX:
         return "writable by other users"
     return None
 
 
 # ---- read -----------------------------------------------------------------------------------------------
+
+
+def find(root: Path, pattern: str) -> list[Path]:
+    try:
+        return sorted((root / LAYOUT).glob(pattern))
+    except OSError:
+        return []
 
 
 def suffix(target: str) -> str:
@@ -159,11 +166,7 @@ def suffix(target: str) -> str:
 
 def entries(root: Path, target: str = "*", unit: str = "*") -> Iterator[tuple[Path, Entry | None]]:
     """The sidecars of a folder and what they say; None for one that cannot be understood."""
-    try:
-        sidecars = sorted((root / LAYOUT).glob(f"{target}/{unit}-{KEY}.json"))
-    except OSError:
-        return
-    for sidecar in sidecars:
+    for sidecar in find(root, f"{target}/{unit}-{KEY}.json"):
         try:
             entry = Entry(**json.loads(sidecar.read_bytes()))
             known = entry.schema == build.SCHEMA and (entry.target, entry.stem) == (
@@ -214,8 +217,8 @@ def changed_files(entry: Entry, unit: build.Unit) -> str:
 def candidates(unit_name: str, capability: tuple[int, int]) -> Iterator[Image]:
     """Images of a unit that should run on a device, best first; when the driver refuses one, take the next.
 
-    Prebuilt and cached cubins of the own target, then of lower minors; then what NVRTC compiles now; then PTX;
-    then whatever else the user cache has. Ends in KernelNotPrebuiltError, or in CompileError from NVRTC.
+    Prebuilt and cached cubins of the own target, then of lower minors; then what NVRTC compiles now; then
+    PTX; then whatever else the user cache has. Ends in KernelNotPrebuiltError, or in CompileError from NVRTC.
     """
     unit = build.unit(unit_name)
     may_compile = not config.flag("CUPY_MOE_DISABLE_JIT")
@@ -249,7 +252,7 @@ def candidates(unit_name: str, capability: tuple[int, int]) -> Iterator[Image]:
             reason = str(error)
 
     roots = [*prebuilt, *([user] if user else [])]
-    ptx = {path.name for root in roots for path in root.path.glob(f"{LAYOUT}/compute_*")}
+    ptx = {path.name for root in roots for path in find(root.path, "compute_*")}
     limit = capability[0] * 10 + capability[1]
     runnable = [t for t in ptx if t[8:].isdigit() and build.number(t) <= limit]
     for target in [*sorted(runnable, key=build.number, reverse=True), *targets]:
@@ -358,7 +361,7 @@ def compile_image(unit: build.Unit, target: str) -> Image:
 def publish(root: Root, image: Image) -> Path:
     """Write an image and then its sidecar, each by rename. Raises OSError."""
     target = image.entry.target
-    root.path.mkdir(mode=0o700 if root.private else 0o777, parents=True, exist_ok=True)
+    root.create()
     path = root.path / LAYOUT / target / (image.entry.stem + suffix(target))
     write_file(path, image.data)
     write_file(path.with_suffix(".json"), to_json(asdict(image.entry)))

@@ -233,7 +233,7 @@ def list_command(arch: str | None, as_json: bool) -> None:
 @click.option("--strict", is_flag=True, help="Prebuilt folders must also be complete and up to date.")
 @as_json
 def verify_command(path: Path | None, strict: bool, as_json: bool) -> None:
-    """Check images against their sha256, architecture, manifest and (--strict) sources; exit 1 if one is bad."""
+    """Check images: sha256, architecture, manifest and (--strict) sources; exit 1 if any is wrong."""
     roots = [cache.Root(path.absolute(), "prebuilt")] if path else _roots()
     found = [text for root in roots for text in prebuild.problems(root, strict and root.origin != "user")]
     if strict and not any(root.origin != "user" for root in roots):

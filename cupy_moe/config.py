@@ -16,6 +16,8 @@ VARIABLES = {
     "CUPY_MOE_NVRTC_FLAGS": "extra NVRTC options, e.g. -lineinfo; they are part of the source digest",
 }
 
+FLAGS = ("CUPY_MOE_DISABLE_CACHE", "CUPY_MOE_DISABLE_JIT", "CUPY_MOE_FORCE_JIT")
+
 
 def flag(name: str) -> bool:
     value = os.environ.get(name, "")

@@ -16,9 +16,7 @@ log = logging.getLogger("cupy_moe")
 
 _lock = threading.RLock()
 _modules: dict[tuple[int, str], tuple[Any, cache.Image]] = {}
-_functions: dict[
-    tuple[int, str, str], Any
-] = {}  # holds the Function: its module is unloaded with the last reference
+_functions: dict[tuple[int, str, str], Any] = {}  # a module is unloaded with the last reference to it
 
 _MAX_DYNAMIC_SHARED, _STATIC_SHARED, _NON_PORTABLE_CLUSTER = 8, 1, 13  # CU_FUNC_ATTRIBUTE_*
 _NO_BINARY_FOR_GPU, _UNSUPPORTED_PTX, _NOT_FOUND = 209, 222, 500  # CUresult
@@ -29,24 +27,22 @@ _CAPTURE = range(900, 908)
 def kernel(device: int, unit: str, entry: str) -> int:
     """The CUfunction of an entry point on a device, loaded (and, if need be, compiled) at the first call.
 
-    It may use all the dynamic shared memory that the device has beside its static shared memory and, on devices
-    with clusters, be launched in clusters of up to 16 blocks. The first call of a unit takes about 1 ms with a
-    prebuilt cubin and up to a second from source, later ones a dictionary look-up.
+    It may use all the dynamic shared memory that the device has beside its static shared memory and, on
+    devices with clusters, be launched in clusters of up to 16 blocks. The first call of a unit takes 1 ms
+    with a prebuilt cubin and up to a second from source, later ones a dictionary look-up.
     Raises KernelNotPrebuiltError, KernelLoadError, CompileError, DependencyError, ConfigError.
     """
     key = (device, unit, entry)
-    function = _functions.get(key)
-    if function is None:
+    if key not in _functions:
         with _lock:
-            function = _functions.get(key)
-            if function is None:
-                function = _functions[key] = _get_function(device, unit, entry)
-    return int(function.ptr)
+            if key not in _functions:
+                _functions[key] = _get_function(device, unit, entry)
+    return int(_functions[key].ptr)
 
 
 def warmup(devices: int | Iterable[int] | None = None) -> int:
-    """Load every kernel on the devices (default: the current one), so that no later call has to, e.g. one inside
-    a CUDA graph capture. Returns how many kernels are ready, and logs where they came from."""
+    """Load every kernel on the devices (default: the current one), so that no later call has to, e.g. one
+    inside a CUDA graph capture. Returns how many kernels are ready, and logs where they came from."""
     from ._cupy import cupy
 
     if devices is None:
@@ -56,41 +52,48 @@ def warmup(devices: int | Iterable[int] | None = None) -> int:
         start = time.perf_counter()
         origins: Counter[str] = Counter()
         for unit in build.units():
-            image = _load(device, unit)[1]
-            for entry in image.entry.kernels:
+            used = image(device, unit)
+            for entry in used.entry.kernels:
                 kernel(device, unit, entry)
-            origins[f"{image.origin} {image.entry.target}"] += len(image.entry.kernels)
+            origins[f"{used.origin} {used.entry.target}"] += len(used.entry.kernels)
+        ready, ms = sum(origins.values()), (time.perf_counter() - start) * 1e3
         sources = ", ".join(f"{count} from {origin}" for origin, count in sorted(origins.items()))
-        milliseconds = (time.perf_counter() - start) * 1e3
-        log.info(
-            "%d kernels ready on device %d in %.1f ms: %s", origins.total(), device, milliseconds, sources
-        )
-        total += origins.total()
+        log.info("%d kernels ready on device %d in %.1f ms: %s", ready, device, ms, sources)
+        total += ready
     return total
+
+
+def image(device: int, unit: str) -> cache.Image:
+    """What the device runs of a unit; loads it if need be."""
+    return _load(device, unit)[1]
+
+
+def capability(device: int) -> tuple[int, int]:
+    from ._cupy import cupy
+
+    digits = cupy.cuda.Device(device).compute_capability
+    return int(digits[:-1]), int(digits[-1])
 
 
 def _get_function(device: int, unit: str, entry: str) -> Any:
     from ._cupy import cupy
 
     driver, runtime = cupy.cuda.driver, cupy.cuda.runtime
-    module, image = _load(device, unit)
+    module, used = _load(device, unit)
     with cupy.cuda.Device(device):
         try:
             function = module.get_function(entry)
             static = driver.funcGetAttribute(_STATIC_SHARED, function.ptr)
             limit = runtime.deviceGetAttribute(runtime.cudaDevAttrMaxSharedMemoryPerBlockOptin, device)
             driver.funcSetAttribute(function.ptr, _MAX_DYNAMIC_SHARED, limit - static)
-            if _capability(device) >= (9, 0):
+            if capability(device) >= (9, 0):
                 driver.funcSetAttribute(function.ptr, _NON_PORTABLE_CLUSTER, 1)
         except driver.CUDADriverError as error:
             if error.status in _CAPTURE:
                 raise _in_capture(unit, error) from error
-            if error.status == _NOT_FOUND:
-                names = ", ".join(image.entry.kernels)
-                raise KernelLoadError(
-                    f"no entry point {entry!r} in {unit!r} for {image.entry.target}, which has: {names}"
-                ) from error
-            raise KernelLoadError(f"{unit}.{entry} on device {device}: {error}") from error
+            has = f", which has {', '.join(used.entry.kernels)}" if error.status == _NOT_FOUND else ""
+            where = f"{entry!r} of the {used.entry.target} image of {unit!r}{has}"
+            raise KernelLoadError(f"device {device}: {where}: {error}") from error
     return function
 
 
@@ -103,43 +106,38 @@ def _load(device: int, unit: str) -> tuple[Any, cache.Image]:
 
         refused = ""
         with cupy.cuda.Device(device):
-            try:
-                for image in cache.candidates(unit, _capability(device)):
-                    module = cupy.cuda.function.Module()
-                    try:
-                        module.load(image.data)
-                    except cupy.cuda.driver.CUDADriverError as error:
-                        refused += f"\n  refused: {_explain(image, error)}"
-                        if error.status in _CAPTURE:
-                            raise _in_capture(unit, error) from error
-                        level = logging.WARNING if error.status != _NO_BINARY_FOR_GPU else logging.INFO
-                        log.log(level, "trying another image of %s: %s", unit, _explain(image, error))
-                        continue
-                    log.debug("%s on device %d: %s from %s", unit, device, image.entry.target, image.origin)
-                    _modules[device, unit] = module, image
-                    return module, image
-            except KernelNotPrebuiltError as error:
-                name = cupy.cuda.runtime.getDeviceProperties(device)["name"].decode()
-                kind = KernelLoadError if refused else KernelNotPrebuiltError
-                raise kind(f"device {device} ({name}): {error}{refused}") from None
-        raise AssertionError("candidates() ends in an error")
-
-
-def _capability(device: int) -> tuple[int, int]:
-    from ._cupy import cupy
-
-    digits = cupy.cuda.Device(device).compute_capability
-    return int(digits[:-1]), int(digits[-1])
+            candidates = cache.candidates(unit, capability(device))
+            while True:
+                try:
+                    candidate = next(candidates)
+                except KernelNotPrebuiltError as error:
+                    name = cupy.cuda.runtime.getDeviceProperties(device)["name"].decode()
+                    kind = KernelLoadError if refused else KernelNotPrebuiltError
+                    raise kind(f"device {device} ({name}): {error}{refused}") from None
+                module = cupy.cuda.function.Module()
+                try:
+                    module.load(candidate.data)
+                except cupy.cuda.driver.CUDADriverError as error:
+                    if error.status in _CAPTURE:
+                        raise _in_capture(unit, error) from error
+                    reason = _explain(candidate, error)
+                    expected = error.status == _NO_BINARY_FOR_GPU
+                    log.log(
+                        logging.INFO if expected else logging.WARNING, "%s: not using the %s", unit, reason
+                    )
+                    refused += f"\n  refused: {reason}"
+                    continue
+                log.debug("%s on device %d: %s %s", unit, device, candidate.origin, candidate.entry.target)
+                _modules[device, unit] = module, candidate
+                return module, candidate
 
 
 def _explain(image: cache.Image, error: Any) -> str:
     what = f"{image.entry.target} image ({image.origin}, {image.path or 'in memory'}): {error}"
     if error.status in _DAMAGED:
-        return (
-            f"{what}; it is damaged or made by an NVRTC ({image.entry.nvrtc}) of a newer CUDA than the driver"
-        )
+        return f"{what}; it is damaged, or NVRTC {image.entry.nvrtc} is of a newer CUDA than the driver"
     if error.status == _UNSUPPORTED_PTX:
-        return f"{what}; PTX of NVRTC {image.entry.nvrtc} needs a driver as new; prebuild a cubin"
+        return f"{what}; PTX of NVRTC {image.entry.nvrtc} needs a driver as new, a cubin does not"
     return what
 
 

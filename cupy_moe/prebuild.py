@@ -52,8 +52,8 @@ def state(root: Path, unit: build.Unit, target: str) -> Result:
 
 
 def run(root: cache.Root, work: list[tuple[build.Unit, str]], jobs: int) -> Iterator[Result]:
-    """Compile and publish every (unit, target), `jobs` at a time (NVRTC runs without the GIL). Results come as
-    they are ready; a failure is one of them, not an exception."""
+    """Compile and publish every (unit, target), `jobs` at a time (NVRTC runs without the GIL). Results come
+    as they are ready; a failure is one of them, not an exception."""
 
     def make(unit: build.Unit, target: str) -> Result:
         start = time.perf_counter()
@@ -77,7 +77,7 @@ def sweep(
     not named as our files are. Returns how many files, and their bytes."""
     doomed = []
     known = {sidecar.with_suffix(""): entry for sidecar, entry in cache.entries(root, targets)}
-    for path in (root / cache.LAYOUT).glob(f"{targets}/*"):
+    for path in cache.find(root, f"{targets}/*"):
         if path.name.startswith(cache.TEMPORARY):
             if time.time() - path.stat().st_mtime > _ORPHAN_AGE:
                 doomed.append(path)
@@ -93,8 +93,8 @@ def sweep(
 
 
 def finish(root: Path, target: str) -> str:
-    """Leave one fresh image per unit in a prebuilt folder, as a wheel should carry it, and write its manifest.
-    Returns the sha256 of the manifest."""
+    """Leave one fresh image per unit in a prebuilt folder, as a wheel should carry it, and write its
+    manifest. Returns the sha256 of the manifest."""
     units = build.units()
     newest: dict[str, tuple[float, str]] = {}
     for sidecar, entry in cache.entries(root, target):
@@ -131,7 +131,7 @@ def problems(root: cache.Root, strict: bool) -> list[str]:
         elif strict:
             what = cache.changed_files(entry, units[entry.unit]) if entry.unit in units else "no such kernel"
             found.append(f"{sidecar}: stale ({what})")
-    for manifest in sorted((root.path / cache.LAYOUT).glob(f"*/{MANIFEST}")):
+    for manifest in cache.find(root.path, f"*/{MANIFEST}"):
         try:
             files = dict(json.loads(manifest.read_bytes())["files"])
         except (OSError, ValueError, KeyError, TypeError) as error:

@@ -1,0 +1,140 @@
+"""`cupy-moe doctor`: what works here, what does not, and how to repair it."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from . import build, cache, config, prebuild
+from .errors import ConfigError, CupyMoeError, DependencyError
+
+
+@dataclass(frozen=True)
+class Check:
+    status: str  # PASS, WARN or FAIL
+    subject: str
+    finding: str
+    fix: str = ""
+
+
+def examine(gpu: bool) -> list[Check]:
+    steps: list[Callable[[], Iterator[Check]]] = [_environment, _cache, _prebuilt, _compiler]
+    checks: list[Check] = []
+    for step in [*steps, _gpu] if gpu else steps:
+        try:
+            checks.extend(step())
+        except (CupyMoeError, OSError) as error:
+            checks.append(Check("FAIL", step.__name__.strip("_"), str(error)))
+    return checks
+
+
+def _environment() -> Iterator[Check]:
+    yield Check("PASS", "sources", f"{len(build.units())} kernel files in {build.source_folder()}")
+    given = sorted(name for name in os.environ if name.startswith("CUPY_MOE_"))
+    for name in given:
+        if name not in config.VARIABLES:
+            yield Check(
+                "WARN", "environment", f"{name} is not a variable of cupy_moe", "cupy-moe show-config"
+            )
+    try:
+        for name in config.FLAGS:
+            config.flag(name)
+        config.nvrtc_flags(), config.prebuilt_dirs(), config.cache_dir()
+        yield Check("PASS", "environment", ", ".join(given) or "no variable is set")
+    except ConfigError as error:
+        yield Check("FAIL", "environment", str(error), "correct the variable or unset it")
+
+
+def _cache() -> Iterator[Check]:
+    root, why = cache.locate_user_root()
+    if root is None:
+        yield Check("WARN", "user cache", why, "set CUPY_MOE_CACHE_DIR to a folder that can be written")
+        return
+    probe = root.path / cache.LAYOUT / f"{cache.TEMPORARY}doctor"
+    try:
+        root.create()
+        cache.write_file(probe, b"\0" * 65536)
+        probe.unlink()
+        yield Check("PASS", "user cache", f"{root.path} ({why})")
+    except OSError as error:
+        fix = "set CUPY_MOE_CACHE_DIR to a folder that can be written; until then kernels are kept in memory"
+        yield Check("WARN", "user cache", str(error), fix)
+
+
+def _prebuilt() -> Iterator[Check]:
+    roots = cache.prebuilt_roots()
+    for root in roots:
+        for problem in prebuild.problems(root, strict=False):
+            yield Check("FAIL", "prebuilt", problem, f"cupy-moe prebuild --arch ARCH --out {root.path}")
+    complete = [target for target in (*build.TARGETS, build.PTX_TARGET) if _is_complete(target)]
+    if complete:
+        yield Check("PASS", "prebuilt", f"every kernel for {', '.join(complete)}")
+    else:
+        fix = "cupy-moe prebuild --arch ARCH, or let the first use compile"
+        yield Check("WARN", "prebuilt", "no target has every kernel", fix)
+
+
+def _is_complete(target: str) -> bool:
+    roots, units = cache.prebuilt_roots(), build.units().values()
+    return all(any(prebuild.state(r.path, unit, target).size for r in roots) for unit in units)
+
+
+def _compiler() -> Iterator[Check]:
+    if len(build.installed_nvrtc()) > 1:
+        found = "two NVRTC wheels are installed, and CuPy may load either"
+        yield Check("WARN", "NVRTC", found, "pip uninstall the one that is not of your CUDA major version")
+    try:
+        tools = build.toolchain()
+    except DependencyError as error:
+        needed = not any(map(_is_complete, build.TARGETS))
+        yield Check("FAIL" if needed else "WARN", "NVRTC", str(error), "needed only to compile: see above")
+        return
+    yield Check("PASS", "NVRTC", f"{tools.nvrtc} {tools.build} {_library()}".strip())
+    from ._cupy import cupy
+
+    built = cupy.cuda.driver.get_build_version() // 1000
+    if built != int(tools.nvrtc.split(".")[0]):
+        found = f"NVRTC {tools.nvrtc} with a CuPy for CUDA {built}"
+        yield Check("WARN", "NVRTC", found, "install the NVRTC wheel of CuPy's CUDA version")
+    target = build.supported_targets()[-1]
+    start = time.perf_counter()
+    for unit in build.units().values():
+        build.compile(unit, target)
+    milliseconds = (time.perf_counter() - start) * 1e3
+    yield Check("PASS", "compile", f"every kernel for {target} in {milliseconds:.0f} ms")
+
+
+def _library() -> str:
+    """Where the NVRTC in use was loaded from: another package may have been first."""
+    try:
+        with open("/proc/self/maps") as maps:
+            match = re.search(r"(/\S*libnvrtc\.so\S*)", maps.read())
+    except OSError:
+        return ""
+    return match[1] if match else ""
+
+
+def _gpu() -> Iterator[Check]:
+    from . import modules
+    from ._cupy import cupy
+
+    runtime = cupy.cuda.runtime
+    try:
+        count = runtime.getDeviceCount()
+    except runtime.CUDARuntimeError as error:
+        yield Check(
+            "FAIL", "gpu", f"no GPU can be used: {error}", "install an NVIDIA driver, or do without --gpu"
+        )
+        return
+    yield Check("PASS", "gpu", f"driver for CUDA {runtime.driverGetVersion() // 10 / 100:.1f}, {count} GPUs")
+    for device in range(count):
+        capability = modules.capability(device)
+        start = time.perf_counter()
+        loaded = modules.warmup(device)
+        milliseconds = (time.perf_counter() - start) * 1e3
+        origins = sorted({modules.image(device, name).origin for name in build.units()})
+        found = f"{loaded} kernels in {milliseconds:.0f} ms ({', '.join(origins)})"
+        yield Check("PASS", f"gpu {device}", f"compute capability {capability[0]}.{capability[1]}, {found}")
