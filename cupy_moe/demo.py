@@ -19,7 +19,7 @@ CHART_WIDTH, CHART_HEIGHT = 64, 12  # with its axis inside 80 columns
 EIGHTHS = " ▁▂▃▄▅▆▇█"
 
 
-@click.command()
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--tokens", default=4096, show_default=True, type=click.IntRange(1, 2**17))
 @click.option("--topk", default=2, show_default=True, type=click.IntRange(1, 64))
 @click.option("--experts", default=64, show_default=True, type=click.IntRange(1, 4096))

@@ -11,7 +11,7 @@ from shutil import copy, copytree
 
 import pytest
 
-from cupy_moe import __version__
+from cupy_moe import __version__, cli, config
 
 ROOT = Path(__file__).parents[1]
 FAKE_CACHE = ("v1/sm_90/align-0123456789abcdef.cubin", "v1/sm_90/align-0123456789abcdef.json")
@@ -73,3 +73,9 @@ def test_sdist_makes_the_same_wheel(tree: Path, tmp_path: Path, monkeypatch: pyt
         sdist.extractall(tmp_path, filter="data")
     unpacked = tmp_path / f"cupy_moe-{__version__}"
     assert wheel_names(unpacked, tmp_path, monkeypatch) == wheel_names(tree, tmp_path, monkeypatch)
+
+
+def test_readme_names_every_command_and_variable() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert [name for name in cli.main.commands if f"| `{name}" not in text] == []
+    assert [name for name in config.VARIABLES if f"| `{name}" not in text] == []
