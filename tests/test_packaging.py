@@ -1,13 +1,15 @@
-"""What is in a wheel, and which modules may be imported by which."""
+"""What is in a wheel, which modules stay light to import, and whether the README says what is there."""
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import tarfile
 import zipfile
 from pathlib import Path
 from shutil import copy, copytree
+from typing import Any
 
 import pytest
 
@@ -79,3 +81,12 @@ def test_readme_names_every_command_and_variable() -> None:
     text = (ROOT / "README.md").read_text()
     assert [name for name in cli.main.commands if f"| `{name}" not in text] == []
     assert [name for name in config.VARIABLES if f"| `{name}" not in text] == []
+
+
+def test_readme_example_runs_without_a_gpu() -> None:
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(example.replace('device="cuda"', 'device="cpu"'), names)
+    assert len(names["sorted_ids"]) == 8192 + 64 * 127
+    assert len(names["expert_ids"]) == 128
+    assert 8192 <= int(names["post_pad"]) <= len(names["sorted_ids"])
