@@ -6,7 +6,9 @@ unknown uid, a full disk). We compile and load without that folder, so point CuP
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import tempfile
 
 from .errors import DependencyError
@@ -24,9 +26,11 @@ def _give_cupy_a_folder() -> None:
         os.makedirs(default, exist_ok=True)
     except OSError:
         try:
-            os.environ["CUPY_CACHE_DIR"] = tempfile.mkdtemp(prefix="cupy_moe-cupy-")
+            folder = tempfile.mkdtemp(prefix="cupy_moe-")  # not a fixed name in /tmp, which others could fill
+            atexit.register(shutil.rmtree, folder, ignore_errors=True)
         except OSError:
-            os.environ["CUPY_CACHE_DIR"] = os.sep
+            folder = os.sep
+        os.environ["CUPY_CACHE_DIR"] = folder
 
 
 _give_cupy_a_folder()

@@ -246,10 +246,13 @@ def candidates(unit_name: str, capability: tuple[int, int]) -> Iterator[Image]:
     reason = "CUPY_MOE_DISABLE_JIT=1 is set"
     if may_compile:
         try:
-            yield _compile_cached(unit, capability, targets, user, offered)
-            reason = "the driver refused the compiled image"
+            image = _compile_cached(unit, capability, targets, user, offered)
         except DependencyError as error:
             reason = str(error)
+        else:
+            offered.add(image.entry.entry_key)
+            yield image
+            reason = "the driver refused the compiled image"
 
     roots = [*prebuilt, *([user] if user else [])]
     ptx = {path.name for root in roots for path in find(root.path, "compute_*")}

@@ -55,6 +55,14 @@ def _size(count: float) -> str:
 # ---- prebuild -------------------------------------------------------------------------------------------
 
 
+def _parse_arch(ctx: click.Context, param: click.Parameter, value: str | None) -> str:
+    """A target, or the pattern of all."""
+    try:
+        return build.parse_target(value) if value else "*"
+    except ConfigError as error:
+        raise click.BadParameter(str(error)) from None
+
+
 def _targets(names: tuple[str, ...], ptx: bool, offline: bool) -> list[str]:
     targets: list[str] = []
     for name in names:
@@ -199,14 +207,14 @@ def _roots() -> list[cache.Root]:
 
 
 @main.command("list")
-@click.option("--arch", metavar="ARCH", help="Only this architecture.")
+@click.option("--arch", metavar="ARCH", callback=_parse_arch, help="Only this architecture.")
 @as_json
-def list_command(arch: str | None, as_json: bool) -> None:
+def list_command(arch: str, as_json: bool) -> None:
     """Show every image in every folder, in the order of their lookup."""
     units = build.units()
     images = []
     for root in _roots():
-        for sidecar, entry in cache.entries(root.path, build.parse_target(arch) if arch else "*"):
+        for sidecar, entry in cache.entries(root.path, arch):
             row: dict[str, Any] = {"origin": root.origin, "state": "damaged", "path": sidecar.with_suffix("")}
             if entry:
                 unit = units.get(entry.unit)
@@ -252,12 +260,12 @@ def verify_command(path: Path | None, strict: bool, as_json: bool) -> None:
 @main.command("clean")
 @click.option("--stale", is_flag=True, help="What no kernel of this version uses (the default).")
 @click.option("--all", "everything", is_flag=True, help="Every image.")
-@click.option("--arch", metavar="ARCH", help="Every image of this architecture.")
+@click.option("--arch", metavar="ARCH", callback=_parse_arch, help="Every image of this architecture.")
 @click.option("--dry-run", is_flag=True, help="Remove nothing; show how much it would be.")
 @as_json
-def clean_command(stale: bool, everything: bool, arch: str | None, dry_run: bool, as_json: bool) -> None:
+def clean_command(stale: bool, everything: bool, arch: str, dry_run: bool, as_json: bool) -> None:
     """Remove images from the user cache; prebuilt folders are never touched."""
-    if stale + everything + bool(arch) > 1:
+    if stale + everything + (arch != "*") > 1:
         raise click.UsageError("--stale, --all and --arch exclude each other")
     digests = {name: unit.digest for name, unit in build.units().items()}
     root, why = cache.locate_user_root()
@@ -265,8 +273,8 @@ def clean_command(stale: bool, everything: bool, arch: str | None, dry_run: bool
     if root:
         files, size = prebuild.sweep(
             root.path,
-            build.parse_target(arch) if arch else "*",
-            lambda entry: everything or bool(arch) or digests.get(entry.unit) != entry.source_digest,
+            arch,
+            lambda entry: everything or arch != "*" or digests.get(entry.unit) != entry.source_digest,
             dry_run,
         )
     verb = "would remove" if dry_run else "removed"

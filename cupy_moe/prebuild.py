@@ -137,6 +137,7 @@ def problems(root: cache.Root, strict: bool) -> list[str]:
         except (OSError, ValueError, KeyError, TypeError) as error:
             found.append(f"{manifest}: cannot be read ({error!r})")
             continue
+        present.setdefault(manifest.parent.name, set())
         for name, sha256 in files.items():
             path = manifest.parent / name
             if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != sha256:

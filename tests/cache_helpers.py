@@ -1,0 +1,96 @@
+"""A small kernel in a folder of its own, and a package that knows no other."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from cupy_moe import build, cache
+
+PACKAGE = Path(build.__file__).parent
+HEADER = "constexpr int kOffset = 3;\n"
+TINY = """\
+#include "tiny.cuh"  // not ASCII: é
+extern "C" __global__ void tiny_add(int* data) { data[threadIdx.x] += kOffset; }
+extern "C" __global__ void tiny_reverse(int* data) {
+    __shared__ int copy[256];
+    copy[threadIdx.x] = data[threadIdx.x];
+    __syncthreads();
+    data[threadIdx.x] = copy[255 - threadIdx.x];
+}
+#if __CUDA_ARCH__ >= 900
+extern "C" __global__ void __cluster_dims__(16, 1, 1) tiny_cluster(int* data) { data[blockIdx.x] = 16; }
+#endif
+"""
+
+
+@dataclass(frozen=True)
+class Sandbox:
+    folder: Path  # of all below
+    sources: Path
+    user: Path  # CUPY_MOE_CACHE_DIR
+    prebuilt: Path  # not yet in CUPY_MOE_PREBUILT_DIR, not yet there
+
+    @property
+    def unit(self) -> build.Unit:
+        build._read_units.cache_clear()
+        return build.unit("tiny")
+
+    def publish(self, root: Path, target: str) -> Path:
+        """The path of an image that is now there."""
+        return cache.publish(cache.Root(root, "prebuilt"), cache.compile_image(self.unit, target))
+
+
+def write_sources(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "tiny.cu").write_text(TINY, encoding="utf-8")
+    (folder / "tiny.cuh").write_text(HEADER)
+    return folder
+
+
+@pytest.fixture
+def sandbox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sandbox:
+    box = Sandbox(tmp_path, write_sources(tmp_path / "kernels_cu"), tmp_path / "user", tmp_path / "prebuilt")
+    for name in [name for name in os.environ if name.startswith("CUPY_MOE_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("CUPY_MOE_CACHE_DIR", str(box.user))
+    monkeypatch.setattr(build, "source_folder", lambda: box.sources)
+    monkeypatch.setattr(build, "checkout", lambda: None)
+    monkeypatch.setattr(cache, "_warned", set())
+    monkeypatch.setattr(cache, "_compiled", {})
+    return box
+
+
+def copy_package(folder: Path) -> Path:
+    """A checkout in miniature: this package with the small kernel."""
+    shutil.copytree(
+        PACKAGE, folder / "cupy_moe", ignore=shutil.ignore_patterns("__pycache__", "kernels_cu", "cache")
+    )
+    write_sources(folder / "kernels_cu")
+    return folder
+
+
+def run_python(folder: Path, *arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
+    """Python in a process of its own, started in a folder that holds the package."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("CUPY_MOE_", "PYTHON", "XDG_"))}
+    given = options.pop("env", {})
+    assert isinstance(given, dict)
+    environment = {
+        k: v for k, v in (environment | {"PYTHONPATH": str(folder)} | given).items() if v is not None
+    }
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        **options,  # type: ignore[call-overload]
+    )

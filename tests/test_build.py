@@ -1,0 +1,204 @@
+"""Sources, digests, targets and the compiler."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cache_helpers import HEADER, PACKAGE, TINY, Sandbox, sandbox
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cupy_moe import build, cache, config
+from cupy_moe.errors import CompileError, ConfigError, DependencyError
+
+__all__ = ["sandbox"]  # a fixture
+REAL = [path.stem for folder in ("kernels_cu", "../kernels_cu") for path in (PACKAGE / folder).glob("*.cu")]
+
+
+# ---- digests
+
+
+def test_a_digest_is_of_contents_and_options() -> None:
+    unit = build.Unit("tiny", TINY.encode(), {"tiny.cuh": HEADER.encode()}, ("-std=c++17",))
+    same = build.Unit("tiny", TINY.encode(), {"tiny.cuh": HEADER.encode()}, ("-std=c++17",))
+    assert unit.digest == same.digest
+    others = [
+        build.Unit("tine", unit.source, unit.headers, unit.options),
+        build.Unit("tiny", unit.source, {"other.cuh": HEADER.encode()}, unit.options),
+        build.Unit("tiny", unit.source, unit.headers, ("-std=c++20",)),
+        build.Unit("tiny", unit.source, unit.headers, (*unit.options, "-lineinfo")),
+    ]
+    assert len({unit.digest, *(other.digest for other in others)}) == 5
+
+
+@given(st.data())
+def test_any_byte_of_any_file_changes_the_digest(data: Any) -> None:
+    files = {"tiny.cu": TINY.encode(), "tiny.cuh": HEADER.encode()}
+    before = build.Unit("tiny", files["tiny.cu"], {"tiny.cuh": files["tiny.cuh"]}, ()).digest
+    name = data.draw(st.sampled_from(sorted(files)))
+    position = data.draw(st.integers(0, len(files[name]) - 1))
+    changed = bytearray(files[name])
+    changed[position] ^= data.draw(st.integers(1, 255))
+    files[name] = bytes(changed)
+    assert build.Unit("tiny", files["tiny.cu"], {"tiny.cuh": files["tiny.cuh"]}, ()).digest != before
+
+
+def test_an_entry_key_is_of_digest_target_and_compiler(sandbox: Sandbox) -> None:
+    old, new = build.Toolchain("12.9.41", "CL-1"), build.Toolchain("12.9.86", "CL-1")
+    other = build.Toolchain("12.9.86", "CL-2")
+    unit = sandbox.unit
+    keys = {
+        build.entry_key(unit, target, tool) for target in ("sm_90", "sm_80") for tool in (old, new, other)
+    }
+    assert len(keys) == 6
+
+
+def test_extra_options_come_from_the_environment(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = build.unit("tiny").digest
+    monkeypatch.setenv("CUPY_MOE_NVRTC_FLAGS", "-lineinfo --maxrregcount=64")
+    assert build.unit("tiny").options == (*build.OPTIONS, "-lineinfo", "--maxrregcount=64")
+    assert build.unit("tiny").digest != before
+
+
+@pytest.mark.parametrize(
+    "flags", ["lineinfo", "-arch=sm_90", "-I /usr/include", "-I/usr/include", "-lineinfo 64"]
+)
+def test_extra_options_that_cannot_work_are_refused_by_name(
+    monkeypatch: pytest.MonkeyPatch, flags: str
+) -> None:
+    monkeypatch.setenv("CUPY_MOE_NVRTC_FLAGS", flags)
+    with pytest.raises(ConfigError, match="CUPY_MOE_NVRTC_FLAGS"):
+        config.nvrtc_flags()
+
+
+# ---- targets
+
+
+@pytest.mark.parametrize("text", ["sm_90", "90", "9.0"])
+def test_a_target_has_several_spellings(text: str) -> None:
+    assert build.parse_target(text) == "sm_90"
+    assert build.parse_target("10.0") == build.parse_target("100") == "sm_100"
+    assert build.parse_target("compute_90") == "compute_90"
+
+
+@pytest.mark.parametrize("text", ["", "sm_90a", "sm_33", "9", "sm-90", "hopper", "9.0.0", "sm_90\n"])
+def test_an_unknown_target_is_answered_with_the_known_ones(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"sm_75, sm_80.*sm_121"):
+        build.parse_target(text)
+
+
+@pytest.mark.parametrize(
+    ("capability", "targets"),
+    [
+        ((9, 0), ["sm_90"]),
+        ((8, 0), ["sm_80"]),
+        ((8, 9), ["sm_89", "sm_86", "sm_80"]),
+        ((8, 7), ["sm_87"]),  # Orin runs no desktop cubins
+        ((8, 8), ["sm_88", "sm_86", "sm_80"]),
+        ((10, 3), ["sm_103", "sm_100"]),
+        ((11, 0), ["sm_110"]),
+        ((12, 1), ["sm_121", "sm_120"]),
+        ((13, 0), ["sm_130"]),
+    ],
+)
+def test_a_device_runs_its_own_target_and_lower_minors(
+    capability: tuple[int, int], targets: list[str]
+) -> None:
+    assert build.native_targets(capability) == targets
+
+
+# ---- the compiler
+
+
+@pytest.mark.parametrize("target", build.TARGETS)
+def test_a_cubin_is_whole_and_of_its_target(sandbox: Sandbox, target: str) -> None:
+    if target not in build.supported_targets():
+        pytest.skip(f"this NVRTC does not know {target}")
+    made = build.compile(sandbox.unit, target)
+    assert cache.elf_target(made.data) == target
+    assert build.elf_end(made.data) == len(made.data)
+    clusters = build.number(target) >= 90
+    assert set(made.kernels) == {"tiny_add", "tiny_reverse"} | ({"tiny_cluster"} if clusters else set())
+    assert made.kernels["tiny_reverse"]["smem"] == 1024
+    assert all(figures["regs"] > 0 for figures in made.kernels.values())
+
+
+def test_elf_tools_accept_a_cubin(sandbox: Sandbox) -> None:
+    if not shutil.which("readelf"):
+        pytest.skip("no readelf here")
+    path = sandbox.publish(sandbox.user, "sm_90")
+    read = subprocess.run(["readelf", "-hlS", path], capture_output=True, text=True, check=True)
+    assert "past end of file" not in read.stdout + read.stderr
+
+
+def test_ptx_names_its_entries(sandbox: Sandbox) -> None:
+    made = build.compile(sandbox.unit, "compute_90")
+    assert b".target sm_90" in made.data
+    assert list(made.kernels) == ["tiny_add", "tiny_cluster", "tiny_reverse"]
+
+
+def test_figures_of_spills_stack_and_inner_functions_are_told_apart() -> None:
+    log = """\
+ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function 'big' for 'sm_90'
+ptxas info    : Function properties for big
+ptxas         .     40 bytes stack frame, 8 bytes spill stores, 12 bytes spill loads
+ptxas info    : Used 255 registers, used 1 barriers, 512 bytes smem, 360 bytes cmem[0]
+ptxas info    : Compile time = 24.054 ms
+ptxas info    : Function properties for _Z1gi
+ptxas         .     99 bytes stack frame, 99 bytes spill stores, 99 bytes spill loads
+ptxas info    : Compiling entry function 'small' for 'sm_90'
+ptxas info    : Function properties for small
+ptxas         .     0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 8 registers
+"""
+    assert build._parse_ptxas(log) == {
+        "big": {"regs": 255, "spill": 20, "stack": 40, "smem": 512},
+        "small": {"regs": 8, "spill": 0, "stack": 0, "smem": 0},
+    }
+
+
+def test_a_compile_error_shows_unit_options_and_log(sandbox: Sandbox) -> None:
+    (sandbox.sources / "tiny.cu").write_text("nonsense;")
+    with pytest.raises(CompileError, match=r"tiny\.cu for sm_90 .*-std=c\+\+17(.|\n)*tiny\.cu\(1\): error"):
+        build.compile(sandbox.unit, "sm_90")
+
+
+def test_a_target_that_nvrtc_lacks_is_answered_with_those_it_has(sandbox: Sandbox) -> None:
+    with pytest.raises(CompileError, match=r"NVRTC \d+\.\d+\.\d+ cannot compile for sm_20; it knows .*sm_90"):
+        build.compile(sandbox.unit, "sm_20")
+
+
+def test_a_missing_nvrtc_is_answered_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    from cupy_moe._cupy import cupy
+
+    class Broken:
+        @staticmethod
+        def getVersion() -> tuple[int, int]:
+            raise RuntimeError("libnvrtc.so.12: cannot open")
+
+    build._nvrtc.cache_clear()
+    monkeypatch.setattr(cupy.cuda, "nvrtc", Broken)
+    with pytest.raises(DependencyError, match=r"libnvrtc\.so\.12.*pip install nvidia-cuda-nvrtc"):
+        build._nvrtc()
+
+
+@pytest.mark.skipif(not REAL, reason="there are no kernels yet")
+@pytest.mark.parametrize("name", REAL)
+def test_every_kernel_compiles_for_every_target_without_spills(name: str) -> None:
+    unit, targets = build.unit(name), build.supported_targets()
+    with ThreadPoolExecutor() as pool:
+        made = dict(zip(targets, pool.map(lambda target: build.compile(unit, target), targets), strict=True))
+    for target, image in made.items():
+        assert image.kernels, f"no entry point in {name} for {target}"
+        for entry, figures in image.kernels.items():
+            assert figures["spill"] == figures["stack"] == 0, f"{entry} for {target}: {figures}"
+
+
+def test_the_library_path_is_never_compiled_in(sandbox: Sandbox) -> None:
+    assert str(Path(sandbox.sources)).encode() not in build.compile(sandbox.unit, "sm_90").data

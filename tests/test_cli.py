@@ -1,0 +1,329 @@
+"""The command line: what it prints, what it writes, how it exits. No GPU, no torch."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cache_helpers import Sandbox, copy_package, run_python, sandbox
+from click.testing import CliRunner, Result
+
+from cupy_moe import __version__, build, cache, config, prebuild
+from cupy_moe.cli import main
+from cupy_moe.errors import DependencyError
+
+__all__ = ["sandbox"]  # a fixture
+COMMANDS = ["clean", "demo", "doctor", "list", "path", "prebuild", "show-config", "verify"]
+
+
+def invoke(*arguments: str | Path, code: int = 0) -> Result:
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    assert result.exit_code == code, result.output + repr(result.exception)
+    return result
+
+
+def invoke_json(*arguments: str | Path, code: int = 0) -> Any:
+    value = json.loads(invoke(*arguments, "--json", code=code).stdout)
+    assert value["schema"] == build.SCHEMA
+    return value
+
+
+@pytest.fixture
+def prebuilt(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> Path:
+    invoke("prebuild", "--arch", "sm_90", "--arch", "8.0", "--out", sandbox.prebuilt)
+    monkeypatch.setenv("CUPY_MOE_PREBUILT_DIR", str(sandbox.prebuilt))
+    return sandbox.prebuilt
+
+
+def test_help_and_version() -> None:
+    assert __version__ in invoke("--version").stdout
+    text = invoke("--help").stdout
+    assert all(f"  {name}" in text for name in COMMANDS)
+    for name in COMMANDS[:1] + COMMANDS[2:]:
+        assert "--json" in invoke(name, "-h").stdout
+
+
+LIGHT = """
+import pathlib, sys
+from click.testing import CliRunner
+from cupy_moe import build
+from cupy_moe.cli import main
+build.source_folder = lambda: pathlib.Path(sys.argv[1])
+for line in ("--help", "list", "verify", "clean", "show-config", "path", "prebuild --help"):
+    assert CliRunner().invoke(main, line.split()).exit_code == 0, line
+    assert not {"torch", "cupy", "numpy"} & set(sys.modules), line
+for line in ("doctor", "prebuild --arch sm_90"):
+    assert CliRunner().invoke(main, line.split()).exit_code == 0, line
+    assert "torch" not in sys.modules, line
+"""
+
+
+def test_no_command_imports_torch(sandbox: Sandbox) -> None:
+    folder = copy_package(sandbox.folder / "checkout")
+    run = run_python(folder, "-c", LIGHT, str(sandbox.sources), env={"CUPY_MOE_CACHE_DIR": str(sandbox.user)})
+    assert run.returncode == 0, run.stderr
+
+
+# ---- prebuild
+
+
+def test_prebuild_writes_whole_folders_and_is_idempotent(
+    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = sandbox.prebuilt
+    first = invoke_json("prebuild", "--arch", "sm_90", "--arch", "90", "--ptx", "--out", out)
+    assert [(r["target"], r["unit"], r["status"]) for r in first["results"]] == [
+        ("sm_90", "tiny", "built"),
+        (build.PTX_TARGET, "tiny", "built"),
+    ]
+    assert sorted(path.suffix for path in out.rglob("*.*") if path.is_file()) == sorted(
+        [".cubin", ".json", ".json", ".ptx", ".json", ".json"]
+    )
+    monkeypatch.setattr(build, "_nvrtc", lambda: pytest.fail("the compiler was loaded"))
+    again = invoke_json("prebuild", "--arch", "sm_90", "--ptx", "--out", out)
+    assert [result["status"] for result in again["results"]] == ["up to date"] * 2
+    assert again["manifests"] == first["manifests"]
+
+
+def test_all_is_what_nvrtc_knows(sandbox: Sandbox) -> None:
+    value = invoke_json("prebuild", "--arch", "all", "--out", sandbox.prebuilt)
+    assert [result["target"] for result in value["results"]] == build.supported_targets()
+
+
+def test_lines_on_stderr_and_a_table_on_stdout(sandbox: Sandbox) -> None:
+    result = invoke("prebuild", "--arch", "sm_90", "--out", sandbox.prebuilt, "-v", "-j", "1")
+    assert "sm_90 tiny: built" in result.stderr
+    assert "manifest sha256" in result.stdout
+    assert "tiny_reverse" in result.stdout
+    assert "1024" in result.stdout
+    assert "\x1b[" not in result.output
+
+
+def test_other_sources_replace_what_was_built(sandbox: Sandbox, prebuilt: Path) -> None:
+    before = {path.name for path in cache.find(prebuilt, "*/tiny-*")}
+    (sandbox.sources / "tiny.cuh").write_text("constexpr int kOffset = 4;\n")
+    assert sandbox.unit
+    invoke("prebuild", "--arch", "sm_90", "--out", prebuilt, "--check", code=1)
+    would = invoke_json("prebuild", "--arch", "sm_90", "--out", prebuilt, "--dry-run")
+    assert [result["status"] for result in would["results"]] == ["missing"]
+    assert {path.name for path in cache.find(prebuilt, "*/tiny-*")} == before
+    invoke("prebuild", "--arch", "sm_90", "--arch", "sm_80", "--out", prebuilt)
+    after = {path.name for path in cache.find(prebuilt, "*/tiny-*")}
+    assert len(after) == 4
+    assert not after & before
+    invoke("prebuild", "--arch", "sm_90", "--out", prebuilt, "--check")
+
+
+def test_damage_is_rebuilt_and_force_builds_all(sandbox: Sandbox, prebuilt: Path) -> None:
+    (path,) = cache.find(prebuilt, "sm_90/*.cubin")
+    good = path.read_bytes()
+    path.write_bytes(b"")
+    invoke("prebuild", "--arch", "sm_90", "--out", prebuilt, "--check", code=1)
+    invoke("prebuild", "--arch", "sm_90", "--out", prebuilt)
+    assert path.read_bytes() == good
+    forced = invoke_json("prebuild", "--arch", "sm_90", "--out", prebuilt, "--force")
+    assert [result["status"] for result in forced["results"]] == ["built"]
+
+
+def test_one_kernel_leaves_the_others(sandbox: Sandbox, prebuilt: Path) -> None:
+    (sandbox.sources / "other.cu").write_text('extern "C" __global__ void other(int* p) { *p = 1; }')
+    assert sandbox.unit
+    value = invoke_json("prebuild", "--arch", "sm_90", "--out", prebuilt, "--kernel", "other")
+    assert [result["unit"] for result in value["results"]] == ["other"]
+    assert len(cache.find(prebuilt, "sm_90/*.cubin")) == 2
+    assert not prebuild.problems(cache.Root(prebuilt, "prebuilt"), strict=False)
+    assert prebuild.problems(cache.Root(prebuilt, "prebuilt"), strict=True) == [
+        f"{prebuilt}: no other for sm_80"
+    ]
+
+
+def test_a_kernel_that_does_not_compile_fails_alone(sandbox: Sandbox) -> None:
+    (sandbox.sources / "bad.cu").write_text("nonsense;")
+    assert sandbox.unit
+    result = invoke("prebuild", "--arch", "sm_90", "--out", sandbox.prebuilt, code=1)
+    assert "bad.cu(1): error" in result.stdout
+    assert cache.find(sandbox.prebuilt, "sm_90/tiny-*.cubin")
+
+
+def test_a_folder_that_cannot_be_written_is_a_failure(sandbox: Sandbox) -> None:
+    (sandbox.folder / "file").write_text("")
+    result = invoke("prebuild", "--arch", "sm_90", "--out", sandbox.folder / "file" / "cache", code=1)
+    assert "Not a directory" in result.output
+
+
+def test_wrong_usage_exits_with_2(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "known: sm_75, sm_80" in invoke("prebuild", "--arch", "sm_33", code=2).stderr
+    assert "--arch" in invoke("prebuild", code=2).stderr
+    assert "there are: tiny" in invoke("prebuild", "--arch", "sm_90", "--kernel", "huge", code=2).stderr
+    assert "known: sm_75" in invoke("list", "--arch", "x", code=2).stderr
+    invoke("clean", "--all", "--stale", code=2)
+    invoke("prebuild", "--arch", "sm_90", "--jobs", "0", code=2)
+    monkeypatch.setenv("CUPY_MOE_DISABLE_CACHE", "maybe")
+    assert "CUPY_MOE_DISABLE_CACHE" in invoke("path", code=2).stderr
+
+
+def test_without_nvrtc_prebuild_says_what_to_install(
+    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing() -> None:
+        raise DependencyError("NVRTC cannot be loaded; pip install it")
+
+    monkeypatch.setattr(build, "_nvrtc", missing)
+    assert "pip install it" in invoke("prebuild", "--arch", "all", "--out", sandbox.prebuilt, code=1).output
+    assert "pip install it" in invoke("prebuild", "--arch", "90", "--out", sandbox.prebuilt, code=1).output
+
+
+def test_without_out_it_writes_to_the_checkout_or_the_user_cache(
+    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert invoke("path", "--prebuild").stdout.strip() == str(sandbox.user)
+    sandbox.publish(sandbox.user, "sm_80")
+    invoke("prebuild", "--arch", "sm_90")
+    assert {path.parent.name for path in cache.find(sandbox.user, "*/*.cubin")} == {"sm_80", "sm_90"}
+    assert not cache.find(sandbox.user, "*/manifest.json")
+    monkeypatch.setattr(build, "checkout", lambda: sandbox.folder)
+    assert invoke("path", "--prebuild").stdout.strip() == str(sandbox.folder / "cache")
+
+
+# ---- list, verify, clean
+
+
+def test_list_shows_all_folders(sandbox: Sandbox, prebuilt: Path) -> None:
+    sandbox.publish(sandbox.user, "sm_90")
+    rows = invoke_json("list")["images"]
+    found = [(row["origin"], row["target"], row["state"]) for row in rows]
+    assert found == [
+        ("prebuilt", "sm_80", "fresh"),
+        ("prebuilt", "sm_90", "fresh"),
+        ("user", "sm_90", "fresh"),
+    ]
+    assert len(invoke_json("list", "--arch", "9.0")["images"]) == 2
+    (sandbox.sources / "tiny.cuh").write_text("constexpr int kOffset = 4;\n")
+    assert sandbox.unit
+    cache.find(prebuilt, "sm_80/tiny-*.json")[0].write_text("")
+    assert [row["state"] for row in invoke_json("list")["images"]] == ["damaged", "stale", "stale"]
+    assert "stale" in invoke("list").stdout
+
+
+def test_an_empty_list_is_no_failure(sandbox: Sandbox) -> None:
+    assert "no images" in invoke("list").stdout
+
+
+@pytest.mark.parametrize(
+    ("strict", "files", "contents", "said"),
+    [
+        (True, "", b"", None),
+        (False, "sm_90/*.cubin", b"", "has 0 bytes instead of"),
+        (True, "sm_90/tiny-*.json", None, "no tiny for sm_90"),
+        (False, "sm_90/tiny-*.json", None, None),  # a writer was killed before it came to this file
+        (False, "sm_90/tiny-*", None, "missing, or not what the manifest lists"),
+        (False, "sm_90/manifest.json", b"{}", "cannot be read"),
+    ],
+)
+def test_verify(prebuilt: Path, strict: bool, files: str, contents: bytes | None, said: str | None) -> None:
+    for path in cache.find(prebuilt, files) if files else []:
+        if contents is None:
+            path.unlink()
+        else:
+            path.write_bytes(contents)
+    for where in ([], [prebuilt]):
+        result = invoke("verify", *(["--strict"] if strict else []), *where, code=1 if said else 0)
+        assert (said or "0 problems") in result.stdout
+
+
+def test_verify_names_the_file_that_changed(sandbox: Sandbox, prebuilt: Path) -> None:
+    (sandbox.sources / "tiny.cuh").write_text("constexpr int kOffset = 4;\n")
+    assert sandbox.unit
+    invoke("verify")
+    assert "stale (tiny.cuh)" in invoke("verify", "--strict", code=1).stdout
+
+
+def test_strict_wants_something_to_verify(sandbox: Sandbox) -> None:
+    invoke("verify")
+    invoke("verify", "--strict", code=1)
+
+
+def test_clean_touches_the_user_cache_only(sandbox: Sandbox, prebuilt: Path) -> None:
+    sandbox.publish(sandbox.user, "sm_90")
+    (sandbox.user / "v1" / "sm_90" / "notes.txt").write_text("mine")
+    old, new = (sandbox.user / "v1" / "sm_90" / f"{cache.TEMPORARY}{name}" for name in ("1-old", "2-new"))
+    old.write_text("")
+    os.utime(old, (0, 0))
+    new.write_text("")
+    assert invoke_json("clean")["files"] == 1
+    assert new.exists()
+    assert not old.exists()
+    (sandbox.sources / "tiny.cuh").write_text("constexpr int kOffset = 4;\n")
+    assert sandbox.unit
+    sandbox.publish(sandbox.user, "sm_80")
+    assert invoke_json("clean", "--dry-run")["files"] == 2
+    assert invoke_json("clean", "--stale")["files"] == 2
+    assert invoke_json("clean", "--arch", "sm_90")["files"] == 0
+    assert invoke_json("clean", "--all")["files"] == 2
+    assert [path.name for path in cache.find(sandbox.user, "*/*")] == [new.name, "notes.txt"]
+    assert len(cache.find(prebuilt, "*/*.cubin")) == 2
+
+
+# ---- show-config, path, doctor
+
+
+def test_path_and_show_config(sandbox: Sandbox, prebuilt: Path) -> None:
+    assert invoke("path").stdout == f"{sandbox.user}\n"
+    value = invoke_json("show-config")
+    assert value["environment"]["CUPY_MOE_PREBUILT_DIR"] == str(prebuilt)
+    assert set(value["known variables"]) == set(config.VARIABLES)
+    text = invoke("show-config").stdout
+    assert f"{prebuilt} (prebuilt)" in text
+    assert f"{sandbox.user} (CUPY_MOE_CACHE_DIR)" in text
+    assert str(sandbox.sources) in text
+
+
+def test_path_without_a_cache_is_a_failure(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUPY_MOE_DISABLE_CACHE", "1")
+    assert "memory only" in invoke("path", code=1).output
+
+
+def doctor(code: int = 0) -> dict[str, list[tuple[str, str]]]:
+    found: dict[str, list[tuple[str, str]]] = {}
+    for check in invoke_json("doctor", code=code)["checks"]:
+        found.setdefault(check["subject"], []).append((check["status"], check["finding"]))
+    return found
+
+
+def test_doctor_on_a_healthy_host(prebuilt: Path) -> None:
+    found = doctor()
+    assert {status for checks in found.values() for status, _ in checks} == {"PASS"}
+    assert found["prebuilt"] == [("PASS", "every kernel for sm_80, sm_90")]
+    assert "PASS  compile: every kernel for" in invoke("doctor").stdout
+
+
+def test_doctor_finds_what_is_wrong(
+    sandbox: Sandbox, prebuilt: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUPY_MOE_DISBALE_JIT", "1")
+    monkeypatch.setenv("CUPY_MOE_FORCE_JIT", "x")
+    cache.find(prebuilt, "sm_90/*.cubin")[0].write_bytes(b"")
+    sandbox.user.write_text("")
+    (sandbox.sources / "bad.cu").write_text("nonsense;")
+    assert sandbox.unit
+    found = doctor(code=1)
+    assert ("WARN", "CUPY_MOE_DISBALE_JIT is not a variable of cupy_moe") in found["environment"]
+    assert ("FAIL", "CUPY_MOE_FORCE_JIT='x': expected 0 or 1") in found["environment"]
+    assert found["cache"][0][0] == "FAIL"
+    assert found["prebuilt"][0][0] == "FAIL"
+    assert "bad.cu(1): error" in found["compiler"][0][1]
+
+
+def test_doctor_allows_no_compiler_where_all_is_prebuilt(
+    prebuilt: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing() -> None:
+        raise DependencyError("no NVRTC")
+
+    monkeypatch.setattr(build, "toolchain", missing)
+    assert doctor()["NVRTC"] == [("WARN", "no NVRTC")]
+    monkeypatch.delenv("CUPY_MOE_PREBUILT_DIR")
+    assert doctor(code=1)["NVRTC"] == [("FAIL", "no NVRTC")]

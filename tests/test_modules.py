@@ -1,0 +1,411 @@
+"""Loading images on a device: with a driver made up for the purpose, then (gpu) with a real one."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from cache_helpers import PACKAGE, Sandbox, copy_package, run_python, sandbox
+from test_build import REAL
+
+import cupy_moe
+from cupy_moe import build, cache, modules, prebuild
+from cupy_moe.errors import KernelLoadError, KernelNotPrebuiltError
+
+__all__ = ["sandbox"]  # a fixture
+
+
+@pytest.fixture
+def fresh(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is loaded yet."""
+    monkeypatch.setattr(modules, "_modules", {})
+    monkeypatch.setattr(modules, "_functions", {})
+
+
+# ---- a made-up driver
+
+
+class Refused(Exception):
+    def __init__(self, status: int) -> None:
+        super().__init__(f"CUDA_ERROR_{status}")
+        self.status = status
+
+
+class Driver:
+    """Refuses images by origin and target, records what it is told."""
+
+    def __init__(self) -> None:
+        self.refuses: dict[str, int] = {}  # bytes found in an image -> CUresult
+        self.missing: dict[str, int] = {}  # entry -> CUresult
+        self.loads: list[bytes] = []
+        self.attributes: list[tuple[int, int, int]] = []
+        self.current = [0]
+        self.CUDADriverError = Refused
+
+    def load(self, data: bytes) -> None:
+        self.loads.append(data)
+        kind = "compute" if data[:4] != b"\x7fELF" else cache.elf_target(data)
+        if kind in self.refuses:
+            raise Refused(self.refuses[kind])
+
+    def get_function(self, entry: str) -> Any:
+        if entry in self.missing:
+            raise Refused(self.missing[entry])
+        return SimpleNamespace(ptr=1000 * (self.current[-1] + 1) + len(entry))
+
+    def funcGetAttribute(self, attribute: int, function: int) -> int:
+        assert attribute == 1
+        return 1024
+
+    def funcSetAttribute(self, function: int, attribute: int, value: int) -> None:
+        self.attributes.append((function, attribute, value))
+
+
+@pytest.fixture
+def driver(fresh: None, monkeypatch: pytest.MonkeyPatch) -> Driver:
+    from cupy_moe import _cupy
+
+    driver = Driver()
+
+    class Device:
+        def __init__(self, device: int) -> None:
+            self.device = device
+            self.compute_capability = {0: "90", 1: "80"}[device]
+
+        def __enter__(self) -> None:
+            driver.current.append(self.device)
+
+        def __exit__(self, *_: object) -> None:
+            driver.current.pop()
+
+    runtime = SimpleNamespace(
+        getDevice=lambda: 0,
+        getDeviceProperties=lambda device: {"name": b"Imaginary"},
+        deviceGetAttribute=lambda attribute, device: 232448,
+        cudaDevAttrMaxSharedMemoryPerBlockOptin=97,
+    )
+    function = SimpleNamespace(Module=lambda: driver)
+    cuda = SimpleNamespace(Device=Device, driver=driver, runtime=runtime, function=function)
+    monkeypatch.setattr(_cupy, "cupy", SimpleNamespace(cuda=cuda))
+    return driver
+
+
+def test_a_kernel_is_loaded_once_per_device_and_made_ready(driver: Driver) -> None:
+    pointers = {modules.kernel(device, "tiny", "tiny_add") for device in (0, 1, 0, 1)}
+    assert pointers == {1008, 2008}
+    assert [cache.elf_target(data) for data in driver.loads] == ["sm_90", "sm_80"]
+    shared, clusters = modules._MAX_DYNAMIC_SHARED, modules._NON_PORTABLE_CLUSTER
+    assert driver.attributes == [(1008, shared, 231424), (1008, clusters, 1), (2008, shared, 231424)]
+
+
+def test_threads_load_once(driver: Driver) -> None:
+    threads = [threading.Thread(target=modules.kernel, args=(0, "tiny", "tiny_add")) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(driver.loads) == 1
+
+
+@pytest.mark.parametrize("status", [200, 209, 218, 300])
+def test_a_refused_image_gives_way_to_the_next(
+    driver: Driver,
+    sandbox: Sandbox,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    status: int,
+) -> None:
+    sandbox.publish(sandbox.prebuilt, "sm_90")
+    sandbox.publish(sandbox.prebuilt, "compute_90")
+    monkeypatch.setenv("CUPY_MOE_PREBUILT_DIR", str(sandbox.prebuilt))
+    driver.refuses = {"sm_90": status}
+    assert modules.image(0, "tiny").entry.target == "compute_90"
+    warned = [record for record in caplog.records if record.levelno == logging.WARNING]
+    assert bool(warned) == (status != 209)  # a wrong architecture is what the next candidate is for
+    assert all("damaged" in record.getMessage() for record in warned)
+
+
+def test_when_all_are_refused_the_error_tells_each_reason(driver: Driver, sandbox: Sandbox) -> None:
+    sandbox.publish(sandbox.user, "compute_80")
+    driver.refuses = {"sm_90": 209, "compute": 222}
+    with pytest.raises(KernelLoadError) as caught:
+        modules.kernel(0, "tiny", "tiny_add")
+    message = str(caught.value)
+    assert message.startswith("device 0 (Imaginary): no image of kernel 'tiny'")
+    assert "refused: sm_90 image (compiled, in memory): CUDA_ERROR_209" in message
+    assert "needs a driver as new" in message
+
+
+def test_a_missing_image_names_the_device(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUPY_MOE_DISABLE_JIT", "1")
+    with pytest.raises(KernelNotPrebuiltError, match=r"device 1 \(Imaginary\).* 8\.0\n"):
+        modules.kernel(1, "tiny", "tiny_add")
+
+
+def test_a_missing_entry_is_answered_with_those_there_are(driver: Driver) -> None:
+    driver.missing = {"tiny_sub": 500}
+    with pytest.raises(KernelLoadError, match=r"'tiny_sub' .* has tiny_add, tiny_cluster, tiny_reverse"):
+        modules.kernel(0, "tiny", "tiny_sub")
+
+
+def test_a_driver_that_loads_nothing_during_capture_is_explained(driver: Driver) -> None:
+    driver.refuses = {"sm_90": 900}
+    with pytest.raises(KernelLoadError, match=r"capture .*cupy_moe\.warmup\(\)"):
+        modules.kernel(0, "tiny", "tiny_add")
+    driver.refuses, driver.missing = {}, {"tiny_add": 906}
+    with pytest.raises(KernelLoadError, match=r"capture .*cupy_moe\.warmup\(\)"):
+        modules.kernel(0, "tiny", "tiny_add")
+    driver.missing = {}
+    assert modules.kernel(0, "tiny", "tiny_add")
+
+
+def test_warmup_loads_everything_and_says_so_in_one_line(
+    driver: Driver, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    sandbox.publish(sandbox.prebuilt, "sm_90")
+    monkeypatch.setenv("CUPY_MOE_PREBUILT_DIR", str(sandbox.prebuilt))
+    caplog.set_level(logging.INFO, "cupy_moe")
+    assert cupy_moe.warmup() == 3
+    assert len(caplog.records) == 1
+    assert "3 kernels ready on device 0 in" in caplog.text
+    assert "3 from prebuilt sm_90" in caplog.text
+    monkeypatch.setattr(cache, "candidates", lambda *_: pytest.fail("looked up again"))
+    assert modules.kernel(0, "tiny", "tiny_cluster")
+    assert cupy_moe.warmup([0]) == 3
+
+
+# ---- a real one
+
+
+@contextmanager
+def unusual(name: str) -> Iterator[None]:
+    """Turns a driver error that a test provokes into a failure that names it."""
+    try:
+        yield
+    except KernelLoadError as error:
+        pytest.fail(f"{name}: {error}")
+
+
+def _launch(device: int, entry: str, count: int) -> list[int]:
+    """Run a kernel of the small unit on 0, 1, 2, ..."""
+    import torch
+    from cupy.cuda.function import Function  # noqa: F401  (CuPy is there)
+
+    from cupy_moe._cupy import cupy
+
+    data = torch.arange(count, dtype=torch.int32, device=f"cuda:{device}")
+    modules.kernel(device, "tiny", entry)
+    function = modules._functions[device, "tiny", entry]
+    stream = SimpleNamespace(ptr=torch.cuda.current_stream(device).cuda_stream)
+    clusters = entry == "tiny_cluster"
+    grid, block = ((count, 1, 1), (1, 1, 1)) if clusters else ((1, 1, 1), (count, 1, 1))
+    with cupy.cuda.Device(device):
+        function(grid, block, (data.data_ptr(),), stream=stream)
+    return data.tolist()
+
+
+@pytest.fixture
+def native(fresh: None) -> str:
+    return build.native_targets(modules.capability(0))[0]
+
+
+@pytest.mark.gpu
+def test_a_compiled_kernel_runs(native: str, sandbox: Sandbox) -> None:
+    assert _launch(0, "tiny_add", 256) == [value + 3 for value in range(256)]
+    assert _launch(0, "tiny_reverse", 256) == list(reversed(range(256)))
+    assert modules.image(0, "tiny").origin == "compiled"
+    if modules.capability(0) >= (9, 0):
+        assert _launch(0, "tiny_cluster", 16) == [16] * 16
+
+
+@pytest.mark.gpu
+def test_dynamic_shared_memory_is_all_that_is_left(native: str) -> None:
+    from cupy_moe._cupy import cupy
+
+    runtime = cupy.cuda.runtime
+    limit = runtime.deviceGetAttribute(runtime.cudaDevAttrMaxSharedMemoryPerBlockOptin, 0)
+    for entry, static in (("tiny_add", 0), ("tiny_reverse", 1024)):
+        pointer = modules.kernel(0, "tiny", entry)
+        assert cupy.cuda.driver.funcGetAttribute(modules._MAX_DYNAMIC_SHARED, pointer) == limit - static
+
+
+@pytest.mark.gpu
+def test_a_prebuilt_kernel_runs_without_nvrtc(
+    native: str, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sandbox.publish(sandbox.prebuilt, native)
+    monkeypatch.setenv("CUPY_MOE_PREBUILT_DIR", str(sandbox.prebuilt))
+    monkeypatch.setenv("CUPY_MOE_DISABLE_JIT", "1")
+    monkeypatch.setattr(build, "_nvrtc", lambda: pytest.fail("the compiler was loaded"))
+    assert _launch(0, "tiny_add", 4) == [3, 4, 5, 6]
+    assert modules.image(0, "tiny").origin == "prebuilt"
+
+
+@pytest.mark.gpu
+def test_every_device_runs(native: str) -> None:
+    import torch
+
+    for device in range(torch.cuda.device_count()):
+        assert _launch(device, "tiny_add", 4) == [3, 4, 5, 6]
+    assert torch.cuda.current_device() == 0
+
+
+def _disguise(image: cache.Image, target: str, data: bytes | None = None) -> cache.Image:
+    """An image that passes every check of ours under a target that it is not of."""
+    entry = cache.Entry(**{**vars(image.entry), "target": target})
+    return cache.Image(entry, image.data if data is None else data, image.origin, image.path)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("damage", ["wrong architecture", "cut in half", "noise", "empty ELF"])
+def test_the_driver_refuses_and_the_compiler_steps_in(
+    native: str,
+    sandbox: Sandbox,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    damage: str,
+) -> None:
+    caplog.set_level(logging.INFO, "cupy_moe")
+    good = cache.compile_image(sandbox.unit, native)
+    other = "sm_80" if native != "sm_80" else "sm_90"
+    bad = {
+        "wrong architecture": cache.compile_image(sandbox.unit, other).data,
+        "cut in half": good.data[: len(good.data) // 2],
+        "noise": good.data[:64] + bytes(range(256)) * 8,
+        "empty ELF": good.data[:64],
+    }[damage]
+    candidates = cache.candidates
+
+    def first_a_bad_one(unit: str, capability: tuple[int, int]) -> Iterator[cache.Image]:
+        yield _disguise(good, native, bad)
+        yield from candidates(unit, capability)
+
+    monkeypatch.setattr(cache, "candidates", first_a_bad_one)
+    with unusual(damage):
+        assert _launch(0, "tiny_add", 4) == [3, 4, 5, 6]
+    assert "not using the" in caplog.text
+    assert modules.image(0, "tiny").data == good.data
+
+
+@pytest.mark.gpu
+def test_damage_on_disk_is_compiled_around(
+    native: str, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = sandbox.publish(sandbox.prebuilt, native)
+    path.write_bytes(path.read_bytes()[:-100])
+    monkeypatch.setenv("CUPY_MOE_PREBUILT_DIR", str(sandbox.prebuilt))
+    assert _launch(0, "tiny_add", 4) == [3, 4, 5, 6]
+    assert caplog.text.count("WARNING") == 1
+
+
+@pytest.mark.gpu
+def test_without_nvrtc_ptx_runs(native: str, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    ptx = native.replace("sm_", "compute_")
+    sandbox.publish(sandbox.prebuilt, ptx)
+    monkeypatch.setenv("CUPY_MOE_PREBUILT_DIR", str(sandbox.prebuilt))
+    monkeypatch.setenv("CUPY_MOE_DISABLE_JIT", "1")
+    assert _launch(0, "tiny_add", 4) == [3, 4, 5, 6]
+    assert modules.image(0, "tiny").entry.target == ptx
+    if modules.capability(0) >= (9, 0):
+        assert _launch(0, "tiny_cluster", 16) == [16] * 16
+
+
+@pytest.mark.gpu
+def test_with_neither_image_nor_compiler_the_error_names_the_gpu(
+    native: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    monkeypatch.setenv("CUPY_MOE_DISABLE_JIT", "1")
+    with pytest.raises(KernelNotPrebuiltError) as caught:
+        modules.kernel(0, "tiny", "tiny_add")
+    assert torch.cuda.get_device_name(0) in str(caught.value)
+    assert f"cupy-moe prebuild --arch {native}" in str(caught.value)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("prebuilt", [True, False])
+def test_the_first_use_may_be_inside_a_capture(
+    native: str, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, prebuilt: bool
+) -> None:
+    import torch
+
+    from cupy_moe._cupy import cupy
+
+    if prebuilt:
+        sandbox.publish(sandbox.prebuilt, native)
+        monkeypatch.setenv("CUPY_MOE_PREBUILT_DIR", str(sandbox.prebuilt))
+    data = torch.zeros(4, dtype=torch.int32, device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        modules.kernel(0, "tiny", "tiny_add")
+        function = modules._functions[0, "tiny", "tiny_add"]
+        stream = SimpleNamespace(ptr=torch.cuda.current_stream().cuda_stream)
+        with cupy.cuda.Device(0):
+            function((1, 1, 1), (4, 1, 1), (data.data_ptr(),), stream=stream)
+    for _ in range(3):
+        graph.replay()
+    assert data.tolist() == [9, 9, 9, 9]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not REAL, reason="there are no kernels yet")
+def test_warmup_readies_every_kernel_from_a_prebuilt_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(modules, "_modules", {})
+    monkeypatch.setattr(modules, "_functions", {})
+    target = build.native_targets(modules.capability(0))[0]
+    work = [(unit, target) for unit in build.units().values()]
+    results = list(prebuild.run(cache.Root(tmp_path, "prebuilt"), work, 4))
+    monkeypatch.setenv("CUPY_MOE_PREBUILT_DIR", str(tmp_path))
+    monkeypatch.setenv("CUPY_MOE_DISABLE_JIT", "1")
+    caplog.set_level(logging.INFO, "cupy_moe")
+    assert cupy_moe.warmup() == sum(len(result.kernels) for result in results)
+    assert f"from prebuilt {target}" in caplog.text
+    print(caplog.text)
+
+
+COLD = """
+import time; start = time.perf_counter()
+import torch; torch.zeros(1, device="cuda"); torch.cuda.synchronize()
+ready = time.perf_counter()
+from cupy_moe._cupy import cupy
+imported = time.perf_counter()
+from cupy_moe import modules, cache
+modules.kernel(0, "tiny", "tiny_add")
+done = time.perf_counter()
+print(f"{modules.image(0, 'tiny').origin} torch+context {(ready - start) * 1e3:.0f} ms,"
+      f" import cupy {(imported - ready) * 1e3:.1f} ms, first kernel {(done - imported) * 1e3:.1f} ms")
+"""
+
+
+@pytest.mark.gpu
+def test_a_cold_start_from_prebuilt_takes_milliseconds(native: str, tmp_path: Path) -> None:
+    checkout = copy_package(tmp_path / "checkout")
+    home = {"HOME": str(tmp_path)}
+    compiled = run_python(checkout, "-c", COLD, env=home)
+    cached = run_python(checkout, "-c", COLD, env=home)
+    built = run_python(checkout, "-m", "cupy_moe", "prebuild", "--arch", "native")
+    assert built.returncode == 0, built.stderr
+    prebuilt = run_python(checkout, "-c", COLD, env={**home, "CUPY_MOE_DISABLE_JIT": "1"})
+    for run, origin in ((compiled, "compiled"), (cached, "user"), (prebuilt, "checkout")):
+        assert run.returncode == 0, run.stderr
+        assert run.stdout.startswith(origin), run.stdout
+        print(run.stdout.strip(), file=sys.stderr)
+
+
+@pytest.mark.gpu
+def test_doctor_examines_the_gpu(tmp_path: Path) -> None:
+    if not REAL:
+        pytest.skip("there are no kernels yet")
+    run = run_python(PACKAGE.parent, "-m", "cupy_moe", "doctor", "--gpu", env={"HOME": str(tmp_path)})
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "gpu 0: compute capability" in run.stdout
