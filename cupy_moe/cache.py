@@ -107,18 +107,14 @@ def locate_user_root() -> tuple[Root | None, str]:
         if reason := _distrust(named, stat.S_IWOTH):  # a group may well share a folder that it names
             _warn_once(f"trust {named}", "CUPY_MOE_CACHE_DIR: %s is %s", named, reason)
         return Root(named, "user"), "CUPY_MOE_CACHE_DIR"
-    choices = [(os.environ.get("XDG_CACHE_HOME", ""), "XDG_CACHE_HOME")]
-    choices += [(os.path.expanduser("~/.cache"), "home")]
-    for folder, why in choices:
+    # "~" stays as it is, and so is not absolute, where there is neither HOME nor a passwd entry.
+    home = os.path.expanduser("~/.cache")
+    for folder, why in ((os.environ.get("XDG_CACHE_HOME", ""), "XDG_CACHE_HOME"), (home, "home")):
         path = Path(folder) / "cupy_moe"
-        if path.is_absolute() and _usable(
-            path
-        ):  # "~" stays as it is where there is neither HOME nor a passwd entry
+        if path.is_absolute() and _usable(path):
             return Root(path, "user", private=True), why
     with contextlib.suppress(OSError):  # gettempdir() looks for a folder that it can write to
-        path = Path(tempfile.gettempdir()) / (
-            f"cupy_moe-{os.getuid()}" if hasattr(os, "getuid") else "cupy_moe"
-        )
+        path = Path(tempfile.gettempdir()) / f"cupy_moe-{os.getuid()}"
         if _usable(path):
             return Root(path, "user", private=True), "temporary: no home folder that can be written"
     return None, "no folder can be written: memory only"
@@ -140,7 +136,7 @@ def _usable(path: Path) -> bool:
 
 def _distrust(path: Path, others: int = stat.S_IWGRP | stat.S_IWOTH) -> str | None:
     """Why kernels in this folder may be someone else's, if so."""
-    if not hasattr(os, "geteuid") or not path.exists():
+    if not path.exists():
         return None
     status = path.stat()
     if status.st_uid not in (os.geteuid(), 0):
@@ -169,10 +165,10 @@ def entries(root: Path, target: str = "*", unit: str = "*") -> Iterator[tuple[Pa
     for sidecar in find(root, f"{target}/{unit}-{KEY}.json"):
         try:
             entry = Entry(**json.loads(sidecar.read_bytes()))
-            known = entry.schema == build.SCHEMA and (entry.target, entry.stem) == (
-                sidecar.parent.name,
-                sidecar.stem,
+            known = entry.schema == build.SCHEMA and all(
+                isinstance(d, dict) for d in (entry.files, entry.kernels)
             )
+            known &= (entry.target, entry.stem) == (sidecar.parent.name, sidecar.stem)
         except FileNotFoundError:
             continue  # the folder is being cleaned
         except (OSError, ValueError, TypeError):
@@ -238,10 +234,8 @@ def candidates(unit_name: str, capability: tuple[int, int]) -> Iterator[Image]:
     for target in targets:
         for root in prebuilt:
             yield from stored(root, target)
-        if (
-            user
-        ):  # matching the installed wheels is as good as asking NVRTC, which takes half a second to load
-            yield from stored(user, target, build.installed_nvrtc())
+        # Comparing with the installed wheels is as good as asking NVRTC, which takes half a second to load.
+        yield from stored(user, target, build.installed_nvrtc()) if user else ()
 
     reason = "CUPY_MOE_DISABLE_JIT=1 is set"
     if may_compile:
@@ -302,9 +296,7 @@ def _found(root: Root, unit: build.Unit) -> str:
     return ", ".join(names) or "nothing"
 
 
-_compiled: dict[
-    str, Image
-] = {}  # what this process compiled: serves its other devices where nothing can be published
+_compiled: dict[str, Image] = {}  # by this process, for its other devices: there may be no cache
 
 
 def _compile_cached(

@@ -25,6 +25,8 @@ class _Main(click.Group):
             return super().invoke(ctx)
         except ConfigError as error:
             raise click.UsageError(str(error)) from error
+        except BrokenPipeError:
+            raise  # click's own affair
         except (CupyMoeError, OSError) as error:
             raise click.ClickException(str(error)) from error
 
@@ -88,30 +90,15 @@ def _native() -> str:
 
 
 @main.command("prebuild")
-@click.option(
-    "--arch",
-    "arch",
-    multiple=True,
-    required=True,
-    metavar="ARCH",
-    help="sm_90, 90, 9.0, all or native; repeat.",
-)
-@click.option(
-    "--out", type=click.Path(file_okay=False, path_type=Path), help="Folder [default: see path --prebuild]."
-)
+@click.option("--arch", multiple=True, required=True, metavar="ARCH", help="sm_90, 9.0, all, native; repeat.")
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder to write to.")
 @click.option("--kernel", "names", multiple=True, help="Only this file of kernels_cu/ (without .cu); repeat.")
-@click.option(
-    "--ptx/--no-ptx", default=False, help=f"Also {build.PTX_TARGET}, for GPUs newer than every cubin."
-)
-@click.option(
-    "--jobs", "-j", type=click.IntRange(1), default=os.cpu_count, help="How many to compile at once."
-)
+@click.option("--ptx/--no-ptx", help=f"Also {build.PTX_TARGET}, for GPUs newer than every cubin.")
+@click.option("--jobs", "-j", type=click.IntRange(1), default=os.cpu_count, help="How many at once.")
 @click.option("--force", is_flag=True, help="Compile again what is up to date.")
 @click.option("--check", is_flag=True, help="Build nothing; exit 1 if anything is missing or stale.")
 @click.option("--dry-run", is_flag=True, help="Build nothing; show what would be built.")
-@click.option(
-    "--verbose", "-v", is_flag=True, help="Show registers, spills and shared memory of each kernel."
-)
+@click.option("--verbose", "-v", is_flag=True, help="Show registers, spills and shared memory.")
 @as_json
 def prebuild_command(
     arch: tuple[str, ...],
@@ -131,33 +118,23 @@ def prebuild_command(
     package is installed, to the user cache. Ship the folder and set CUPY_MOE_PREBUILT_DIR to it.
     """
     units = build.units()
-    for name in names:
-        if name not in units:
-            raise click.BadParameter(
-                f"unknown kernel {name!r}; there are: {', '.join(units)}", param_hint="--kernel"
-            )
+    if unknown := set(names) - set(units):
+        message = f"unknown kernel {', '.join(unknown)}; there are: {', '.join(units)}"
+        raise click.BadParameter(message, param_hint="--kernel")
     root = cache.Root(out.absolute(), "prebuilt") if out else prebuild.default_folder()
     targets = _targets(arch, ptx, offline=check or dry_run)
     wanted = [(units[name], target) for target in targets for name in (names or units)]
     results = [prebuild.state(root.path, unit, target) for unit, target in wanted]
-    todo = [
-        pair
-        for pair, result in zip(wanted, results, strict=True)
-        if result.status == "missing" or (force and not check)
-    ]
-    manifests: dict[str, str] = {}
+    manifests = {}
     if not (check or dry_run):
-        built = {(result.target, result.unit): result for result in _build(root, todo, jobs)}
-        results = [built.get((result.target, result.unit), result) for result in results]
-        if root.origin != "user":  # a shared cache may hold images of other versions
-            manifests = {
-                target: prebuild.finish(root.path, target)
-                for target in targets
-                if (root.path / cache.LAYOUT / target).is_dir()
-            }
+        todo = [pair for pair, r in zip(wanted, results, strict=True) if force or r.status == "missing"]
+        built = {(r.target, r.unit): r for r in _build(root, todo, jobs)}
+        results = [built.get((r.target, r.unit), r) for r in results]
+        if root.origin != "user":  # which other versions may share
+            manifests = {target: prebuild.finish(root.path, target) for target in targets}
     _report(root.path, results, manifests, verbose, as_json)
-    failed = any(result.status == "failed" for result in results)
-    if failed or (check and todo):
+    statuses = {result.status for result in results}
+    if "failed" in statuses or (check and "missing" in statuses):
         sys.exit(1)
 
 
@@ -168,7 +145,7 @@ def _build(root: cache.Root, todo: list[tuple[build.Unit, str]], jobs: int) -> l
         with click.progressbar(running, length=len(todo), label="compiling", file=sys.stderr) as bar:
             return list(bar)
     for result in running:
-        click.echo(f"{result.target} {result.unit}: {result.status} ({result.milliseconds:.0f} ms)", err=True)
+        click.echo(f"{result.target} {result.unit}: {result.status} ({result.ms:.0f} ms)", err=True)
         results.append(result)
     return results
 
@@ -176,10 +153,7 @@ def _build(root: cache.Root, todo: list[tuple[build.Unit, str]], jobs: int) -> l
 def _report(
     root: Path, results: list[prebuild.Result], manifests: dict[str, str], verbose: bool, as_json: bool
 ) -> None:
-    rows = [
-        [r.target, r.unit, r.status, len(r.kernels), _size(r.size), f"{r.milliseconds:.0f} ms"]
-        for r in results
-    ]
+    rows = [[r.target, r.unit, r.status, len(r.kernels), _size(r.size), f"{r.ms:.0f} ms"] for r in results]
     lines = [_table(["target", "unit", "status", "kernels", "size", "time"], rows)]
     if verbose:
         figures = [
@@ -191,11 +165,8 @@ def _report(
     lines += [f"\n{r.error}" for r in results if r.error]
     lines += ["", *(f"{target} manifest sha256 {digest}" for target, digest in manifests.items())]
     lines.append(f"{_size(sum(r.size for r in results))} in {root}")
-    _print(
-        {"out": root, "results": [asdict(r) for r in results], "manifests": manifests},
-        as_json,
-        "\n".join(lines),
-    )
+    value = {"out": root, "results": [asdict(r) for r in results], "manifests": manifests}
+    _print(value, as_json, "\n".join(lines))
 
 
 # ---- look and clean -------------------------------------------------------------------------------------
@@ -215,25 +186,22 @@ def list_command(arch: str, as_json: bool) -> None:
     images = []
     for root in _roots():
         for sidecar, entry in cache.entries(root.path, arch):
-            row: dict[str, Any] = {"origin": root.origin, "state": "damaged", "path": sidecar.with_suffix("")}
+            image: dict[str, Any] = {"origin": root.origin, "state": "damaged", "sidecar": sidecar}
+            image |= {
+                "target": sidecar.parent.name,
+                "unit": sidecar.stem,
+                "kernels": {},
+                "size": 0,
+                "nvrtc": "",
+            }
             if entry:
-                unit = units.get(entry.unit)
-                fresh = unit and unit.digest == entry.source_digest
-                row |= asdict(entry) | {"state": "fresh" if fresh else "stale"}
-            images.append(row)
-    rows = [
-        [
-            *(row[key] for key in ("origin", "state")),
-            row.get("target", row["path"].parent.name),
-            row.get("unit", row["path"].name),
-            *([len(row["kernels"]), _size(row["size"]), row["nvrtc"]] if "unit" in row else ["", "", ""]),
-        ]
-        for row in images
-    ]
-    head = ["origin", "state", "target", "unit", "kernels", "size", "nvrtc"]
-    _print(
-        {"images": images}, as_json, _table(head, rows) if rows else "no images; cupy-moe prebuild makes some"
-    )
+                fresh = entry.unit in units and units[entry.unit].digest == entry.source_digest
+                image |= asdict(entry) | {"state": "fresh" if fresh else "stale"}
+            images.append(image)
+    head = ["origin", "state", "target", "unit", "nvrtc", "kernels", "size"]
+    rows = [[*(i[key] for key in head[:5]), len(i["kernels"]), _size(i["size"])] for i in images]
+    text = _table(head, rows) if rows else "no images; cupy-moe prebuild makes some"
+    _print({"images": images}, as_json, text)
 
 
 @main.command("verify")
@@ -248,11 +216,8 @@ def verify_command(path: Path | None, strict: bool, as_json: bool) -> None:
         found.append("there is no prebuilt folder")
     images = sum(1 for root in roots for _ in cache.entries(root.path))
     summary = f"{images} images in {len(roots)} folders, {len(found)} problems"
-    _print(
-        {"images": images, "folders": [root.path for root in roots], "problems": found},
-        as_json,
-        "\n".join([*found, summary]),
-    )
+    value = {"images": images, "folders": [root.path for root in roots], "problems": found}
+    _print(value, as_json, "\n".join([*found, summary]))
     if found:
         sys.exit(1)
 
@@ -296,46 +261,27 @@ def path_command(of_prebuild: bool, as_json: bool) -> None:
     _print({"path": root.path}, as_json, str(root.path))
 
 
-def _configuration() -> dict[str, Any]:
-    user, why = cache.locate_user_root()
-    names = (
-        "cupy-cuda12x",
-        "cupy-cuda13x",
-        "nvidia-cuda-nvrtc-cu12",
-        "nvidia-cuda-nvrtc",
-        "cuda-pathfinder",
-        "torch",
-    )
-    return {
-        "version": __version__,
-        "sources": build.source_folder(),
-        "kernels": {name: unit.digest[:16] for name, unit in build.units().items()},
-        "prebuilt": [f"{root.path} ({root.origin})" for root in cache.prebuilt_roots()],
-        "user cache": f"{user.path if user else None} ({why})",
-        "packages": {name: version for name in names if (version := build.installed_version(name))},
-        "environment": {
-            name: value for name, value in sorted(os.environ.items()) if name.startswith("CUPY_MOE_")
-        },
-    }
-
-
 @main.command("show-config")
 @as_json
 def show_config_command(as_json: bool) -> None:
     """Show folders, digests, versions and environment variables, and why each folder is the one used."""
-    value = _configuration()
-    lines = []
-    for key, what in value.items():
-        items = [f"{k} {v}" for k, v in what.items()] if isinstance(what, dict) else what
-        lines.append(
-            f"{key}: " + ("\n  ".join(["", *items]) or "none" if isinstance(items, list) else str(items))
-        )
-    known = "\n  ".join(["", *(f"{name}  {meaning}" for name, meaning in config.VARIABLES.items())])
-    _print(
-        value | {"known variables": config.VARIABLES},
-        as_json,
-        "\n".join([*lines, f"known variables:{known}"]),
-    )
+    user, why = cache.locate_user_root()
+    distributions = ("cupy-cuda12x", "cupy-cuda13x", "nvidia-cuda-nvrtc-cu12", "nvidia-cuda-nvrtc", "torch")
+    value: dict[str, dict[str, Any]] = {
+        "folders": {
+            "kernel sources": build.source_folder(),
+            **{f"prebuilt {n}": f"{r.path} ({r.origin})" for n, r in enumerate(cache.prebuilt_roots(), 1)},
+            "user cache": f"{user.path if user else None} ({why})",
+        },
+        "kernels": {name: unit.digest[:16] for name, unit in build.units().items()},
+        "packages": {"cupy-moe": __version__, **{n: build.installed_version(n) for n in distributions}},
+        "environment": {name: os.environ.get(name) for name in config.VARIABLES},
+    }
+    lines = [
+        line for title, pairs in value.items() for line in (title, *(f"  {k}: {pairs[k]}" for k in pairs))
+    ]
+    meanings = [f"  {name}: {meaning}" for name, meaning in config.VARIABLES.items()]
+    _print(value, as_json, "\n".join([*lines, "variables", *meanings]))
 
 
 @main.command("doctor")

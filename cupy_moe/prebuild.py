@@ -24,7 +24,7 @@ class Result:
     unit: str
     status: str  # "up to date", "missing", "built" or "failed"
     size: int = 0
-    milliseconds: float = 0.0
+    ms: float = 0.0
     kernels: build.Kernels = field(default_factory=dict)
     error: str = ""
 
@@ -62,8 +62,8 @@ def run(root: cache.Root, work: list[tuple[build.Unit, str]], jobs: int) -> Iter
             cache.publish(root, image)
         except (CupyMoeError, OSError) as error:
             return Result(target, unit.name, "failed", error=str(error))
-        milliseconds = (time.perf_counter() - start) * 1e3
-        return Result(target, unit.name, "built", image.entry.size, milliseconds, image.entry.kernels)
+        ms = (time.perf_counter() - start) * 1e3
+        return Result(target, unit.name, "built", image.entry.size, ms, image.entry.kernels)
 
     with ThreadPoolExecutor(jobs) as pool:
         for future in as_completed([pool.submit(make, unit, target) for unit, target in work]):

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from cupy_moe import build, cache, prebuild
 
-WORKERS, REPEATS, TIMEOUT = 16, 20, 60.0
+WORKERS, REPEATS, TIMEOUT = 16, 40, 60.0
 
 
 def work(seed: int, expected: bytes) -> None:
@@ -51,7 +51,7 @@ def main(sources: Path, folder: Path, rounds: int) -> None:
                     print(f"round {number}: {error!r}", file=sys.stderr)
                 os._exit(4)
             children[pid] = chance.random() < 0.5
-        time.sleep(chance.random() * 0.2)
+        time.sleep(chance.random() * 0.6)
         for pid in [pid for pid, doomed in children.items() if doomed]:
             os.kill(pid, signal.SIGKILL)
             time.sleep(chance.random() * 0.02)

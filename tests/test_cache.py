@@ -216,7 +216,8 @@ DAMAGES = {
     "sidecar with more": _edit(surprise=1),
     "sidecar of another": _edit(target="sm_80"),
     "sidecar of another unit": _edit(unit="../tiny"),
-    "sidecar with odd types": _edit(entry_key=5),
+    "sidecar with an odd key": _edit(entry_key=5),
+    "sidecar with odd figures": _edit(kernels=5),
 }
 
 
@@ -428,7 +429,7 @@ def test_two_folders_and_two_processes_give_the_same_bytes_and_names(tmp_path: P
 
 
 def test_a_race_of_processes_that_are_killed(tmp_path: Path, sandbox: Sandbox) -> None:
-    rounds = os.environ.get("RACE_ROUNDS", "4")
+    rounds = os.environ.get("RACE_ROUNDS", "3")
     script = str(Path(__file__).with_name("race.py"))
     run = run_python(PACKAGE.parent, script, str(sandbox.sources), str(tmp_path / "cold"), rounds)
     print(run.stdout)

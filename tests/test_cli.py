@@ -274,7 +274,7 @@ def test_path_and_show_config(sandbox: Sandbox, prebuilt: Path) -> None:
     assert invoke("path").stdout == f"{sandbox.user}\n"
     value = invoke_json("show-config")
     assert value["environment"]["CUPY_MOE_PREBUILT_DIR"] == str(prebuilt)
-    assert set(value["known variables"]) == set(config.VARIABLES)
+    assert set(value["environment"]) == set(config.VARIABLES)
     text = invoke("show-config").stdout
     assert f"{prebuilt} (prebuilt)" in text
     assert f"{sandbox.user} (CUPY_MOE_CACHE_DIR)" in text
