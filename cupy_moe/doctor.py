@@ -129,7 +129,8 @@ def _gpu() -> Iterator[Check]:
             "FAIL", "gpu", f"no GPU can be used: {error}", "install an NVIDIA driver, or do without --gpu"
         )
         return
-    yield Check("PASS", "gpu", f"driver for CUDA {runtime.driverGetVersion() // 10 / 100:.1f}, {count} GPUs")
+    version = runtime.driverGetVersion()
+    yield Check("PASS", "gpu", f"driver for CUDA {version // 1000}.{version % 1000 // 10}, {count} GPUs")
     for device in range(count):
         capability = modules.capability(device)
         start = time.perf_counter()

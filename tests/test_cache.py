@@ -492,4 +492,6 @@ print(before, driver.cuDeviceGetCount(ctypes.byref(count)))
 def test_compiling_does_not_initialise_cuda(miniature: Path) -> None:
     """NVRTC's own cache would, and so poison processes forked later; `--no-cache` prevents it."""
     run = run_python(miniature, "-c", FORK)
-    assert (run.returncode, run.stdout.split()) == (0, ["3", "3"]), run.stderr  # CUDA_ERROR_NOT_INITIALIZED
+    assert run.returncode == 0, run.stderr
+    before, after = run.stdout.split()
+    assert before == after  # 3, CUDA_ERROR_NOT_INITIALIZED, unless importing CuPy is enough to initialise it

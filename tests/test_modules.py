@@ -6,7 +6,7 @@ import logging
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -184,19 +184,9 @@ def test_warmup_loads_everything_and_says_so_in_one_line(
 # ---- a real one
 
 
-@contextmanager
-def unusual(name: str) -> Iterator[None]:
-    """Turns a driver error that a test provokes into a failure that names it."""
-    try:
-        yield
-    except KernelLoadError as error:
-        pytest.fail(f"{name}: {error}")
-
-
 def _launch(device: int, entry: str, count: int) -> list[int]:
     """Run a kernel of the small unit on 0, 1, 2, ..."""
     import torch
-    from cupy.cuda.function import Function  # noqa: F401  (CuPy is there)
 
     from cupy_moe._cupy import cupy
 
@@ -257,14 +247,8 @@ def test_every_device_runs(native: str) -> None:
     assert torch.cuda.current_device() == 0
 
 
-def _disguise(image: cache.Image, target: str, data: bytes | None = None) -> cache.Image:
-    """An image that passes every check of ours under a target that it is not of."""
-    entry = cache.Entry(**{**vars(image.entry), "target": target})
-    return cache.Image(entry, image.data if data is None else data, image.origin, image.path)
-
-
 @pytest.mark.gpu
-@pytest.mark.parametrize("damage", ["wrong architecture", "cut in half", "noise", "empty ELF"])
+@pytest.mark.parametrize("damage", ["wrong architecture", "other machine", "zeros", "text"])
 def test_the_driver_refuses_and_the_compiler_steps_in(
     native: str,
     sandbox: Sandbox,
@@ -277,19 +261,18 @@ def test_the_driver_refuses_and_the_compiler_steps_in(
     other = "sm_80" if native != "sm_80" else "sm_90"
     bad = {
         "wrong architecture": cache.compile_image(sandbox.unit, other).data,
-        "cut in half": good.data[: len(good.data) // 2],
-        "noise": good.data[:64] + bytes(range(256)) * 8,
-        "empty ELF": good.data[:64],
+        "other machine": good.data[:18] + b"\x3e\x00" + good.data[20:],  # x86
+        "zeros": bytes(4096),
+        "text": b"no PTX",
     }[damage]
     candidates = cache.candidates
 
     def first_a_bad_one(unit: str, capability: tuple[int, int]) -> Iterator[cache.Image]:
-        yield _disguise(good, native, bad)
+        yield replace(good, data=bad, origin="prebuilt")
         yield from candidates(unit, capability)
 
     monkeypatch.setattr(cache, "candidates", first_a_bad_one)
-    with unusual(damage):
-        assert _launch(0, "tiny_add", 4) == [3, 4, 5, 6]
+    assert _launch(0, "tiny_add", 4) == [3, 4, 5, 6]
     assert "not using the" in caplog.text
     assert modules.image(0, "tiny").data == good.data
 
