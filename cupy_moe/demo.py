@@ -14,6 +14,8 @@ import torch
 
 from . import __version__, aligned_sizes, moe_align_block_size
 from .align import MoEAlignment
+from .launch import device_limits
+from .plan import ceil_div, plan_align
 
 CHART_WIDTH, CHART_HEIGHT = 64, 12  # with its axis inside 80 columns
 EIGHTHS = " ▁▂▃▄▅▆▇█"
@@ -53,6 +55,7 @@ def demo(
     aligned = moe_align_block_size(topk_ids, block_size, experts)
     show_load(topk_ids.cpu(), block_size, experts)
     show_padding(topk_ids, aligned, block_size, experts)
+    show_path(topk_ids, block_size, experts)
     show_time(topk_ids, block_size, experts)
     check(topk_ids, aligned, block_size, experts)
 
@@ -131,6 +134,20 @@ def show_padding(topk_ids: torch.Tensor, aligned: MoEAlignment, block_size: int,
         f"{post_pad / pairs - 1:.1%} more rows to multiply\n"
         f"memory   {allocated} slots, enough for any routing of this size"
     )
+
+
+def show_path(topk_ids: torch.Tensor, block_size: int, experts: int) -> None:
+    """What runs; on a GPU the same question to plan.py that the operator asks."""
+    if not topk_ids.is_cuda:
+        click.echo("path     plain PyTorch on the CPU, cupy_moe/cpu.py")
+        return
+    slots, _ = aligned_sizes(topk_ids.numel(), experts, block_size)
+    limits = device_limits(topk_ids.device.index)
+    label = "path"
+    for launch in plan_align(topk_ids.numel(), experts, slots, "i32", limits).launches:
+        entry = launch.kernel.partition("/")[2]
+        click.echo(f"{label:8} {entry}, {counted(launch.grid, 'block')} of {launch.block} threads")
+        label = "then"
 
 
 def show_time(topk_ids: torch.Tensor, block_size: int, experts: int) -> None:
@@ -222,7 +239,3 @@ def encodable(text: str) -> bool:
 
 def counted(number: int, what: str) -> str:
     return f"{number} {what}{'s' if number > 1 else ''}"
-
-
-def ceil_div(a: int, b: int) -> int:
-    return -(-a // b)

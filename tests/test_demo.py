@@ -22,6 +22,7 @@ def test_the_main_job_on_the_cpu() -> None:
     assert result.exit_code == 0, result.output
     assert "4096 tokens, top-2 of 64 experts, blocks of 128" in result.output
     assert "4736 slots: 8192 pairs fill 101 blocks, 57.8% more rows" in result.output
+    assert "path     plain PyTorch on the CPU" in result.output
     assert re.search(r"^time     [\d.]+ us on the CPU", result.output, re.MULTILINE)
     assert re.search(r"^checked ", result.output, re.MULTILINE)
     assert max(map(len, result.output.splitlines())) <= 80
@@ -100,6 +101,6 @@ def test_the_main_job_on_the_gpu() -> None:
     result = run("--device", "cuda")
     assert result.exit_code == 0, result.output
     assert re.search(r"^time     [\d.]+ us on the GPU", result.output, re.MULTILINE)
-    assert re.search(r"^kernel   align_\w+", result.output, re.MULTILINE)
+    assert re.search(r"^path     align_\w+, \d+ blocks? of \d+ threads$", result.output, re.MULTILINE)
     assert "the CPU's result" in result.output
     assert max(map(len, result.output.splitlines())) <= 80
