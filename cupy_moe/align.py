@@ -1,0 +1,274 @@
+"""moe_align_block_size: which tokens go to which expert, in blocks that a grouped GEMM can take."""
+
+from __future__ import annotations
+
+import functools
+import struct
+from typing import Any, NamedTuple
+
+import torch
+
+from . import arrays, cpu
+from .launch import device_limits, launch
+from .plan import MAX_BLOCK_SIZE, MAX_EXPERTS, AlignPlan, aligned_sizes, divisor, plan_align
+
+__all__ = ["MoEAlignment", "aligned_sizes", "moe_align_block_size"]
+
+_ARGUMENTS = struct.Struct("@6P2q12I")  # AlignArgs in align.cuh
+_NO_MAP, _MAP_BLOCKS, _MAP_IDS = 0, 1, 2
+# IdType in align.cuh. Ids of 2^31 and more are no experts, so u32 is read as i32: the same ids are dropped.
+_ID_TYPES = {
+    torch.int8: 0,
+    torch.uint8: 1,
+    torch.int16: 2,
+    torch.uint16: 3,
+    torch.int32: 4,
+    torch.uint32: 4,
+    torch.int64: 5,
+}
+_READERS = {4: "i32", 5: "i64"}
+
+
+class MoEAlignment(NamedTuple):
+    """What `moe_align_block_size` returns: int32 tensors on the device of `topk_ids`."""
+
+    sorted_token_ids: torch.Tensor
+    expert_ids: torch.Tensor
+    num_tokens_post_pad: torch.Tensor
+
+
+def moe_align_block_size(
+    topk_ids: torch.Tensor,
+    block_size: int,
+    num_experts: int,
+    expert_map: torch.Tensor | None = None,
+    pad_sorted_ids: bool = False,
+    ignore_invalid_experts: bool = False,
+    *,
+    out: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
+    kernel: str | None = None,
+) -> MoEAlignment:
+    """Group the flat indices of `topk_ids` by expert, each group padded to whole blocks.
+
+    With n = topk_ids.numel(), E = num_experts, B = block_size and M, the number of slots, as told by
+    `aligned_sizes(n, E, B, pad_sorted_ids)`:
+
+    topk_ids                any shape and strides   any integer   expert of each (token, k) pair
+    block_size              1 to 65 536                           rows that the consumer takes at a time
+    num_experts             1 to 65 536                           with `expert_map`, of all ranks together
+    expert_map              [E]                     int32         this rank's id of each expert, -1: on another rank
+    pad_sorted_ids                                                round M up to whole blocks
+    ignore_invalid_experts                                        see below; means nothing without `expert_map`
+    out                     the three results                     written instead of allocated
+    kernel                  a name in plan.ALIGN_KERNELS          forces one, for tests and benchmarks
+
+    Returns MoEAlignment of
+    sorted_token_ids        [M]                     int32         indices into topk_ids.view(-1), by expert, ascending
+                                                                  inside each; n in padding slots and in the tail
+    expert_ids              [ceil(M / B)]           int32         expert of each block; -1 past the last
+    num_tokens_post_pad     [1]                     int32         slots in use, a multiple of B
+
+    Ids outside [0, E) are dropped, and so nothing that `topk_ids` holds can make it fail. With an `expert_map`,
+    either all experts get their blocks and `expert_ids` is mapped afterwards, those of other ranks to -1; or,
+    with `ignore_invalid_experts`, pairs of other ranks are dropped and experts are numbered and ordered as on
+    this rank. A map entry outside [-1, E) counts as -1.
+
+    The result is the same to the last bit at every call, with every kernel, on every GPU and on the CPU.
+
+    >>> topk_ids = torch.tensor([[2, 3, 4], [1, 2, 4], [1, 3, 4], [1, 2, 3]])
+    >>> aligned = moe_align_block_size(topk_ids, block_size=4, num_experts=5)
+    >>> aligned.sorted_token_ids[:16].view(4, 4).tolist()
+    [[3, 6, 9, 12], [0, 4, 10, 12], [1, 7, 11, 12], [2, 5, 8, 12]]
+    >>> aligned.expert_ids.tolist(), aligned.num_tokens_post_pad.item()
+    ([1, 2, 3, 4, -1, -1, -1], 16)
+
+    Cost: one or two launches on torch's current stream, no synchronisation, and the outputs as the only
+    allocation; `align_global` (see plan.py: many ids on GPUs without clusters, or more experts than shared
+    memory has room for) also takes a workspace, and ids whose strides no row and column stride describe are
+    copied first. Arrays with `__dlpack__` (cupy, jax, numpy) are accepted, and give arrays of their kind.
+
+    Raises TypeError and ValueError for wrong arguments, before anything is launched; and what loading a
+    kernel for the first time raises. Semantics: vLLM's function of this name, made deterministic.
+    """
+    if not isinstance(topk_ids, torch.Tensor):
+        return _with_other_arrays(
+            topk_ids, block_size, num_experts, expert_map, pad_sorted_ids, ignore_invalid_experts, out, kernel
+        )
+    device = topk_ids.device
+    num_ids = topk_ids.numel()
+    if expert_map is not None:
+        _check_expert_map(expert_map, num_experts, device)
+    call = _prepare(
+        num_ids, topk_ids.dtype, topk_ids.is_contiguous(), device, block_size, num_experts,
+        0 if expert_map is None else _MAP_IDS if ignore_invalid_experts else _MAP_BLOCKS,
+        bool(pad_sorted_ids), kernel,
+    )  # fmt: skip
+    if out is None:
+        sorted_token_ids = torch.empty(call.num_slots, dtype=torch.int32, device=device)
+        expert_ids = torch.empty(call.num_blocks, dtype=torch.int32, device=device)
+        num_tokens_post_pad = torch.empty(1, dtype=torch.int32, device=device)
+    else:
+        sorted_token_ids, expert_ids, num_tokens_post_pad = _check_out(out, call, device)
+    if call.plan is None:
+        results = cpu.moe_align_block_size(
+            topk_ids, block_size, num_experts, expert_map, pad_sorted_ids, ignore_invalid_experts
+        )
+        sorted_token_ids.copy_(results[0])
+        expert_ids.copy_(results[1])
+        num_tokens_post_pad.copy_(results[2])
+        return MoEAlignment(sorted_token_ids, expert_ids, num_tokens_post_pad)
+
+    row_stride = col_stride = num_cols = 1
+    if not call.contiguous:
+        topk_ids, num_cols, row_stride, col_stride = _as_rows(topk_ids)
+    scratch = 0
+    if call.plan.scratch_words:
+        workspace = torch.empty(call.plan.scratch_words, dtype=torch.int32, device=device)
+        scratch = workspace.data_ptr()
+    for launch_plan in call.plan.launches:
+        launch(
+            launch_plan, device.index, _ARGUMENTS,
+            topk_ids.data_ptr(), 0 if expert_map is None else expert_map.data_ptr(),
+            sorted_token_ids.data_ptr(), expert_ids.data_ptr(), num_tokens_post_pad.data_ptr(), scratch,
+            row_stride, col_stride, num_cols, *call.constants,
+        )  # fmt: skip
+    return MoEAlignment(sorted_token_ids, expert_ids, num_tokens_post_pad)
+
+
+class _Call(NamedTuple):
+    """All that follows from sizes, types and flags: worked out and checked once, looked up later."""
+
+    num_slots: int
+    num_blocks: int
+    contiguous: bool
+    plan: AlignPlan | None  # None: on the CPU
+    constants: tuple[int, ...]  # the fields of AlignArgs from id_type on
+
+
+@functools.lru_cache(maxsize=65_536)
+def _prepare(
+    num_ids: int,
+    dtype: torch.dtype,
+    contiguous: bool,
+    device: torch.device,
+    block_size: int,
+    num_experts: int,
+    map_mode: int,
+    pad_sorted_ids: bool,
+    kernel: str | None,
+) -> _Call:
+    if dtype not in _ID_TYPES:
+        raise TypeError(f"topk_ids: expected an integer tensor of up to 64 bits, got {dtype}; cast it")
+    _check_int("block_size", block_size, MAX_BLOCK_SIZE)
+    _check_int("num_experts", num_experts, MAX_EXPERTS)
+    num_slots, num_blocks = aligned_sizes(num_ids, num_experts, block_size, pad_sorted_ids)
+    if device.type == "cpu":
+        return _Call(num_slots, num_blocks, contiguous, None, ())
+    if device.type != "cuda":
+        raise ValueError(f"topk_ids: expected a CUDA or CPU tensor, got one on {device}")
+    id_type = _ID_TYPES[dtype]
+    reader = _READERS.get(id_type, "any") if contiguous else "any"
+    plan = plan_align(num_ids, num_experts, num_slots, reader, device_limits(device.index), kernel)
+    constants = (
+        id_type, num_ids, num_experts, num_slots, num_blocks, map_mode, *divisor(block_size),
+        plan.ids_per_block, plan.num_rows,
+    )  # fmt: skip
+    return _Call(num_slots, num_blocks, contiguous, plan, constants)
+
+
+def _check_int(name: str, value: int, most: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+    if not 1 <= value <= most:
+        raise ValueError(f"{name}: expected 1 to {most}, got {value}")
+
+
+def _check_expert_map(expert_map: torch.Tensor, num_experts: int, device: torch.device) -> None:
+    if isinstance(expert_map, int):
+        raise TypeError(
+            f"expert_map: expected an int32 tensor or None, got the int {expert_map}; the order is"
+            " (topk_ids, block_size, num_experts, expert_map), and topk is not an argument"
+        )
+    if not isinstance(expert_map, torch.Tensor):
+        raise TypeError(f"expert_map: expected an int32 tensor or None, got {type(expert_map).__name__}")
+    if expert_map.dtype is not torch.int32:
+        raise TypeError(f"expert_map: expected torch.int32, got {expert_map.dtype}; cast it once, when loading")
+    if expert_map.shape != (num_experts,) or not expert_map.is_contiguous():
+        raise ValueError(
+            f"expert_map: expected a contiguous tensor of shape [num_experts] = [{num_experts}],"
+            f" got {list(expert_map.shape)} with strides {list(expert_map.stride())}"
+        )
+    if expert_map.device != device:
+        raise ValueError(f"expert_map: expected it beside topk_ids on {device}, got {expert_map.device}")
+
+
+def _check_out(
+    out: tuple[torch.Tensor, torch.Tensor, torch.Tensor], call: _Call, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    try:
+        sorted_token_ids, expert_ids, num_tokens_post_pad = out
+        if (
+            sorted_token_ids.dtype is expert_ids.dtype is num_tokens_post_pad.dtype is torch.int32
+            and sorted_token_ids.shape == (call.num_slots,)
+            and expert_ids.shape == (call.num_blocks,)
+            and num_tokens_post_pad.shape == (1,)
+            and sorted_token_ids.device == expert_ids.device == num_tokens_post_pad.device == device
+            and sorted_token_ids.is_contiguous()
+            and expert_ids.is_contiguous()
+        ):
+            return out
+    except (AttributeError, TypeError, ValueError):
+        pass
+    raise _explain_out(out, call, device)
+
+
+def _explain_out(out: Any, call: _Call, device: torch.device) -> Exception:
+    expected = {
+        "sorted_token_ids": call.num_slots,
+        "expert_ids": call.num_blocks,
+        "num_tokens_post_pad": 1,
+    }
+    if not isinstance(out, (tuple, list)) or len(out) != 3:
+        return TypeError(f"out: expected the three tensors {', '.join(expected)}, got {type(out).__name__}")
+    for tensor, (name, length) in zip(out, expected.items(), strict=True):
+        if not isinstance(tensor, torch.Tensor):
+            return TypeError(f"out: expected a torch.Tensor for {name}, got {type(tensor).__name__}")
+        if tensor.dtype is not torch.int32:
+            return TypeError(f"out: expected torch.int32 for {name}, got {tensor.dtype}")
+        if tensor.shape != (length,) or not tensor.is_contiguous() or tensor.device != device:
+            return ValueError(
+                f"out: expected {name} of shape [{length}], contiguous, on {device} (see aligned_sizes), got"
+                f" {list(tensor.shape)} with strides {list(tensor.stride())} on {tensor.device}"
+            )
+    raise AssertionError("_check_out refused what _explain_out accepts")
+
+
+def _as_rows(topk_ids: torch.Tensor) -> tuple[torch.Tensor, int, int, int]:
+    """View as [rows, columns] with one stride each, copying only if no two strides describe it."""
+    shape, strides = list(topk_ids.shape), list(topk_ids.stride())
+    merged: list[tuple[int, int]] = []  # (size, stride), outermost first
+    for size, stride in zip(shape, strides, strict=True):
+        if size == 1:
+            continue
+        if merged and merged[-1][1] == stride * size:
+            merged[-1] = (merged[-1][0] * size, stride)
+        else:
+            merged.append((size, stride))
+    if len(merged) > 2:
+        return topk_ids.contiguous(), 1, 1, 1
+    (_, row_stride), (num_cols, col_stride) = ([(1, 1), (1, 1), *merged])[-2:]
+    return topk_ids, num_cols, row_stride, col_stride
+
+
+def _with_other_arrays(
+    topk_ids: Any, block_size: int, num_experts: int, expert_map: Any, pad: bool, ignore: bool, out: Any,
+    kernel: str | None,
+) -> MoEAlignment:  # fmt: skip
+    ids = arrays.from_array("topk_ids", topk_ids)
+    tensors = None if out is None else [arrays.from_array("out", array) for array in out]
+    if expert_map is not None and not isinstance(expert_map, int):
+        expert_map = arrays.from_array("expert_map", expert_map)
+    results = moe_align_block_size(
+        ids, block_size, num_experts, expert_map, pad, ignore, out=tensors, kernel=kernel
+    )
+    return MoEAlignment(*(out if out is not None else map(arrays.like(topk_ids), results)))

@@ -1,0 +1,91 @@
+"""LaunchPlan + arguments -> a launch on torch's current stream. No DLPack, no CuPy arrays, no allocation.
+
+A kernel takes one struct by value. It is packed into a buffer of the calling thread, which the driver copies
+before the launch returns.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import struct
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from . import modules
+from .plan import DeviceLimits, LaunchPlan
+
+MAX_ARGUMENT_BYTES = 4096  # of one kernel, on every architecture
+
+_functions: dict[tuple[int, str], int] = {}
+_launch_kernel: Callable[..., None]  # cuLaunchKernel of CuPy, from the first load on
+
+
+def _public_current_stream(device: int) -> int:
+    return int(torch.cuda.current_stream(device).cuda_stream)
+
+
+# Single calls into torch's C++, 0.1 us where the public functions take 4 to 9.
+_current_stream: Callable[[int], int] = getattr(
+    torch._C, "_cuda_getCurrentRawStream", _public_current_stream
+)
+_current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
+
+
+class _Arguments(threading.local):
+    """The calling thread's argument buffer, and the array of one pointer to it that the driver wants."""
+
+    def __init__(self) -> None:
+        # cuLaunchKernel needs a current context, which a new thread gets from its first runtime call.
+        torch.cuda.set_device(torch.cuda.current_device())
+        self.buffer = ctypes.create_string_buffer(MAX_ARGUMENT_BYTES)
+        self.pointers = (ctypes.c_void_p * 1)(ctypes.addressof(self.buffer))
+        self.address = ctypes.addressof(self.pointers)
+
+
+_arguments: _Arguments  # made with the first load: it needs a GPU
+
+
+def launch(plan: LaunchPlan, device: int, layout: struct.Struct, *values: int) -> None:
+    """Launch a kernel on a device, whatever the current device is.
+
+    `values` are the fields of the kernel's argument struct, in the order of `layout`. A few microseconds; the
+    first call of a kernel on a device loads it, and compiles it where no cubin is found. Raises what
+    `modules.kernel` raises.
+    """
+    if _current_device() != device:
+        with torch.cuda.device(device):
+            launch(plan, device, layout, *values)
+        return
+    function = _functions.get((device, plan.kernel)) or _load(device, plan.kernel)
+    layout.pack_into(_arguments.buffer, 0, *values)
+    _launch_kernel(
+        function, plan.grid, 1, 1, plan.block, 1, 1, plan.shared_bytes,
+        _current_stream(device), _arguments.address, 0,
+    )  # fmt: skip
+
+
+@functools.cache
+def device_limits(device: int) -> DeviceLimits:
+    properties: Any = torch.cuda.get_device_properties(device)
+    return DeviceLimits(
+        (properties.major, properties.minor),
+        properties.multi_processor_count,
+        properties.shared_memory_per_block_optin,
+    )
+
+
+def _load(device: int, kernel: str) -> int:
+    global _launch_kernel, _arguments
+    unit, _, entry = kernel.partition("/")
+    function = modules.kernel(device, unit, entry)
+    from ._cupy import cupy
+
+    _launch_kernel = cupy.cuda.driver.launchKernel
+    if not _functions:
+        _arguments = _Arguments()
+    _functions[device, kernel] = function
+    return function

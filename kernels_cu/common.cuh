@@ -1,0 +1,90 @@
+// SPDX-License-Identifier: Apache-2.0
+// Device helpers that every kernel may use. No other header: NVRTC then needs nothing but itself.
+#pragma once
+
+using i8 = signed char;
+using u8 = unsigned char;
+using i16 = short;
+using u16 = unsigned short;
+using i32 = int;
+using u32 = unsigned int;
+using i64 = long long;
+using u64 = unsigned long long;
+static_assert(sizeof(u16) == 2 && sizeof(u32) == 4 && sizeof(u64) == 8, "the data model of CUDA");
+
+constexpr u32 kWarpSize = 32;
+constexpr u32 kFullWarp = 0xffffffffu;
+
+__device__ __forceinline__ u32 ceil_div(u32 value, u32 divisor) { return (value + divisor - 1) / divisor; }
+__device__ __forceinline__ u32 min_u32(u32 a, u32 b) { return a < b ? a : b; }
+__device__ __forceinline__ u32 lane_id() { return threadIdx.x % kWarpSize; }
+__device__ __forceinline__ u32 warp_id() { return threadIdx.x / kWarpSize; }
+
+__device__ __forceinline__ u32 lanes_below() {
+  u32 mask;
+  asm("mov.u32 %0, %%lanemask_lt;" : "=r"(mask));
+  return mask;
+}
+
+// Division of any value below 2^31 by a divisor known at launch: a multiplication and a shift.
+// The host computes magic = floor(2^(31 + shift) / divisor) + 1 with shift = ceil(log2(divisor)).
+struct Divisor {
+  u32 value, magic, shift;
+  __device__ __forceinline__ u32 quotient(u32 x) const { return __umulhi(x << 1, magic) >> shift; }
+  __device__ __forceinline__ u32 round_up(u32 x) const { return quotient(x + value - 1) * value; }
+};
+
+// Exclusive prefix sum over the threads of a block, and the sum of all. Two barriers; before calling it
+// again with the same warp_sums (one word a warp), the block has to pass another one.
+__device__ __forceinline__ u32 block_exclusive_scan(u32 value, u32* warp_sums, u32& total) {
+  const u32 lane = lane_id(), warp = warp_id(), num_warps = blockDim.x / kWarpSize;
+  u32 inclusive = value;
+#pragma unroll
+  for (u32 distance = 1; distance < kWarpSize; distance *= 2) {
+    const u32 below = __shfl_up_sync(kFullWarp, inclusive, distance);
+    if (lane >= distance) inclusive += below;
+  }
+  if (lane == kWarpSize - 1) warp_sums[warp] = inclusive;
+  __syncthreads();
+  // Every warp scans the sums of the warps for itself: cheaper than one warp doing it between two barriers.
+  u32 sums = lane < num_warps ? warp_sums[lane] : 0;
+#pragma unroll
+  for (u32 distance = 1; distance < kWarpSize; distance *= 2) {
+    const u32 below = __shfl_up_sync(kFullWarp, sums, distance);
+    if (lane >= distance) sums += below;
+  }
+  total = __shfl_sync(kFullWarp, sums, kWarpSize - 1);
+  const u32 before_warp = __shfl_sync(kFullWarp, sums, (warp + kWarpSize - 1) % kWarpSize);
+  return inclusive - value + (warp == 0 ? 0 : before_warp);
+}
+
+// Clusters of blocks (sm_90 and later). kBlocks = 1 is a plain block, for which these do nothing.
+template <u32 kBlocks>
+__device__ __forceinline__ u32 cluster_rank() {
+  return kBlocks == 1 ? 0 : blockIdx.x % kBlocks;
+}
+
+template <u32 kBlocks>
+__device__ __forceinline__ void cluster_arrive() {
+#if __CUDA_ARCH__ >= 900
+  if (kBlocks > 1) asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#endif
+}
+
+template <u32 kBlocks>
+__device__ __forceinline__ void cluster_wait() {
+#if __CUDA_ARCH__ >= 900
+  if (kBlocks > 1) asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+
+// A word in the shared memory of block `rank` of the cluster, at the place where `mine` is in this block's.
+__device__ __forceinline__ u32 load_from_cluster(const u32* mine, u32 rank) {
+  u32 value = 0;
+#if __CUDA_ARCH__ >= 900
+  u32 address;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"((u32)__cvta_generic_to_shared(mine)), "r"(rank));
+  asm volatile("ld.shared::cluster.u32 %0, [%1];" : "=r"(value) : "r"(address));
+#endif
+  return value;
+}
