@@ -18,7 +18,7 @@ _lock = threading.RLock()
 _modules: dict[tuple[int, str], tuple[Any, cache.Image]] = {}
 _functions: dict[tuple[int, str, str], Any] = {}  # a module is unloaded with the last reference to it
 
-_MAX_DYNAMIC_SHARED, _STATIC_SHARED, _NON_PORTABLE_CLUSTER = 8, 1, 13  # CU_FUNC_ATTRIBUTE_*
+_MAX_DYNAMIC_SHARED, _STATIC_SHARED, _NON_PORTABLE_CLUSTER = 8, 1, 14  # CU_FUNC_ATTRIBUTE_*
 _NO_BINARY_FOR_GPU, _UNSUPPORTED_PTX, _NOT_FOUND = 209, 222, 500  # CUresult
 _DAMAGED = {200, 218, 300}
 _CAPTURE = range(900, 908)
