@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import subprocess
@@ -11,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from cupy_moe import build, cache
+from cupy_moe import build, cache, prebuild
 
 PACKAGE = Path(build.__file__).parent
+REAL = [path.stem for folder in ("kernels_cu", "../kernels_cu") for path in (PACKAGE / folder).glob("*.cu")]
 HEADER = "constexpr int kOffset = 3;\n"
 TINY = """\
 #include "tiny.cuh"  // not ASCII: é
@@ -65,6 +67,26 @@ def sandbox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sandbox:
     monkeypatch.setattr(cache, "_warned", set())
     monkeypatch.setattr(cache, "_compiled", {})
     return box
+
+
+@dataclass(frozen=True)
+class Everything:
+    folder: Path
+    results: list[prebuild.Result]
+
+
+@pytest.fixture(scope="session")
+def everything(tmp_path_factory: pytest.TempPathFactory) -> Everything:
+    """Every kernel of the package for every target, compiled once for all tests."""
+    return _compile_everything(tmp_path_factory)
+
+
+@functools.cache  # a fixture that several files import is set up once for each
+def _compile_everything(tmp_path_factory: pytest.TempPathFactory) -> Everything:
+    folder = tmp_path_factory.mktemp("everything")
+    targets = [*build.supported_targets(), build.PTX_TARGET]
+    work = [(unit, target) for target in targets for unit in build.units().values()]
+    return Everything(folder, list(prebuild.run(cache.Root(folder, "prebuilt"), work, os.cpu_count() or 1)))
 
 
 def copy_package(folder: Path) -> Path:

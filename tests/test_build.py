@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
-from cache_helpers import HEADER, PACKAGE, TINY, Sandbox, sandbox
+from cache_helpers import HEADER, REAL, TINY, Everything, Sandbox, everything, sandbox
 from hypothesis import given
 from hypothesis import strategies as st
 
 from cupy_moe import build, cache, config
 from cupy_moe.errors import CompileError, ConfigError, DependencyError
 
-__all__ = ["sandbox"]  # a fixture
-REAL = [path.stem for folder in ("kernels_cu", "../kernels_cu") for path in (PACKAGE / folder).glob("*.cu")]
+__all__ = ["everything", "sandbox"]  # fixtures
 
 
 # ---- digests
@@ -188,16 +186,16 @@ def test_a_missing_nvrtc_is_answered_with_what_to_install(monkeypatch: pytest.Mo
         build._nvrtc()
 
 
-@pytest.mark.skipif(not REAL, reason="there are no kernels yet")
 @pytest.mark.parametrize("name", REAL)
-def test_every_kernel_compiles_for_every_target_without_spills(name: str) -> None:
-    unit, targets = build.unit(name), build.supported_targets()
-    with ThreadPoolExecutor() as pool:
-        made = dict(zip(targets, pool.map(lambda target: build.compile(unit, target), targets), strict=True))
-    for target, image in made.items():
-        assert image.kernels, f"no entry point in {name} for {target}"
-        for entry, figures in image.kernels.items():
-            assert figures["spill"] == figures["stack"] == 0, f"{entry} for {target}: {figures}"
+def test_every_kernel_compiles_for_every_target_without_spills(everything: Everything, name: str) -> None:
+    results = [result for result in everything.results if result.unit == name]
+    assert [result.error for result in results if result.status != "built"] == []
+    assert {result.target for result in results} == {*build.supported_targets(), build.PTX_TARGET}
+    for result in results:
+        assert result.kernels, f"no entry point for {result.target}"
+        for entry, figures in result.kernels.items():
+            assert not figures.get("spill"), f"{entry} for {result.target}: {figures}"
+            assert not figures.get("stack"), f"{entry} for {result.target}: {figures}"
 
 
 def test_the_library_path_is_never_compiled_in(sandbox: Sandbox) -> None:

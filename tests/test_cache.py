@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cache_helpers import PACKAGE, Sandbox, copy_package, run_python, sandbox
-from test_build import REAL
+from cache_helpers import PACKAGE, REAL, Everything, Sandbox, copy_package, everything, run_python, sandbox
 
 from cupy_moe import build, cache, prebuild
 from cupy_moe.errors import CompileError, ConfigError, DependencyError, KernelNotPrebuiltError
 
-__all__ = ["sandbox"]  # a fixture
+__all__ = ["everything", "sandbox"]  # fixtures
 HOPPER = (9, 0)
 
 
@@ -393,20 +392,17 @@ def test_files_follow_the_umask_and_hold_no_path_or_time(sandbox: Sandbox) -> No
 
 @pytest.mark.parametrize("name", REAL)
 def test_after_prebuild_every_kernel_is_found_and_nothing_compiled(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    everything: Everything, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    targets = ["sm_90", "sm_80", "compute_90"]
-    root = cache.Root(tmp_path, "prebuilt")
-    results = list(prebuild.run(root, [(build.unit(name), target) for target in targets], 2))
-    assert [result.error for result in results if result.status != "built"] == []
-    monkeypatch.setenv("CUPY_MOE_PREBUILT_DIR", str(tmp_path))
+    monkeypatch.setenv("CUPY_MOE_PREBUILT_DIR", str(everything.folder))
     monkeypatch.setattr(build, "_nvrtc", lambda: pytest.fail("the compiler was called"))
-    for capability, target in {(9, 0): "sm_90", (8, 9): "sm_80", (13, 0): "compute_90"}.items():
-        if capability != (13, 0):
-            assert next(cache.candidates(name, capability)).entry.target == target
-        else:
-            monkeypatch.setenv("CUPY_MOE_DISABLE_JIT", "1")
-            assert next(cache.candidates(name, capability)).entry.target == target
+    built = {result.target for result in everything.results}
+    for target in built & set(build.TARGETS):
+        capability = divmod(build.number(target), 10)
+        assert next(cache.candidates(name, capability)).entry.target == target
+    assert next(cache.candidates(name, (8, 8))).entry.target == "sm_86"
+    monkeypatch.setenv("CUPY_MOE_DISABLE_JIT", "1")
+    assert next(cache.candidates(name, (13, 0))).entry.target == build.PTX_TARGET
 
 
 # ---- other processes

@@ -12,14 +12,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from cache_helpers import PACKAGE, Sandbox, copy_package, run_python, sandbox
-from test_build import REAL
+from cache_helpers import PACKAGE, Everything, Sandbox, copy_package, everything, run_python, sandbox
 
 import cupy_moe
-from cupy_moe import build, cache, modules, prebuild
+from cupy_moe import build, cache, modules
 from cupy_moe.errors import KernelLoadError, KernelNotPrebuiltError
 
-__all__ = ["sandbox"]  # a fixture
+__all__ = ["everything", "sandbox"]  # fixtures
 
 
 @pytest.fixture
@@ -339,16 +338,14 @@ def test_the_first_use_may_be_inside_a_capture(
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not REAL, reason="there are no kernels yet")
 def test_warmup_readies_every_kernel_from_a_prebuilt_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    everything: Everything, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(modules, "_modules", {})
     monkeypatch.setattr(modules, "_functions", {})
     target = build.native_targets(modules.capability(0))[0]
-    work = [(unit, target) for unit in build.units().values()]
-    results = list(prebuild.run(cache.Root(tmp_path, "prebuilt"), work, 4))
-    monkeypatch.setenv("CUPY_MOE_PREBUILT_DIR", str(tmp_path))
+    results = [result for result in everything.results if result.target == target]
+    monkeypatch.setenv("CUPY_MOE_PREBUILT_DIR", str(everything.folder))
     monkeypatch.setenv("CUPY_MOE_DISABLE_JIT", "1")
     caplog.set_level(logging.INFO, "cupy_moe")
     assert cupy_moe.warmup() == sum(len(result.kernels) for result in results)
@@ -387,8 +384,6 @@ def test_a_cold_start_from_prebuilt_takes_milliseconds(native: str, tmp_path: Pa
 
 @pytest.mark.gpu
 def test_doctor_examines_the_gpu(tmp_path: Path) -> None:
-    if not REAL:
-        pytest.skip("there are no kernels yet")
     run = run_python(PACKAGE.parent, "-m", "cupy_moe", "doctor", "--gpu", env={"HOME": str(tmp_path)})
     assert run.returncode == 0, run.stdout + run.stderr
     assert "gpu 0: compute capability" in run.stdout
