@@ -78,12 +78,11 @@ class Everything:
 @pytest.fixture(scope="session")
 def everything(tmp_path_factory: pytest.TempPathFactory) -> Everything:
     """Every kernel of the package for every target, compiled once for all tests."""
-    return _compile_everything(tmp_path_factory)
+    return _compile_everything(tmp_path_factory.getbasetemp() / "everything")
 
 
 @functools.cache  # a fixture that several files import is set up once for each
-def _compile_everything(tmp_path_factory: pytest.TempPathFactory) -> Everything:
-    folder = tmp_path_factory.mktemp("everything")
+def _compile_everything(folder: Path) -> Everything:
     targets = [*build.supported_targets(), build.PTX_TARGET]
     work = [(unit, target) for target in targets for unit in build.units().values()]
     return Everything(folder, list(prebuild.run(cache.Root(folder, "prebuilt"), work, os.cpu_count() or 1)))
