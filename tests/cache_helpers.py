@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import shutil
 import subprocess
@@ -76,16 +75,18 @@ class Everything:
 
 
 @pytest.fixture(scope="session")
-def everything(tmp_path_factory: pytest.TempPathFactory) -> Everything:
-    """Every kernel of the package for every target, compiled once for all tests."""
-    return _compile_everything(tmp_path_factory.getbasetemp() / "everything")
-
-
-@functools.cache  # a fixture that several files import is set up once for each
-def _compile_everything(folder: Path) -> Everything:
+def everything(pytestconfig: pytest.Config) -> Everything:
+    """Every kernel of the package for every target; kept between runs, as what it is made of changes seldom."""
+    assert pytestconfig.cache is not None
+    folder = pytestconfig.cache.mkdir(f"cubins-{build.toolchain().nvrtc}")
     targets = [*build.supported_targets(), build.PTX_TARGET]
-    work = [(unit, target) for target in targets for unit in build.units().values()]
-    return Everything(folder, list(prebuild.run(cache.Root(folder, "prebuilt"), work, os.cpu_count() or 1)))
+    wanted = [(unit, target) for target in targets for unit in build.units().values()]
+    missing = [pair for pair in wanted if prebuild.state(folder, *pair).status == "missing"]
+    built = list(prebuild.run(cache.Root(folder, "prebuilt"), missing, os.cpu_count() or 1))
+    for target in targets:
+        prebuild.finish(folder, target)
+    failed = [result for result in built if result.status == "failed"]
+    return Everything(folder, failed or [prebuild.state(folder, *pair) for pair in wanted])
 
 
 def copy_package(folder: Path) -> Path:
