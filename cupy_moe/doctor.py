@@ -100,11 +100,11 @@ def _compiler() -> Iterator[Check]:
         found = f"NVRTC {tools.nvrtc} with a CuPy for CUDA {built}"
         yield Check("WARN", "NVRTC", found, "install the NVRTC wheel of CuPy's CUDA version")
     target = build.supported_targets()[-1]
+    smallest = min(build.units().values(), key=lambda unit: len(unit.source))
     start = time.perf_counter()
-    for unit in build.units().values():
-        build.compile(unit, target)
+    build.compile(smallest, target)
     milliseconds = (time.perf_counter() - start) * 1e3
-    yield Check("PASS", "compile", f"every kernel for {target} in {milliseconds:.0f} ms")
+    yield Check("PASS", "compile", f"{smallest.name} for {target} in {milliseconds:.0f} ms")
 
 
 def _library() -> str:

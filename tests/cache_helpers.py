@@ -76,7 +76,7 @@ class Everything:
 
 @pytest.fixture(scope="session")
 def everything(pytestconfig: pytest.Config) -> Everything:
-    """Every kernel of the package for every target; kept between runs, as what it is made of changes seldom."""
+    """Every kernel of the package for every target; kept between runs, as sources change seldom."""
     assert pytestconfig.cache is not None
     folder = pytestconfig.cache.mkdir(f"cubins-{build.toolchain().nvrtc}")
     targets = [*build.supported_targets(), build.PTX_TARGET]
