@@ -110,6 +110,7 @@ def moe_align_block_size(
     else:
         sorted_token_ids, expert_ids, num_tokens_post_pad = _check_out(out, call, device)
     if call.plan is None:
+        block_size, num_experts = call.constants  # ints, where the arguments may be equal to them
         results = cpu.moe_align_block_size(
             topk_ids, block_size, num_experts, expert_map, pad_sorted_ids, ignore_invalid_experts
         )
@@ -142,7 +143,7 @@ class _Call(NamedTuple):
     num_blocks: int
     contiguous: bool
     plan: AlignPlan | None  # None: on the CPU
-    constants: tuple[int, ...]  # the fields of AlignArgs from id_type on
+    constants: tuple[int, ...]  # the fields of AlignArgs from id_type on; on the CPU the two sizes
 
 
 @functools.lru_cache(maxsize=65_536)
@@ -163,7 +164,7 @@ def _prepare(
     _check_int("num_experts", num_experts, MAX_EXPERTS)
     num_slots, num_blocks = aligned_sizes(num_ids, num_experts, block_size, pad_sorted_ids)
     if device.type == "cpu":
-        return _Call(num_slots, num_blocks, contiguous, None, ())
+        return _Call(num_slots, num_blocks, contiguous, None, (block_size, num_experts))
     if device.type != "cuda":
         raise ValueError(f"topk_ids: expected a CUDA or CPU tensor, got one on {device}")
     id_type = _ID_TYPES[dtype]
@@ -265,7 +266,9 @@ def _with_other_arrays(
     kernel: str | None,
 ) -> MoEAlignment:  # fmt: skip
     ids = arrays.from_array("topk_ids", topk_ids)
-    tensors = None if out is None else [arrays.from_array("out", array) for array in out]
+    tensors = out
+    if isinstance(out, (tuple, list)):
+        tensors = tuple(arrays.from_array("out", array) for array in out)
     if expert_map is not None and not isinstance(expert_map, int):
         expert_map = arrays.from_array("expert_map", expert_map)
     results = moe_align_block_size(

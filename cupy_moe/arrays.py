@@ -1,4 +1,4 @@
-"""Arrays of other libraries, in and out, through DLPack: without a copy, ordered with their producer's stream."""
+"""Arrays of other libraries, in and out through DLPack: no copy, ordered with their producer's stream."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def from_array(name: str, array: Any) -> torch.Tensor:
 
 
 def like(array: Any) -> Callable[[torch.Tensor], Any]:
-    """What turns a tensor into the kind of array that `array` is."""
+    """What turns a tensor into the kind of array that `array` is; leaves it alone if its library cannot."""
     library = type(array).__module__.partition(".")[0]
     if library == "jaxlib":
         return sys.modules["jax"].dlpack.from_dlpack
-    namespace = sys.modules[library]
-    if not hasattr(namespace, "from_dlpack"):
+    namespace: Any = sys.modules[library]
+    if not hasattr(namespace, "from_dlpack") and hasattr(array, "__array_namespace__"):
         namespace = array.__array_namespace__()
-    return namespace.from_dlpack
+    return getattr(namespace, "from_dlpack", lambda tensor: tensor)

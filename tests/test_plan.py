@@ -1,0 +1,254 @@
+"""What plan.py decides, for GPUs that nobody here needs to have."""
+
+from __future__ import annotations
+
+import inspect
+from bisect import bisect_left
+
+import pytest
+from align_cases import kernel_of
+from cache_helpers import Everything, everything
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from cupy_moe import plan
+from cupy_moe.plan import (
+    ALIGN_KERNELS,
+    INT32_MAX,
+    AlignPlan,
+    DeviceLimits,
+    aligned_sizes,
+    divisor,
+    plan_align,
+)
+
+__all__ = ["everything"]  # a fixture
+
+T4 = DeviceLimits((7, 5), 40, 65_536)
+A100 = DeviceLimits((8, 0), 108, 166_912)
+RTX4090 = DeviceLimits((8, 9), 128, 101_376)
+H200 = DeviceLimits((9, 0), 132, 232_448)
+B200 = DeviceLimits((10, 0), 148, 232_448)
+GPUS = {"T4": T4, "A100": A100, "RTX 4090": RTX4090, "H200": H200, "B200": B200}
+EXPERTS = (1, 2, 8, 31, 64, 257, 1023, 1024, 1025, 4096, 8192, 9000, 20_000, 65_535, 65_536)
+IDS = (0, 1, 31, 33, 127, 128, 129, 1023, 1025, 8191, 8193, 16_385, 65_537, 1_000_003)
+
+
+def make(
+    num_ids: int, num_experts: int, limits: DeviceLimits, *, block_size: int = 64, kernel: str | None = None
+) -> AlignPlan:
+    num_slots, _ = aligned_sizes(num_ids, num_experts, block_size)
+    return plan_align(num_ids, num_experts, num_slots, "i32", limits, kernel)
+
+
+def is_possible(kernel: str, num_ids: int, num_experts: int, limits: DeviceLimits) -> bool:
+    try:
+        make(num_ids, num_experts, limits, kernel=kernel)
+    except ValueError:
+        return False
+    return True
+
+
+def chosen_by_ids(num_ids: int, limits: DeviceLimits) -> str:
+    """The choice as plan.py's constants tell it, for few experts."""
+    if num_ids <= plan.SMALL_MAX_IDS:
+        return "small"
+    if num_ids <= plan.SHARED_MAX_IDS:
+        return "shared"
+    if limits.capability < (9, 0):
+        return "global"
+    return "cluster8" if num_ids <= plan.CLUSTER8_MAX_IDS else "cluster16"
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+def test_kernel_at_each_threshold(gpu: str) -> None:
+    limits = GPUS[gpu]
+    thresholds = plan.SMALL_MAX_IDS, plan.SHARED_MAX_IDS, plan.CLUSTER8_MAX_IDS
+    assert sorted(thresholds) == list(thresholds)
+    for threshold in thresholds:
+        for num_ids in (threshold - 1, threshold, threshold + 1):
+            assert kernel_of(make(num_ids, 64, limits)) == chosen_by_ids(num_ids, limits), f"{num_ids=}"
+
+
+def test_each_threshold_changes_the_kernel() -> None:
+    def around(threshold: int, limits: DeviceLimits) -> tuple[str, str]:
+        return kernel_of(make(threshold, 64, limits)), kernel_of(make(threshold + 1, 64, limits))
+
+    assert around(plan.SMALL_MAX_IDS, H200) == ("small", "shared")
+    assert around(plan.SHARED_MAX_IDS, H200) == ("shared", "cluster8")
+    assert around(plan.CLUSTER8_MAX_IDS, H200) == ("cluster8", "cluster16")
+    assert around(plan.SHARED_MAX_IDS, A100) == ("shared", "global")
+    assert around(plan.SHARED_MAX_IDS, T4) == ("shared", "global")
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+@pytest.mark.parametrize("num_ids", [1000, 1_000_000])
+def test_more_experts_than_shared_memory_has_room_for(gpu: str, num_ids: int) -> None:
+    limits = GPUS[gpu]
+    most = bisect_left(
+        range(1, plan.MAX_EXPERTS), True, key=lambda e: kernel_of(make(num_ids, e, limits)) == "global_large"
+    )
+    assert 2048 <= most < plan.MAX_EXPERTS  # where vLLM stops at 992, and SGLang at 8191
+    for num_experts in (most - 1, most):
+        assert kernel_of(make(num_ids, num_experts, limits)) != "global_large", f"{num_experts=}"
+    for num_experts in (most + 1, plan.MAX_EXPERTS):
+        assert kernel_of(make(num_ids, num_experts, limits)) == "global_large", f"{num_experts=}"
+        assert kernel_of(make(plan.SMALL_MAX_IDS, num_experts, limits)) == "small", f"{num_experts=}"
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+def test_every_plan_can_be_launched(gpu: str) -> None:
+    limits = GPUS[gpu]
+    count = 0
+    for num_experts in EXPERTS:
+        for num_ids in IDS:
+            for block_size in (1, 16, 128):
+                for kernel in (None, *ALIGN_KERNELS):
+                    if kernel is None or is_possible(kernel, num_ids, num_experts, limits):
+                        planned = make(num_ids, num_experts, limits, block_size=block_size, kernel=kernel)
+                        case = f"{gpu=} {num_ids=} {num_experts=} {block_size=} {kernel=} {planned}"
+                        assert kernel in (None, kernel_of(planned)), case
+                        check(planned, num_ids, num_experts, limits, case)
+                        count += 1
+    assert count > 3 * len(EXPERTS) * len(IDS) * 3
+
+
+def check(planned: AlignPlan, num_ids: int, num_experts: int, limits: DeviceLimits, case: str) -> None:
+    kernel = kernel_of(planned)
+    for launch in planned.launches:
+        assert launch.grid >= 1, case
+        assert launch.block % 32 == 0, case
+        assert 32 <= launch.block <= 1024, case
+        assert 0 <= launch.shared_bytes <= limits.shared_bytes - plan.STATIC_SHARED, case
+    if kernel == "small":
+        (launch,) = planned.launches
+        assert num_ids < launch.block, case
+        assert launch.block & (launch.block - 1) == 0, case
+        return
+    # Every id belongs to a block, and no counter of a warp's row can overflow its 16 bits.
+    assert all(launch.grid * planned.ids_per_block >= num_ids for launch in planned.launches), case
+    assert 1 <= planned.num_rows <= planned.launches[-1].block // 32, case
+    assert planned.ids_per_block % 32 == 0, case
+    if kernel.startswith("cluster"):
+        assert limits.capability >= (9, 0), case
+        assert planned.launches[0].grid % int(kernel.removeprefix("cluster")) == 0, case
+    if kernel.startswith("global"):
+        count, scatter = planned.launches
+        assert count.grid == scatter.grid, case
+        assert planned.scratch_words >= count.grid * num_experts, case
+    else:
+        assert len(planned.launches) == 1, case
+        assert planned.scratch_words == 0, case
+
+
+def test_no_clusters_before_sm_90() -> None:
+    for limits in (T4, A100, RTX4090):
+        for num_ids in IDS:
+            assert not kernel_of(make(num_ids, 64, limits)).startswith("cluster"), f"{limits} {num_ids=}"
+        for kernel in ("cluster8", "cluster16"):
+            with pytest.raises(ValueError, match=rf"kernel='{kernel}' needs compute capability 9\.0"):
+                make(10_000, 64, limits, kernel=kernel)
+
+
+def test_forced_kernels_that_cannot() -> None:
+    with pytest.raises(ValueError, match=rf"at most {plan.SMALL_MAX_IDS} ids, got {plan.SMALL_MAX_IDS + 1}"):
+        make(plan.SMALL_MAX_IDS + 1, 64, H200, kernel="small")
+    for kernel in ("shared", "cluster8", "cluster16", "global"):
+        with pytest.raises(ValueError, match=r"65536 experts .*kernel='global_large'"):
+            make(1000, 65_536, H200, kernel=kernel)
+    with pytest.raises(ValueError, match=r"kernel='fast': expected one of small, shared, "):
+        make(1000, 64, H200, kernel="fast")
+
+
+def test_global_large_can_do_everything() -> None:
+    for limits in GPUS.values():
+        for num_experts in EXPERTS:
+            assert all(is_possible("global_large", n, num_experts, limits) for n in IDS)
+
+
+def test_readers_are_entry_points() -> None:
+    for kernel in ALIGN_KERNELS:
+        for reader in ("i32", "i64", "any"):
+            launches = plan_align(100, 8, 156, reader, H200, kernel).launches
+            assert all(launch.kernel.endswith(f"_{reader}") for launch in launches)
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+def test_the_image_for_a_gpu_has_what_is_planned_for_it(gpu: str, everything: Everything) -> None:
+    limits = GPUS[gpu]
+    target = "sm_{}{}".format(*limits.capability)
+    built = {result.unit: result.kernels for result in everything.results if result.target == target}
+    if not built:
+        pytest.skip(f"this NVRTC does not know {target}")
+    for kernel in ALIGN_KERNELS:
+        for num_experts in (8, 2048, 65_536):
+            for reader in ("i32", "i64", "any"):
+                if is_possible(kernel, 100, num_experts, limits):
+                    for launch in plan_align(100, num_experts, 6400, reader, limits, kernel).launches:
+                        unit, _, entry = launch.kernel.partition("/")
+                        assert entry in built[unit], f"{target}: {launch}"
+                        static = built[unit][entry]["smem"]
+                        assert launch.shared_bytes + static <= limits.shared_bytes, f"{launch} and {static=}"
+
+
+@given(st.integers(0, 2**31 - 1), st.integers(1, plan.MAX_BLOCK_SIZE))
+@example(INT32_MAX, 1)
+@example(INT32_MAX, 3)
+@example(INT32_MAX, plan.MAX_BLOCK_SIZE)
+@example(INT32_MAX - 1, plan.MAX_BLOCK_SIZE - 1)
+def test_divisor_is_exact(x: int, d: int) -> None:
+    value, magic, shift = divisor(d)
+    assert value == d
+    assert max(magic, shift) < 2**32
+    assert (((x << 1) % 2**32) * magic >> 32) >> shift == x // d  # as Divisor in common.cuh does it
+
+
+@given(st.integers(1, plan.MAX_BLOCK_SIZE), st.integers(0, 2**31 // plan.MAX_BLOCK_SIZE))
+def test_divisor_is_exact_where_quotients_change(d: int, multiple: int) -> None:
+    for x in (multiple * d - 1, multiple * d, multiple * d + 1):
+        if 0 <= x <= INT32_MAX:
+            _, magic, shift = divisor(d)
+            assert (((x << 1) % 2**32) * magic >> 32) >> shift == x // d, f"{x=}"
+
+
+@given(st.integers(0, 300), st.integers(1, 40), st.integers(1, 40), st.booleans(), st.data())
+def test_sizes_hold_any_routing(
+    n: int, num_experts: int, block_size: int, pad: bool, data: st.DataObject
+) -> None:
+    num_slots, num_blocks = aligned_sizes(n, num_experts, block_size, pad)
+    assert num_blocks == -(-num_slots // block_size)
+    used = data.draw(st.lists(st.integers(0, num_experts - 1), min_size=n, max_size=n))
+    post_pad = sum(-(-used.count(e) // block_size) * block_size for e in range(num_experts))
+    assert post_pad <= num_slots
+    if n >= num_experts:  # and some routing needs all but a block of it
+        worst = (num_experts - 1) * block_size + -(-(n - num_experts + 1) // block_size) * block_size
+        assert worst <= num_slots < worst + num_experts * block_size + 2 * block_size
+
+
+def test_sizes_by_hand() -> None:
+    assert aligned_sizes(12, 5, 4) == (27, 7)
+    assert aligned_sizes(12, 5, 4, True) == (28, 7)
+    assert aligned_sizes(3, 5, 4) == (12, 3)  # fewer ids than experts: a block an id
+    assert aligned_sizes(4, 5, 2) == (8, 4)
+    assert aligned_sizes(4, 5, 2, True) == (8, 4)
+    assert aligned_sizes(5, 5, 2) == (10, 5)
+    assert aligned_sizes(0, 5, 4, True) == (0, 0)
+    assert aligned_sizes(7, 1, 1) == (7, 7)
+
+
+def test_sizes_beyond_int32() -> None:
+    assert aligned_sizes(INT32_MAX, 1, 1) == (INT32_MAX, INT32_MAX)
+    assert aligned_sizes(32_767, 65_536, 65_536) == (32_767 * 65_536, 32_767)
+    for arguments in (
+        (INT32_MAX + 1, 1, 1),
+        (32_768, 65_536, 65_536),
+        (65_536, 65_536, 65_536),
+        (INT32_MAX, 2, 2),
+    ):
+        with pytest.raises(ValueError, match=r"need \d+ slots, more than int32 can number \(2147483647\)"):
+            aligned_sizes(*arguments)
+
+
+def test_plan_is_pure() -> None:
+    source = inspect.getsource(plan)
+    assert not any(f"import {name}" in source for name in ("torch", "cupy", "os", "numpy"))
