@@ -85,8 +85,9 @@ def everything(pytestconfig: pytest.Config) -> Everything:
     built = list(prebuild.run(cache.Root(folder, "prebuilt"), missing, os.cpu_count() or 1))
     for target in targets:
         prebuild.finish(folder, target)
-    failed = [result for result in built if result.status == "failed"]
-    return Everything(folder, failed or [prebuild.state(folder, *pair) for pair in wanted])
+    failed = {(r.unit, r.target): r for r in built if r.status == "failed"}
+    found = [prebuild.state(folder, *pair) for pair in wanted]
+    return Everything(folder, [failed.get((r.unit, r.target), r) for r in found])
 
 
 def copy_package(folder: Path) -> Path:
