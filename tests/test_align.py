@@ -130,7 +130,7 @@ def test_out_is_what_comes_back() -> None:
     assert again.expert_ids is out[1]
 
 
-# ---- wrong calls -----------------------------------------------------------------------------
+# ---- wrong calls ----------------------------------------------------------------------------
 
 MAP = torch.zeros(5, dtype=torch.int32)
 OUT = make_out(12, 5, 4)
@@ -225,7 +225,7 @@ def test_equal_values_of_other_types_find_the_same_call_in_the_cache() -> None:
     assert as_lists(align(IDS, 4.0, np.int64(5))) == expected
 
 
-# ---- arrays of other libraries ---------------------------------------------------------------
+# ---- arrays of other libraries --------------------------------------------------------------
 
 
 def test_numpy() -> None:
@@ -287,7 +287,7 @@ def test_jax() -> None:
     assert tuple(result.tolist() for result in aligned) == naive(IDS.flatten().tolist(), 4, 5)
 
 
-# ---- the package -----------------------------------------------------------------------------
+# ---- the package ----------------------------------------------------------------------------
 
 
 def test_importing_the_package_imports_neither_torch_nor_cupy() -> None:

@@ -1,0 +1,623 @@
+"""moe_align_block_size on a GPU: every kernel, element for element what the CPU specification says.
+
+Each case poisons its outputs, checks the words before and after them, and says in its error which case it is.
+Grids are loops: a few tests, thousands of cases. Sources of the grids: the tests of vLLM and SGLang.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import random
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import routing
+import torch
+from align_cases import ID_TYPES, kernel_of, layouts
+
+import cupy_moe.align
+from cupy_moe import MoEAlignment, aligned_sizes, cpu, moe_align_block_size, plan
+from cupy_moe.launch import device_limits
+from cupy_moe.plan import ALIGN_KERNELS
+
+pytestmark = pytest.mark.gpu
+
+POISON, GUARD = 0x5A5A5A5A, 0x3C3C3C3C
+GUARD_WORDS = 64
+
+
+class Outputs:
+    """Poisoned outputs with guard words before and after each."""
+
+    def __init__(self, lengths: tuple[int, ...], offset: int = 0) -> None:
+        self.offset = GUARD_WORDS + offset
+        self.buffers = [
+            torch.full((GUARD_WORDS + length + GUARD_WORDS + 4,), GUARD, dtype=torch.int32, device="cuda")
+            for length in lengths
+        ]
+        out = [b[self.offset :][:length] for b, length in zip(self.buffers, lengths, strict=True)]
+        self.out = MoEAlignment(*out)
+        self.poison()
+
+    def poison(self) -> None:
+        for tensor in self.out:
+            tensor.fill_(POISON)
+
+    def check(self, expected: tuple[torch.Tensor, ...], case: str) -> None:
+        for name, tensor, wanted in zip(MoEAlignment._fields, self.out, expected, strict=True):
+            if not torch.equal(tensor, wanted):
+                wrong = (tensor != wanted).nonzero().flatten()
+                few = wrong[:8]
+                pytest.fail(
+                    f"{case}: {name} differs at {len(wrong)} of {len(wanted)} places, at {few.tolist()} it is"
+                    f" {tensor[few].tolist()} instead of {wanted[few].tolist()}",
+                    pytrace=False,
+                )
+            buffer = self.buffers[MoEAlignment._fields.index(name)]
+            around = torch.cat([buffer[: self.offset], buffer[self.offset + len(tensor) :]])
+            assert bool((around == GUARD).all()), f"{case}: written outside {name}"
+
+
+def check(
+    topk_ids: torch.Tensor,
+    block_size: int,
+    num_experts: int,
+    expert_map: torch.Tensor | None = None,
+    pad: bool = False,
+    ignore: bool = False,
+    *,
+    kernels: tuple[str | None, ...] = (None,),
+    runs: int = 1,
+    offset: int = 0,
+    note: str = "",
+) -> None:
+    expected = cpu.moe_align_block_size(topk_ids, block_size, num_experts, expert_map, pad, ignore)
+    outputs = Outputs((*aligned_sizes(topk_ids.numel(), num_experts, block_size, pad), 1), offset)
+    for kernel in kernels:
+        for run in range(runs):
+            case = (
+                f"{list(topk_ids.shape)=} {topk_ids.dtype} strides={list(topk_ids.stride())} {num_experts=}"
+                f" {block_size=} {pad=} {ignore=} map={expert_map is not None} {kernel=} {run=} {note}"
+            )
+            outputs.poison()
+            moe_align_block_size(
+                topk_ids, block_size, num_experts, expert_map, pad, ignore, out=outputs.out, kernel=kernel
+            )
+            outputs.check(expected, case)
+
+
+def possible(num_ids: int, num_experts: int) -> tuple[str, ...]:
+    """The kernels that can take this many ids and experts here: few ids, little memory, no clusters."""
+
+    def is_possible(kernel: str) -> bool:
+        topk_ids = torch.zeros(num_ids, dtype=torch.int32, device="cuda")
+        try:
+            moe_align_block_size(topk_ids, 16, num_experts, kernel=kernel)
+        except ValueError:
+            return False
+        return True
+
+    return tuple(kernel for kernel in ALIGN_KERNELS if is_possible(kernel))
+
+
+@functools.lru_cache(maxsize=256)
+def make(name: str, tokens: int, topk: int, num_experts: int) -> torch.Tensor:
+    return routing.make(name, tokens, topk, num_experts, device="cuda")
+
+
+def drawn(shape: tuple[int, ...], low: int, high: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+    generator = torch.Generator("cuda").manual_seed(sum(shape) + high)
+    return torch.randint(low, high, shape, device="cuda", generator=generator).to(dtype)
+
+
+def half_local(num_experts: int, garbage: bool = False) -> torch.Tensor:
+    """Every other expert on this rank, in another order; `garbage` adds entries out of range."""
+    local = torch.full((num_experts,), -1, dtype=torch.int32, device="cuda")
+    local[::2] = (
+        torch.randperm((num_experts + 1) // 2, generator=torch.Generator().manual_seed(0)).int().cuda()
+    )
+    if garbage:
+        wild = torch.tensor([-(2**31), -2, num_experts, 2**31 - 1, num_experts + 31], dtype=torch.int32)
+        local[1::3] = wild.repeat(num_experts)[: len(local[1::3])].cuda()
+    return local
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Grows by the name of each kernel that is launched."""
+    names: list[str] = []
+    launch = cupy_moe.align.launch
+
+    def record(planned: plan.LaunchPlan, *arguments: Any) -> None:
+        names.append(planned.kernel)
+        launch(planned, *arguments)
+
+    monkeypatch.setattr(cupy_moe.align, "launch", record)
+    return names
+
+
+# ---- grids ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 256, 2256, 4096])
+def test_grid_of_vllm(tokens: int) -> None:
+    names = itertools.cycle(("uniform", "skewed", "with_invalid", "empty_experts", "all_to_one"))
+    for num_experts, topk in itertools.product((32, 160, 256, 257), (1, 2, 16, 32)):
+        ids = make(next(names), tokens, topk, num_experts)
+        for block_size, pad in itertools.product((32, 128), (False, True)):
+            check(ids, block_size, num_experts, pad=pad)
+
+
+@pytest.mark.parametrize("name", routing.NAMES)
+def test_routings(name: str) -> None:
+    for tokens, topk, num_experts in (
+        (16, 8, 256), (128, 2, 64), (512, 8, 128), (1024, 8, 256), (2048, 8, 128), (4096, 2, 64), (8192, 8, 256)
+    ):  # fmt: skip
+        kernels = (None, *possible(tokens * topk, num_experts))
+        check(make(name, tokens, topk, num_experts), 128, num_experts, kernels=kernels, note=name)
+
+
+def test_invalid_ids() -> None:
+    for tokens, topk, num_experts, block_size in (
+        (8, 4, 8, 4),
+        (300, 4, 8, 16),
+        (8, 4, 80, 8),
+        (3000, 8, 64, 16),
+    ):
+        kernels = (None, *possible(tokens * topk, num_experts))
+        for dtype, mapped, ignore in itertools.product(
+            (torch.int32, torch.int64), (False, True), (False, True)
+        ):
+            limits = torch.iinfo(dtype)
+            wrong = torch.tensor(
+                [-1, -2, num_experts, num_experts + 7, limits.min, limits.max, 2**31 - 1, -(2**31)],
+                device="cuda",
+            )
+            ids = drawn((tokens, topk), 0, num_experts, torch.int64)
+            spoiled = wrong[drawn((tokens, topk), 0, len(wrong), torch.int64)]
+            some = torch.where(drawn((tokens, topk), 0, 3) == 0, spoiled, ids).to(dtype)
+            expert_map = half_local(num_experts) if mapped else None
+            for topk_ids in (some, spoiled.to(dtype)):
+                check(topk_ids, block_size, num_experts, expert_map, ignore=ignore, kernels=kernels)
+
+
+def test_ids_beyond_32_bits() -> None:
+    """Ids whose low 32 bits would be an expert."""
+    ids = drawn((500, 4), 0, 8, torch.int64) + (drawn((500, 4), -2, 3, torch.int64) << 32)
+    for view in layouts(ids).values():
+        check(view, 16, 8, kernels=(None, *possible(2000, 8)))
+    check(ids[:8], 16, 8, kernels=("small",))
+
+
+def test_expert_maps() -> None:
+    for tokens, topk, num_experts in itertools.product((16, 32, 2048, 8192), (2, 4), (8, 64, 257)):
+        ids = make("with_invalid", tokens, topk, num_experts)
+        kernels = (None, *possible(ids.numel(), num_experts))
+        none = torch.full((num_experts,), -1, dtype=torch.int32, device="cuda")
+        every = torch.arange(num_experts, dtype=torch.int32, device="cuda")
+        maps = {
+            "half": half_local(num_experts), "garbage": half_local(num_experts, garbage=True), "none": none,
+            "identity": every, "reversed": every.flip(0), "all the same": every * 0 + 1,
+        }  # fmt: skip
+        for (note, expert_map), ignore in itertools.product(maps.items(), (False, True)):
+            check(ids, 64, num_experts, expert_map, ignore=ignore, kernels=kernels, note=note)
+
+
+def test_tiny_grid_of_sglang() -> None:
+    for num_experts, topk, tokens in itertools.product(
+        (8, 64, 65, 1023, 1024, 4096, 9000), (1, 2, 4, 8), (1, 4, 8)
+    ):
+        for block_size in (4, 16, 64, 128):
+            check(drawn((tokens, topk), 0, num_experts), block_size, num_experts)
+    for num_experts in (8, 257, 1023):
+        for topk, tokens in itertools.product((1, 2, 8), (16, 128, 1024, 4096)):
+            check(drawn((tokens, topk), 0, num_experts), 64, num_experts)
+
+
+def test_many_experts() -> None:
+    for num_experts, tokens in itertools.product(
+        (1025, 2048, 4095, 8191, 9000, 20_000, 65_535, 65_536), (1, 8, 32, 256, 3000)
+    ):
+        ids = drawn((tokens, 8), -1, num_experts + 2)
+        kernels = (None, *possible(ids.numel(), num_experts))
+        check(ids, 64, num_experts, kernels=kernels)
+        if tokens in (8, 256):
+            for ignore in (False, True):
+                check(
+                    ids,
+                    16,
+                    num_experts,
+                    half_local(num_experts, garbage=True),
+                    ignore=ignore,
+                    kernels=kernels,
+                )
+
+
+def test_any_block_size() -> None:
+    for block_size in (1, 2, 3, 7, 48, 100, 127, 129, 1000, 4099, 32_768, 65_535, 65_536):
+        for num_ids, num_experts in ((1, 1), (60, 8), (1000, 64), (20_000, 33)):
+            ids = drawn((num_ids,), -1, num_experts)
+            kernels = (None, *possible(num_ids, num_experts))
+            for pad in (False, True):
+                check(ids, block_size, num_experts, pad=pad, kernels=kernels)
+    for num_ids in (1, 3000):
+        check(drawn((num_ids,), 0, 2), 65_536, 2, kernels=(None, *possible(num_ids, 2)))
+    check(drawn((300,), 0, 65_536), 65_536, 65_536, kernels=(None, "global_large"))
+
+
+def test_slots_close_to_the_limit_of_int32() -> None:
+    num_experts, block_size = 32_760, 65_536
+    ids = torch.arange(num_experts, dtype=torch.int32, device="cuda")  # each expert once: every block in use
+    aligned = moe_align_block_size(ids, block_size, num_experts)
+    assert aligned.sorted_token_ids.numel() == num_experts * block_size > 2**31 - 2**20
+    assert aligned.num_tokens_post_pad.item() == num_experts * block_size
+    assert torch.equal(aligned.expert_ids, ids)
+    blocks = aligned.sorted_token_ids.view(num_experts, block_size)
+    assert torch.equal(blocks[:, 0], ids)
+    assert all(bool((part == num_experts).all()) for part in blocks[:, 1:].split(4096))
+
+
+def test_a_million_ids() -> None:
+    for name, num_experts in (("uniform", 8), ("skewed", 256), ("all_to_one", 64), ("with_invalid", 512)):
+        ids = make(name, 131_072, 8, num_experts)
+        check(ids, 128, num_experts, kernels=(None, *possible(ids.numel(), num_experts)), note=name)
+    check(drawn((1_000_003,), 0, 65_536, torch.int64), 16, 65_536)
+
+
+def test_no_ids() -> None:
+    for shape, num_experts in itertools.product(((0,), (0, 8), (5, 0)), (1, 64, 65_536)):
+        ids = torch.empty(shape, dtype=torch.int32, device="cuda")
+        for kernel in (None, *possible(0, num_experts)):
+            aligned = moe_align_block_size(ids, 16, num_experts, kernel=kernel)
+            assert [result.tolist() for result in aligned] == [[], [], [0]], (
+                f"{shape=} {num_experts=} {kernel=}"
+            )
+
+
+# ---- kernels -------------------------------------------------------------------------------------
+
+
+def test_every_kernel_at_every_threshold() -> None:
+    limits = (plan.SMALL_MAX_IDS, plan.SHARED_MAX_IDS, plan.CLUSTER8_MAX_IDS)
+    sizes = {0, 1, 2, 31, 32, 33, 255, 256, 257, 1023, 1024, 1025, 4095, 4096, 4097, 100_003}
+    sizes |= {limit + step for limit in limits for step in (-1, 0, 1)}
+    for num_ids, num_experts in itertools.product(sorted(sizes), (1, 8, 257, 1500)):
+        ids = drawn((num_ids,), -1, num_experts + 1)
+        check(ids, 16, num_experts, kernels=(None, *possible(num_ids, num_experts)), runs=2)
+
+
+def test_the_kernel_that_is_planned_is_the_one_that_runs(launched: list[str]) -> None:
+    limits = device_limits(torch.cuda.current_device())
+    bounds = (plan.SMALL_MAX_IDS, plan.SHARED_MAX_IDS, plan.CLUSTER8_MAX_IDS)
+    seen = set()
+    for num_ids in (bound + step for bound in bounds for step in (-1, 0, 1)):
+        for num_experts in (64, 65_536):
+            launched.clear()
+            moe_align_block_size(drawn((num_ids,), 0, num_experts), 16, num_experts)
+            if num_ids <= plan.SMALL_MAX_IDS:
+                expected = "align_small/align_small_i32"
+            elif num_experts > 60_000:
+                expected = "align_global/align_count_large_i32"
+            elif num_ids <= plan.SHARED_MAX_IDS:
+                expected = "align_shared/align_shared_i32"
+            elif limits.capability < (9, 0):
+                expected = "align_global/align_count_i32"
+            else:
+                cluster = 8 if num_ids <= plan.CLUSTER8_MAX_IDS else 16
+                expected = f"align_shared/align_shared_cluster{cluster}_i32"
+            assert launched[0] == expected, f"{num_ids=} {num_experts=}"
+            assert len(launched) == (2 if "global" in expected else 1)
+            seen.add(expected)
+    assert len(seen) >= 4
+
+
+def test_a_forced_kernel_is_the_one_that_runs(launched: list[str]) -> None:
+    ids = drawn((100,), 0, 64)
+    for kernel in possible(100, 64):
+        launched.clear()
+        moe_align_block_size(ids, 16, 64, kernel=kernel)
+        launches = tuple(plan.LaunchPlan(name, 1, 32, 0) for name in launched)
+        assert kernel_of(plan.AlignPlan(launches, *[0] * (len(plan.AlignPlan._fields) - 1))) == kernel
+    assert len(possible(100, 64)) == (6 if torch.cuda.get_device_capability() >= (9, 0) else 4)
+
+
+def test_one_reader_for_each_kind_of_ids(launched: list[str]) -> None:
+    ids = drawn((100, 4), 0, 64)
+    i32 = {"int32": ids, "uint32": ids.to(torch.uint32)}
+    others = {"int16": ids.short(), "transposed": ids.t(), "every second row": ids[::2]}
+    cases = [(i32, "i32"), ({"int64": ids.long()}, "i64"), (others, "any")]
+    for name, topk_ids, reader in [
+        (name, ids, reader) for kind, reader in cases for name, ids in kind.items()
+    ]:
+        launched.clear()
+        moe_align_block_size(topk_ids, 16, 64)
+        assert launched[0].endswith(f"_{reader}"), name
+
+
+def test_every_type_and_layout() -> None:
+    for dtype, (tokens, topk) in itertools.product(ID_TYPES, ((1, 1), (12, 3), (600, 4), (4100, 5))):
+        num_experts = 100
+        ids = make("with_invalid", tokens, topk, num_experts).to(torch.int64)
+        ids = ids.clamp(torch.iinfo(dtype).min, torch.iinfo(dtype).max).to(dtype)
+        kernels = (None, *possible(ids.numel(), num_experts))
+        for note, view in layouts(ids).items():
+            check(view, 16, num_experts, kernels=kernels, note=note)
+    expanded = drawn((700, 1), 0, 9).expand(700, 6)
+    check(expanded, 16, 9, kernels=(None, *possible(4200, 9)), note="expanded")
+
+
+def test_outputs_and_ids_at_any_address() -> None:
+    for dtype, start, offset in itertools.product((torch.int32, torch.int64), (0, 1, 2, 3), (0, 1, 2, 3)):
+        for num_ids in (50, 3000, 20_000):
+            ids = drawn((num_ids + start,), 0, 64, dtype)[start:]
+            check(
+                ids, 13, 64, kernels=(None, *possible(num_ids, 64)), offset=offset, note=f"{start=} {offset=}"
+            )
+
+
+def test_five_runs_give_the_same_bits() -> None:
+    for tokens, topk, block_size, num_experts in ((128, 2, 32, 64), (4097, 16, 128, 256), (2048, 8, 128, 64)):
+        ids = make("with_invalid", tokens, topk, num_experts)
+        kernels = possible(ids.numel(), num_experts)
+        check(ids, block_size, num_experts, kernels=(None, *kernels), runs=5)
+        first = moe_align_block_size(ids, block_size, num_experts)
+        for kernel in (*kernels, *kernels):
+            for a, b in zip(
+                first, moe_align_block_size(ids, block_size, num_experts, kernel=kernel), strict=True
+            ):
+                assert torch.equal(a, b), kernel
+
+
+def test_random_calls() -> None:
+    chance = random.Random(0)
+    for _ in range(400):
+        num_experts = int(2 ** chance.uniform(0, 12))
+        num_ids = int(2 ** chance.uniform(0, 15))
+        block_size = int(2 ** chance.uniform(0, 9))
+        ids = drawn((num_ids,), -1, num_experts + 1, chance.choice((torch.int32, torch.int64, torch.int16)))
+        expert_map = chance.choice((None, half_local(num_experts, garbage=True)))
+        kernel = chance.choice((None, *possible(num_ids, num_experts)))
+        pad, ignore = chance.random() < 0.5, chance.random() < 0.5
+        check(
+            ids,
+            block_size,
+            num_experts,
+            expert_map,
+            pad,
+            ignore,
+            kernels=(kernel,),
+            offset=chance.randrange(4),
+        )
+
+
+def test_sanitize_every_kernel() -> None:
+    """Small enough for compute-sanitizer, which scripts/sanitize runs this under."""
+    for num_ids, num_experts in ((0, 5), (1, 5), (100, 7), (1500, 300), (9000, 20), (300, 20_000)):
+        kernels = possible(num_ids, num_experts)
+        for dtype, mapped, ignore in (
+            (torch.int32, False, False), (torch.int64, True, False), (torch.int16, True, True)
+        ):  # fmt: skip
+            expert_map = half_local(num_experts, garbage=True) if mapped else None
+            ids = drawn((num_ids,), -1, num_experts + 1, dtype)
+            for kernel in kernels:
+                moe_align_block_size(ids, 7, num_experts, expert_map, False, ignore, kernel=kernel)
+    torch.cuda.synchronize()
+
+
+# ---- streams, graphs, threads --------------------------------------------------------------------
+
+
+def graph_cases() -> Iterator[tuple[str | None, int, int, list[torch.Tensor]]]:
+    for num_ids, num_experts in ((64, 64), (4096, 64), (10_000, 128), (60_000, 128)):
+        batches = [drawn((num_ids,), -1, num_experts + low) for low in range(3)]
+        for kernel in (None, *possible(num_ids, num_experts)):
+            yield kernel, num_ids, num_experts, batches
+
+
+def test_graph_replayed_with_other_ids() -> None:
+    for kernel, num_ids, num_experts, batches in graph_cases():
+        ids = batches[0].clone()
+        outputs = Outputs((*aligned_sizes(num_ids, num_experts, 16), 1))
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            moe_align_block_size(ids, 16, num_experts, out=outputs.out, kernel=kernel)
+            allocated = moe_align_block_size(ids, 16, num_experts, kernel=kernel)
+        for index, batch in enumerate(batches):
+            ids.copy_(batch)
+            outputs.poison()
+            graph.replay()
+            expected = cpu.moe_align_block_size(batch, 16, num_experts)
+            outputs.check(expected, f"{kernel=} {num_ids=} batch {index}")
+            assert all(torch.equal(a, b) for a, b in zip(allocated, expected, strict=True)), f"{kernel=}"
+
+
+def test_two_graphs_replayed_at_once() -> None:
+    num_experts, streams = 64, [torch.cuda.Stream(), torch.cuda.Stream()]
+    for num_ids in (100, 4096, 40_000):
+        for kernel in (None, *possible(num_ids, num_experts)):
+            batches = [drawn((num_ids,), -1, num_experts + low) for low in (0, 1)]
+            graphs, results = [], []
+            for batch in batches:
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    results.append(moe_align_block_size(batch, 16, num_experts, kernel=kernel))
+                graphs.append(graph)
+            torch.cuda.synchronize()
+            for _ in range(20):
+                for stream, graph in zip(streams, graphs, strict=True):
+                    with torch.cuda.stream(stream):
+                        graph.replay()
+            torch.cuda.synchronize()
+            for batch, result in zip(batches, results, strict=True):
+                expected = cpu.moe_align_block_size(batch, 16, num_experts)
+                assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True)), f"{kernel=}"
+
+
+def test_two_streams_at_once() -> None:
+    num_experts, streams = 64, [torch.cuda.Stream(), torch.cuda.Stream()]
+    for num_ids in (100, 4096, 40_000):
+        for kernel in (None, *possible(num_ids, num_experts)):
+            batches = [drawn((num_ids,), -1, num_experts + low) for low in (0, 1)]
+            outs = [Outputs((*aligned_sizes(num_ids, num_experts, 16), 1)) for _ in batches]
+            torch.cuda.synchronize()
+            for _ in range(20):
+                for stream, batch, outputs in zip(streams, batches, outs, strict=True):
+                    with torch.cuda.stream(stream):
+                        moe_align_block_size(batch, 16, num_experts, out=outputs.out, kernel=kernel)
+            torch.cuda.synchronize()
+            for batch, outputs in zip(batches, outs, strict=True):
+                expected = cpu.moe_align_block_size(batch, 16, num_experts)
+                outputs.check(expected, f"{kernel=} {num_ids=}")
+
+
+def test_it_runs_on_the_current_stream() -> None:
+    """The ids arrive late, on a stream of their own: any other stream would read the ones before."""
+    late, before = drawn((4096,), 0, 64), drawn((4096,), 0, 7)
+    expected = cpu.moe_align_block_size(late, 16, 64)
+    for kernel in (None, *possible(4096, 64)):
+        ids, stream = before.clone(), torch.cuda.Stream()
+        moe_align_block_size(ids, 16, 64, kernel=kernel)  # loaded before the race starts
+        torch.cuda.synchronize()
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(20_000_000)  # some 10 ms
+            ids.copy_(late)
+            result = moe_align_block_size(ids, 16, 64, kernel=kernel)
+            assert not stream.query(), "the call waited for its stream"
+        stream.synchronize()
+        assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True)), f"{kernel=}"
+
+
+def test_eight_threads() -> None:
+    batches = [drawn((500 * (index + 1),), -1, 65) for index in range(8)]
+    expected = [cpu.moe_align_block_size(batch, 16, 64) for batch in batches]
+    torch.cuda.synchronize()
+    failures: list[str] = []
+    start = threading.Barrier(8)
+
+    def work(index: int) -> None:
+        try:
+            start.wait(30)
+            with torch.cuda.stream(torch.cuda.Stream()):
+                for run in range(50):
+                    result = moe_align_block_size(batches[index], 16, 64)
+                    if not all(torch.equal(a, b) for a, b in zip(result, expected[index], strict=True)):
+                        failures.append(f"thread {index}, {run=}")
+        except Exception as error:
+            failures.append(f"thread {index}: {error!r}")
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not failures
+    assert not any(thread.is_alive() for thread in threads)
+
+
+def test_the_call_does_not_synchronize() -> None:
+    ids, expert_map = drawn((4096,), 0, 64), half_local(64)
+    kernels = possible(4096, 64)
+    for ignore in (False, True):
+        moe_align_block_size(ids, 16, 64, expert_map, ignore_invalid_experts=ignore)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for kernel in (None, *kernels):
+            moe_align_block_size(ids, 16, 64, expert_map, kernel=kernel)
+            moe_align_block_size(ids.view(1024, 4).t(), 16, 64, kernel=kernel)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_it_allocates_no_more_than_its_outputs() -> None:
+    ids = drawn((4096,), 0, 64)
+    outputs = Outputs((*aligned_sizes(4096, 64, 16), 1))
+    moe_align_block_size(ids, 16, 64, out=outputs.out)
+    before = torch.cuda.memory_stats()["allocation.all.allocated"]
+    moe_align_block_size(ids, 16, 64, out=outputs.out)
+    assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
+    moe_align_block_size(ids, 16, 64)
+    assert torch.cuda.memory_stats()["allocation.all.allocated"] == before + 3
+
+
+# ---- wrong calls, other arrays -------------------------------------------------------------------
+
+
+def test_tensors_on_different_devices() -> None:
+    ids = drawn((12,), 0, 5)
+    with pytest.raises(ValueError, match=r"expert_map: expected it beside topk_ids on cuda:0, got cpu"):
+        moe_align_block_size(ids, 4, 5, torch.zeros(5, dtype=torch.int32))
+    with pytest.raises(ValueError, match=r"out: expected sorted_token_ids .* on cuda:0.* on cpu"):
+        moe_align_block_size(ids, 4, 5, out=tuple(torch.zeros(k, dtype=torch.int32) for k in (27, 7, 1)))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"expert_map: expected it beside topk_ids on cpu, got cuda:0"):
+        moe_align_block_size(ids.cpu(), 4, 5, torch.zeros(5, dtype=torch.int32, device="cuda"))
+
+
+def test_a_kernel_that_cannot() -> None:
+    with pytest.raises(ValueError, match="kernel='small' takes at most"):
+        moe_align_block_size(drawn((plan.SMALL_MAX_IDS + 1,), 0, 5), 4, 5, kernel="small")
+    with pytest.raises(ValueError, match="kernel='fast': expected one of small, "):
+        moe_align_block_size(drawn((12,), 0, 5), 4, 5, kernel="fast")
+
+
+def test_cupy_arrays() -> None:
+    cupy = pytest.importorskip("cupy")
+    ids = drawn((4096, 4), -1, 65)
+    expected = cpu.moe_align_block_size(ids, 16, 64, half_local(64), True, True)
+    aligned: Any = moe_align_block_size(cupy.asarray(ids), 16, 64, cupy.asarray(half_local(64)), True, True)
+    for result, wanted in zip(aligned, expected, strict=True):
+        assert isinstance(result, cupy.ndarray)
+        assert (result.get() == wanted.cpu().numpy()).all()
+    out: Any = tuple(cupy.full(len(wanted), 12_345, dtype=cupy.int32) for wanted in expected)
+    again = moe_align_block_size(
+        cupy.asarray(ids).T.copy().T, 16, 64, cupy.asarray(half_local(64)), True, True, out=out
+    )
+    assert all(a is b for a, b in zip(again, out, strict=True))
+    assert all((a.get() == b.cpu().numpy()).all() for a, b in zip(out, expected, strict=True))
+
+
+def test_cupy_arrays_of_another_stream() -> None:
+    """torch waits for the producer's stream, and the consumer's reads wait for the kernel."""
+    cupy = pytest.importorskip("cupy")
+    late, before = cupy.asarray(drawn((4096,), 0, 64)), cupy.asarray(drawn((4096,), 0, 7))
+    expected = cpu.moe_align_block_size(torch.from_dlpack(late), 16, 64)
+    ids = before.copy()
+    torch.cuda.synchronize()
+    with cupy.cuda.Stream(non_blocking=True):
+        with torch.cuda.stream(torch.cuda.ExternalStream(cupy.cuda.get_current_stream().ptr)):
+            torch.cuda._sleep(20_000_000)
+        ids[...] = late
+        aligned: Any = moe_align_block_size(ids, 16, 64)
+        copies = [result.copy() for result in aligned]
+    assert all((a.get() == b.cpu().numpy()).all() for a, b in zip(copies, expected, strict=True))
+
+
+def test_jax_arrays() -> None:
+    jax = pytest.importorskip("jax")
+    try:
+        device = jax.devices("gpu")[0]
+    except RuntimeError as error:
+        pytest.skip(f"jax has no GPU here: {error}")
+    ids = drawn((1024, 4), -1, 65)
+    expected = cpu.moe_align_block_size(ids, 16, 64)
+    aligned = moe_align_block_size(jax.device_put(ids.cpu().numpy(), device), 16, 64)
+    for result, wanted in zip(aligned, expected, strict=True):
+        assert isinstance(result, jax.Array)
+        assert result.tolist() == wanted.tolist()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+def test_on_the_device_of_the_ids() -> None:
+    ids = drawn((4096,), 0, 64).to("cuda:1")
+    expected = cpu.moe_align_block_size(ids, 16, 64)
+    for kernel in (None, *possible(4096, 64)):
+        for current in (0, 1):
+            with torch.cuda.device(current):
+                aligned = moe_align_block_size(ids, 16, 64, kernel=kernel)
+                assert all(result.device == ids.device for result in aligned)
+                assert all(torch.equal(a, b) for a, b in zip(aligned, expected, strict=True)), f"{kernel=}"
+                assert torch.cuda.current_device() == current
+    with pytest.raises(ValueError, match="expert_map: expected it beside topk_ids on cuda:1, got cuda:0"):
+        moe_align_block_size(ids, 16, 64, half_local(64))
