@@ -14,7 +14,7 @@ from .plan import MAX_BLOCK_SIZE, MAX_EXPERTS, AlignPlan, aligned_sizes, divisor
 
 __all__ = ["MoEAlignment", "aligned_sizes", "moe_align_block_size"]
 
-_ARGUMENTS = struct.Struct("@6P2q12I")  # AlignArgs in align.cuh
+_ARGUMENTS = struct.Struct("@6P2q13I")  # AlignArgs in align.cuh
 _NO_MAP, _MAP_BLOCKS, _MAP_IDS = 0, 1, 2
 # IdType in align.cuh. Ids of 2^31 and more are no experts, so u32 is read as i32: the same ids are dropped.
 _ID_TYPES = {
@@ -99,7 +99,7 @@ def moe_align_block_size(
     if expert_map is not None:
         _check_expert_map(expert_map, num_experts, device)
     call = _prepare(
-        num_ids, topk_ids.dtype, topk_ids.is_contiguous(), device, block_size, num_experts,
+        num_ids, topk_ids.dtype, topk_ids.is_contiguous() and topk_ids.data_ptr() % 16 == 0, device, block_size, num_experts,
         0 if expert_map is None else _MAP_IDS if ignore_invalid_experts else _MAP_BLOCKS,
         bool(pad_sorted_ids), kernel,
     )  # fmt: skip
@@ -120,7 +120,7 @@ def moe_align_block_size(
         return MoEAlignment(sorted_token_ids, expert_ids, num_tokens_post_pad)
 
     row_stride = col_stride = num_cols = 1
-    if not call.contiguous:
+    if not call.vectors:
         topk_ids, num_cols, row_stride, col_stride = _as_rows(topk_ids)
     scratch = 0
     if call.plan.scratch_words:
@@ -141,7 +141,7 @@ class _Call(NamedTuple):
 
     num_slots: int
     num_blocks: int
-    contiguous: bool
+    vectors: bool  # contiguous ids, aligned to 16 bytes
     plan: AlignPlan | None  # None: on the CPU
     constants: tuple[int, ...]  # the fields of AlignArgs from id_type on; on the CPU the two sizes
 
@@ -150,7 +150,7 @@ class _Call(NamedTuple):
 def _prepare(
     num_ids: int,
     dtype: torch.dtype,
-    contiguous: bool,
+    vectors: bool,
     device: torch.device,
     block_size: int,
     num_experts: int,
@@ -164,17 +164,17 @@ def _prepare(
     _check_int("num_experts", num_experts, MAX_EXPERTS)
     num_slots, num_blocks = aligned_sizes(num_ids, num_experts, block_size, pad_sorted_ids)
     if device.type == "cpu":
-        return _Call(num_slots, num_blocks, contiguous, None, (block_size, num_experts))
+        return _Call(num_slots, num_blocks, vectors, None, (block_size, num_experts))
     if device.type != "cuda":
         raise ValueError(f"topk_ids: expected a CUDA or CPU tensor, got one on {device}")
     id_type = _ID_TYPES[dtype]
-    reader = _READERS.get(id_type, "any") if contiguous else "any"
-    plan = plan_align(num_ids, num_experts, num_slots, reader, device_limits(device.index), kernel)
+    reader = _READERS.get(id_type, "any") if vectors else "any"
+    plan = plan_align(num_ids, num_experts, num_slots, block_size, reader, device_limits(device.index), kernel)
     constants = (
         id_type, num_ids, num_experts, num_slots, num_blocks, map_mode, *divisor(block_size),
-        plan.ids_per_block, plan.num_rows,
+        plan.per_block, plan.num_rows, plan.row_shift,
     )  # fmt: skip
-    return _Call(num_slots, num_blocks, contiguous, plan, constants)
+    return _Call(num_slots, num_blocks, vectors, plan, constants)
 
 
 def _check_int(name: str, value: int, most: int) -> None:

@@ -28,8 +28,9 @@ class LaunchPlan(NamedTuple):
 
 class AlignPlan(NamedTuple):
     launches: tuple[LaunchPlan, ...]
-    ids_per_block: int = 0
-    num_rows: int = 1
+    per_block: int  # ids that one block places; align_small: slots that one block writes
+    num_rows: int  # warps of a block that place ids; align_small: threads that share an id
+    row_shift: int = 0  # a warp places 2^row_shift ids
     scratch_words: int = 0
 
 
@@ -44,12 +45,15 @@ SMALL_SLOTS_PER_BLOCK = 1024
 # Every block counting all ids needs no barrier between blocks, as long as counting is short.
 SHARED_MAX_IDS = 8_192
 CLUSTER8_MAX_IDS = 16_384
-# A warp ranks at most 4 * 32 ids at a time (kMaxIdsPerRow in align.cuh); more rows cost more to clear and scan.
-MAX_ROWS = 32
-WARP = 32
+# One SM takes a cycle or two a sector; slots and ids that a block writes in about the time of a barrier.
+SLOTS_PER_BLOCK = 1024
+IDS_PER_BLOCK = 256
 # Tables in global memory are wide; fewer pieces keep them few.
 LARGE_MAX_PIECES = 16
-STATIC_SHARED = 128  # warp_sums
+LARGE_NUM_ROWS = 8
+STATIC_SHARED = 128  # warp_sums in the .cu files
+WARP = 32
+MAX_THREADS = 1024
 
 
 def ceil_div(value: int, divisor: int) -> int:
@@ -94,18 +98,19 @@ def plan_align(
     num_ids: int,
     num_experts: int,
     num_slots: int,
+    block_size: int,
     reader: str,
     limits: DeviceLimits,
     kernel: str | None = None,
 ) -> AlignPlan:
     """Choose the kernel and its launch; `kernel`, one of ALIGN_KERNELS, forces one.
 
-    `reader` is the suffix of the entry point: "i32" or "i64" for contiguous ids, else "any".
+    `reader` is the suffix of the entry point: "i32" or "i64" for contiguous ids aligned to 16 bytes, else "any".
     Raises ValueError where the forced kernel cannot do it.
     """
     chosen = kernel or _choose_align(num_ids, num_experts, limits)
     if chosen == "small":
-        return _plan_small(num_ids, num_slots, reader, limits)
+        return _plan_small(num_ids, num_slots, block_size, reader, limits)
     if chosen == "shared":
         return _plan_shared(num_ids, num_experts, num_slots, reader, limits, cluster=1)
     if chosen in ("cluster8", "cluster16"):
@@ -118,8 +123,7 @@ def plan_align(
 def _choose_align(num_ids: int, num_experts: int, limits: DeviceLimits) -> str:
     if num_ids <= SMALL_MAX_IDS:
         return "small"
-    fits = _table_bytes(num_experts, 4, cluster=True) + STATIC_SHARED <= limits.shared_bytes
-    if not fits:
+    if _table_bytes(num_experts, 1, True) + STATIC_SHARED > limits.shared_bytes:
         return "global_large"
     if num_ids <= SHARED_MAX_IDS:
         return "shared"
@@ -129,27 +133,34 @@ def _choose_align(num_ids: int, num_experts: int, limits: DeviceLimits) -> str:
 
 
 def _table_bytes(num_experts: int, num_rows: int, cluster: bool = False) -> int:
-    """Table::words in align.cuh, and the counts that a block shows to its cluster."""
-    words = 2 * num_experts + ceil_div((num_rows + 1) * num_experts, 2) + (num_experts if cluster else 0)
-    return 4 * words
+    return 4 * num_experts * (num_rows + 3 + cluster)
 
 
-def _rows(ids_per_block: int, num_experts: int, shared_bytes: int, cluster: bool) -> int:
-    """As many warps as a block has ids for, then as many as its shared memory has room for."""
-    rows = min(MAX_ROWS, ceil_div(ids_per_block, WARP))
-    if ids_per_block > 256:
-        rows = min(MAX_ROWS, max(8, ceil_div(ids_per_block, 4 * WARP)))
+class _Pieces(NamedTuple):
+    per_block: int
+    num_rows: int
+    row_shift: int
+    block: int
+
+
+def _cut(num_ids: int, grid: int, num_experts: int, threads: int, shared_bytes: int, cluster: bool) -> _Pieces:
+    """A piece of ids for each of `grid` blocks, cut into one power of two of ids per warp."""
+    per_block = max(WARP, round_up(ceil_div(num_ids, grid), WARP))
+    rows = threads // WARP
     while rows > 1 and _table_bytes(num_experts, rows, cluster) + STATIC_SHARED > shared_bytes:
         rows //= 2
-    return max(rows, 1)
+    row_shift = max(5, (ceil_div(per_block, rows) - 1).bit_length())
+    return _Pieces(per_block, ceil_div(per_block, 1 << row_shift), row_shift, threads)
 
 
-def _plan_small(num_ids: int, num_slots: int, reader: str, limits: DeviceLimits) -> AlignPlan:
+def _plan_small(num_ids: int, num_slots: int, block_size: int, reader: str, limits: DeviceLimits) -> AlignPlan:
     if num_ids > SMALL_MAX_IDS:
         raise ValueError(f"kernel='small' takes at most {SMALL_MAX_IDS} ids, got {num_ids}")
-    grid = min(limits.num_sms, max(1, ceil_div(num_slots, SMALL_SLOTS_PER_BLOCK)))
-    block = max(WARP, min(512, 8 * (1 << num_ids.bit_length())))
-    return AlignPlan((LaunchPlan(f"align_small/align_small_{reader}", grid, block, 0),))
+    per_block = max(1, SMALL_SLOTS_PER_BLOCK // block_size) * block_size
+    grid = max(1, ceil_div(num_slots, per_block))
+    lanes = 1 if num_ids <= 16 else 2 if num_ids <= 32 else 4  # a thread compares with 16 to 32 ids
+    block = round_up((num_ids + 1) * lanes, WARP)
+    return AlignPlan((LaunchPlan(f"align_small/align_small_{reader}", grid, block, 0),), per_block, lanes)
 
 
 def _plan_shared(
@@ -157,35 +168,127 @@ def _plan_shared(
 ) -> AlignPlan:
     if cluster > 1 and limits.capability < (9, 0):
         raise ValueError(f"kernel='cluster{cluster}' needs compute capability 9.0, got {limits.capability}")
-    # Enough blocks that none writes more than a few thousand words, in whole clusters.
-    wanted = max(ceil_div(num_ids, 1024), ceil_div(num_slots, 1024), 1)
-    grid = round_up(min(wanted, limits.num_sms // cluster * cluster or cluster), cluster)
-    ids_per_block = max(WARP, round_up(ceil_div(num_ids, grid), WARP))
-    rows = _rows(ids_per_block, num_experts, limits.shared_bytes, cluster > 1)
-    shared_bytes = _table_bytes(num_experts, rows, cluster > 1)
+    most = max(cluster, limits.num_sms // cluster * cluster)
+    wanted = max(ceil_div(num_ids, IDS_PER_BLOCK), ceil_div(num_slots, SLOTS_PER_BLOCK), 1)
+    grid = round_up(min(wanted, most), cluster)
+    counted = ceil_div(num_ids, cluster)  # by each block
+    threads = 256 if counted <= 1024 else 512 if counted <= 4096 else 1024
+    pieces = _cut(num_ids, grid, num_experts, threads, limits.shared_bytes, cluster > 1)
+    shared_bytes = _table_bytes(num_experts, pieces.num_rows, cluster > 1)
     if shared_bytes + STATIC_SHARED > limits.shared_bytes:
         raise ValueError(
             f"{num_experts} experts need {shared_bytes} bytes of shared memory; kernel='global_large' does not"
         )
     suffix = f"cluster{cluster}_{reader}" if cluster > 1 else reader
-    launch = LaunchPlan(f"align_shared/align_shared_{suffix}", grid, 1024, shared_bytes)
-    return AlignPlan((launch,), ids_per_block, rows)
+    launch = LaunchPlan(f"align_shared/align_shared_{suffix}", grid, pieces.block, shared_bytes)
+    return AlignPlan((launch,), pieces.per_block, pieces.num_rows, pieces.row_shift)
 
 
 def _plan_global(
     num_ids: int, num_experts: int, reader: str, limits: DeviceLimits, large: bool
 ) -> AlignPlan:
-    pieces = min(LARGE_MAX_PIECES if large else limits.num_sms, max(1, ceil_div(num_ids, 1024)))
-    ids_per_block = max(WARP, round_up(ceil_div(num_ids, pieces), WARP))
-    shared_bytes = 2**62 if large else limits.shared_bytes
-    rows = _rows(ids_per_block, num_experts, shared_bytes, False)
-    table = _table_bytes(num_experts, rows)
+    most = LARGE_MAX_PIECES if large else limits.num_sms
+    grid = min(most, max(1, ceil_div(num_ids, 1024)))
+    threads = 1024 if large else 512
+    pieces = _cut(num_ids, grid, num_experts, threads, 2**62 if large else limits.shared_bytes, False)
+    table = _table_bytes(num_experts, pieces.num_rows)
     if not large and table + STATIC_SHARED > limits.shared_bytes:
         raise ValueError(f"{num_experts} experts do not fit shared memory; kernel='global_large' does without")
     infix = "large_" if large else ""
-    count = LaunchPlan(
-        f"align_global/align_count_{infix}{reader}", pieces, 1024, 0 if large else 4 * num_experts
+    launches = (
+        LaunchPlan(f"align_global/align_count_{infix}{reader}", grid, threads, 0 if large else 4 * num_experts),
+        LaunchPlan(f"align_global/align_scatter_{infix}{reader}", grid, threads, 0 if large else table),
     )
-    scatter = LaunchPlan(f"align_global/align_scatter_{infix}{reader}", pieces, 1024, 0 if large else table)
-    scratch = pieces * (num_experts + (table // 4 if large else 0))
-    return AlignPlan((count, scatter), ids_per_block, rows, scratch)
+    scratch_words = grid * (num_experts + (table // 4 if large else 0))
+    return AlignPlan(launches, pieces.per_block, pieces.num_rows, pieces.row_shift, scratch_words)
+
+
+# ---- moe_sum ----------------------------------------------------------------------------------------------
+
+# Blocks of 128 threads leave no thread idle at the usual hidden sizes, multiples of 1024 elements of 16 bits.
+SUM_THREADS = 128
+
+
+class SumPlan(NamedTuple):
+    kernel: str
+    units_per_token: int  # a unit is what one thread makes: 16 bytes of the output, or one element
+    tokens_per_launch: int  # units of one launch are numbered below 2^31
+
+    def launch(self, num_tokens: int) -> LaunchPlan:
+        grid = ceil_div(num_tokens * self.units_per_token, SUM_THREADS)
+        return LaunchPlan(self.kernel, grid, SUM_THREADS, 0)
+
+
+@functools.cache
+def plan_sum(hidden: int, element: str, element_bytes: int, vectors: bool, extended: bool) -> SumPlan:
+    """`vectors`: rows, strides and pointers are multiples of 16 bytes. `extended`: anything beside the sum."""
+    kind = ("ext_" if extended else "") if vectors else "any_"
+    units = hidden * element_bytes // 16 if vectors else hidden
+    if units > INT32_MAX:
+        raise ValueError(f"input: a hidden size of {hidden} is more than one launch can number")
+    return SumPlan(f"moe_sum/moe_sum_{kind}{element}", units, INT32_MAX // units)
+
+
+# ---- gating -----------------------------------------------------------------------------------------------
+
+GATE_KERNELS = ("warp", "wide")
+MAX_TOPK = 64
+# A warp holds one row in registers, and lane k the k-th winner; kShare in gate_warp.cu.
+WARP_SHARES = (2, 4, 8, 16)
+WARP_FULL_SHARES = (8, 16)
+WARP_MAX_TOPK = WARP
+# Up to this many rows each gets an SM for itself; more share blocks, so that an SM can hold 64 warps.
+GATE_WARPS = 4
+# A block's threads look at pieces of 8 experts and more; more threads only make barriers slower.
+WIDE_MIN_SHARE = 8
+WIDE_MAX_THREADS = 512
+WIDE_STATIC_SHARED = 192
+
+
+class GatePlan(NamedTuple):
+    launch: LaunchPlan
+    vector_bytes: int  # of the loads of the logits, where these are aligned to it; 0: never more than one logit
+
+
+@functools.cache
+def plan_gate(
+    num_tokens: int,
+    num_experts: int,
+    topk: int,
+    num_groups: int,
+    element_bytes: int,
+    with_bias: bool,
+    with_softcap: bool,
+    limits: DeviceLimits,
+    kernel: str | None = None,
+) -> GatePlan:
+    """Choose the kernel and its launch; `kernel`, one of GATE_KERNELS, forces one.
+
+    Raises ValueError where the kernel cannot do it.
+    """
+    full = with_bias or num_groups > 1
+    group_size, lanes = num_experts // num_groups, WARP >> (num_groups - 1).bit_length()
+    shares = WARP_FULL_SHARES if full else WARP_SHARES
+    share = next((s for s in shares if lanes > 0 and group_size <= s * lanes), 0)
+    possible = share > 0 and topk <= WARP_MAX_TOPK and not with_softcap
+    chosen = kernel or ("warp" if possible else "wide")
+    if chosen == "warp" and possible:
+        warps = 1 if num_tokens <= limits.num_sms else GATE_WARPS
+        name = f"gate_warp/gate_warp_{'full_' if full else ''}{share}"
+        launch = LaunchPlan(name, ceil_div(num_tokens, warps), WARP * warps, 0)
+        vector = min(16, share * element_bytes)
+        whole = (num_groups == 1 or ceil_div(group_size, lanes) == share) and group_size % (vector // element_bytes) == 0
+        return GatePlan(launch, vector if whole else 0)
+    if chosen == "wide":
+        shared_bytes = 4 * (num_experts + num_groups + 2 * topk)
+        if shared_bytes + WIDE_STATIC_SHARED > limits.shared_bytes:
+            raise ValueError(
+                f"gating_output: {num_experts} experts need {shared_bytes} bytes of shared memory, and the device"
+                f" has {limits.shared_bytes}"
+            )
+        threads = min(WIDE_MAX_THREADS, round_up(ceil_div(num_experts, WIDE_MIN_SHARE), WARP))
+        return GatePlan(LaunchPlan("gate_wide/gate_wide", num_tokens, threads, shared_bytes), 0)
+    raise ValueError(
+        f"kernel={kernel!r} cannot do {num_experts} experts, topk={topk}, {num_groups} groups"
+        f"{', softcap' if with_softcap else ''}; expected one of {', '.join(GATE_KERNELS)} that can"
+    )

@@ -29,37 +29,42 @@ struct AlignArgs {
   u32 num_ids, num_experts, num_slots, num_blocks;
   u32 map_mode;
   Divisor block_size;
-  u32 ids_per_block;  // how many ids one block places
-  u32 num_rows;       // how many warps of a block rank ids, each with a row of counters
+  u32 per_block;   // ids that one block places, a multiple of 32; in align_small: slots that one block writes
+  u32 num_rows;    // warps that place ids; in align_small: threads that share an id, a power of two up to 32
+  u32 row_shift;   // a warp places 2^row_shift consecutive ids, 32 or more
 };
 
 constexpr u32 kDropped = 0xffffffffu;  // the bucket of an id that is not placed
 
-// One unsigned comparison drops negative ids, too: sign extension makes them large.
+// How ids are read, kPerLoad at once. One unsigned comparison drops negative ids, too, if they are extended
+// with their sign; an id of all ones is never an expert, and stands for none.
 template <typename Unsigned>
-__device__ __forceinline__ u32 to_bucket(const AlignArgs& args, Unsigned id) {
-  if (id >= args.num_experts) return kDropped;
-  if (args.map_mode != kMapIds) return (u32)id;
-  const u32 local = (u32)__ldg(args.expert_map + (u32)id);
-  return local < args.num_experts ? local : kDropped;
-}
-
-// How the ids are read: as contiguous words, 16 bytes a load where many are read, ...
-template <typename Unsigned>
-struct Contiguous {
-  static constexpr u32 kPerLoad = 16 / sizeof(Unsigned);
-  __device__ static __forceinline__ u32 bucket(const AlignArgs& args, u32 i) {
-    return to_bucket(args, __ldg(static_cast<const Unsigned*>(args.topk_ids) + i));
+struct Contiguous {  // 16-byte loads: topk_ids is aligned to 16 bytes
+  using Id = Unsigned;
+  static constexpr u32 kPerLoad = 16 / sizeof(Id);
+  struct alignas(16) Vector {
+    Id ids[kPerLoad];
+  };
+  __device__ static __forceinline__ Id load(const AlignArgs& args, u32 i) {
+    return __ldg(static_cast<const Id*>(args.topk_ids) + i);
+  }
+  __device__ static __forceinline__ Vector load_vector(const AlignArgs& args, u32 i) {
+    const uint4 loaded = __ldg(reinterpret_cast<const uint4*>(static_cast<const Id*>(args.topk_ids) + i));
+    return reinterpret_cast<const Vector&>(loaded);
   }
 };
-// ... or one by one, whatever their type and strides are.
-struct Any {
+
+struct Any {  // one by one, whatever their type and strides are
+  using Id = u64;
   static constexpr u32 kPerLoad = 1;
-  __device__ static u32 bucket(const AlignArgs& args, u32 i) {
+  struct Vector {
+    Id ids[1];
+  };
+  __device__ static Id load(const AlignArgs& args, u32 i) {
     const u32 row = i / args.num_cols;
     const i64 offset = row * args.row_stride + (i - row * args.num_cols) * args.col_stride;
     const void* ids = args.topk_ids;
-    i64 id = 0;
+    i64 id = -1;
     switch (args.id_type) {
       case kI8: id = static_cast<const i8*>(ids)[offset]; break;
       case kU8: id = static_cast<const u8*>(ids)[offset]; break;
@@ -68,9 +73,20 @@ struct Any {
       case kI32: id = static_cast<const i32*>(ids)[offset]; break;
       case kI64: id = static_cast<const i64*>(ids)[offset]; break;
     }
-    return to_bucket(args, (u64)id);
+    return (Id)id;
   }
+  __device__ static __forceinline__ Vector load_vector(const AlignArgs& args, u32 i) { return {{load(args, i)}}; }
 };
+
+template <typename Id>
+__device__ __forceinline__ u32 to_bucket(const AlignArgs& args, Id id) {
+  u32 bucket = id < args.num_experts ? (u32)id : kDropped;
+  if (args.map_mode == kMapIds && bucket != kDropped) {
+    bucket = (u32)__ldg(args.expert_map + bucket);
+    if (bucket >= args.num_experts) bucket = kDropped;
+  }
+  return bucket;
+}
 
 // What expert_ids says of a block of this bucket.
 __device__ __forceinline__ int expert_of(const AlignArgs& args, u32 bucket) {
@@ -95,155 +111,128 @@ __device__ __forceinline__ void fill(int* values, u32 begin, u32 end, int value,
 // ---------------------------------------------------------------------------------------------------------
 // Placement with a table of counters (align_shared.cu, align_global.cu).
 //
-// The ids are cut into one piece of ids_per_block a block. A block places its piece, for which it needs, per
-// bucket, how many ids come before the piece and how many there are in all. Inside the piece, tiles of
-// num_rows * ids_per_row ids are ranked by num_rows warps: ids_per_row consecutive ids a warp, which keeps
-// the order; a warp counts in its own row, so no atomics decide anything.
+// A block places a piece of per_block consecutive ids: 2^row_shift of them each of num_rows warps. The rows of
+// the table count, per bucket, the ids before the piece, those of each warp, and those after the piece. The
+// order in which atomics count is of no consequence. Once the columns are summed up, each warp knows where its
+// ids of a bucket begin, and walks over them 32 at a time, in order.
 // ---------------------------------------------------------------------------------------------------------
 
-constexpr u32 kMaxIdsPerLane = 4;
-constexpr u32 kMaxIdsPerRow = kMaxIdsPerLane * kWarpSize;
-
-// One per block, in shared or in global memory; cupy_moe/plan.py computes the same sizes.
 struct Table {
-  u32* before;  // [E] ids of the bucket before the piece; later the first slot of this block's ids
-  u32* rest;    // [E] ids of the bucket from the piece on; later the first padding slot
-  u16* rows;    // [num_rows + 1][E] ids of the bucket in a warp's part of the tile, then those before it
+  u32 *base;   // [E] first slot of a bucket, for the ids of this block's share of the count
+  u32 *rows;   // [num_rows + 2][E]
+  u32 num_experts, num_rows;
 
-  static constexpr u32 kWordsPerExpert = 2;
-  __device__ static __forceinline__ u32 words(u32 num_experts, u32 num_rows) {
-    return kWordsPerExpert * num_experts + ((num_rows + 1) * num_experts + 1) / 2;
-  }
-  __device__ __forceinline__ Table(u32* memory, u32 num_experts)
-      : before(memory), rest(memory + num_experts), rows((u16*)(memory + kWordsPerExpert * num_experts)) {}
-};
-
-// A warp's part of one tile: the ids stay in registers between ranking and placing.
-struct Part {
-  u32 buckets[kMaxIdsPerLane], ranks[kMaxIdsPerLane];
+  __device__ __forceinline__ Table(u32* memory, const AlignArgs& args)
+      : base(memory), rows(memory + args.num_experts), num_experts(args.num_experts), num_rows(args.num_rows) {}
+  __device__ __forceinline__ u32 words() const { return (num_rows + 3) * num_experts; }
+  __device__ __forceinline__ u32* before() const { return rows; }
+  __device__ __forceinline__ u32* of_warp(u32 warp) const { return rows + (warp + 1) * num_experts; }
+  __device__ __forceinline__ u32* after() const { return rows + (num_rows + 1) * num_experts; }
 };
 
 struct Piece {
-  u32 begin, end, ids_per_row;
+  u32 begin, end;
+  __device__ __forceinline__ Piece(const AlignArgs& args, u32 index)
+      : begin(min_u32(args.num_ids, index * args.per_block)), end(min_u32(args.num_ids, begin + args.per_block)) {}
 
-  __device__ __forceinline__ Piece(const AlignArgs& args, u32 index) {
-    begin = min_u32(args.num_ids, index * args.ids_per_block);
-    end = min_u32(args.num_ids, begin + args.ids_per_block);
-    const u32 per_row = ceil_div(args.ids_per_block, args.num_rows);
-    ids_per_row = min_u32(kMaxIdsPerRow, ceil_div(per_row, kWarpSize) * kWarpSize);
+  // The row that counts id i.
+  __device__ __forceinline__ u32* row(const AlignArgs& args, const Table& table, u32 i) const {
+    if (i < begin) return table.before();
+    const u32 warp = (i - begin) >> args.row_shift;
+    return table.of_warp(min_u32(warp, table.num_rows));
   }
-  __device__ __forceinline__ u32 ids_per_tile(const AlignArgs& args) const { return args.num_rows * ids_per_row; }
 };
 
-template <typename Ids>
-__device__ __forceinline__ void load_part(const AlignArgs& args, const Piece& piece, u32 tile, Part& part) {
-  const u32 begin = tile + warp_id() * piece.ids_per_row + lane_id();
-#pragma unroll
-  for (u32 k = 0; k < kMaxIdsPerLane; ++k) {
-    const u32 i = begin + k * kWarpSize;
-    const bool mine = k * kWarpSize < piece.ids_per_row && i < piece.end;
-    part.buckets[k] = mine ? Ids::bucket(args, i) : kDropped;
-  }
+__device__ __forceinline__ void count(u32* row, u32 bucket) {
+  // Without a result the hardware merges the equal addresses of a warp: a skewed routing costs no more than a
+  // uniform one.
+  if (bucket != kDropped) atomicAdd(row + bucket, 1);
 }
 
-__device__ __forceinline__ void rank_part(const AlignArgs& args, const Piece& piece, Part& part, const Table& table) {
-  u16* row = table.rows + warp_id() * args.num_experts;
+// Clear the counters, then row_of(i)[bucket of id i] += 1 for the ids [begin, end). Ends with a barrier.
+template <typename Ids, typename RowOf>
+__device__ __forceinline__ void count_ids(const AlignArgs& args, u32 begin, u32 end, u32* counters, u32 num_counters,
+                                          RowOf row_of) {
+  constexpr u32 kLoads = 4;  // in flight, the first of them while the counters are cleared
+  typename Ids::Vector vectors[kLoads];
+  const u32 vectors_end = end - (end - begin) % Ids::kPerLoad;
+  const u32 distance = blockDim.x * Ids::kPerLoad;
+  u32 first = begin + threadIdx.x * Ids::kPerLoad;
+  const auto load = [&] {
 #pragma unroll
-  for (u32 k = 0; k < kMaxIdsPerLane; ++k) {
-    if (k * kWarpSize >= piece.ids_per_row) break;
-    const u32 bucket = part.buckets[k];
-    const u32 peers = __match_any_sync(kFullWarp, bucket);
-    const u32 below = __popc(peers & lanes_below());
-    u32 earlier = 0;
-    if (bucket != kDropped) earlier = row[bucket];
-    __syncwarp();
-    if (bucket != kDropped && below == 0) row[bucket] = (u16)(earlier + __popc(peers));
-    __syncwarp();
-    part.ranks[k] = earlier + below;
+    for (u32 k = 0; k < kLoads; ++k)
+      if (first + k * distance < vectors_end) vectors[k] = Ids::load_vector(args, first + k * distance);
+  };
+  load();
+#pragma unroll 1
+  for (u32 i = threadIdx.x; i < num_counters; i += blockDim.x) counters[i] = 0;
+  __syncthreads();
+#pragma unroll 1
+  while (first < vectors_end) {
+#pragma unroll
+    for (u32 k = 0; k < kLoads; ++k) {
+      const u32 i = first + k * distance;
+      if (i >= vectors_end) break;
+      u32* row = row_of(i);
+#pragma unroll
+      for (u32 j = 0; j < Ids::kPerLoad; ++j) count(row, to_bucket(args, vectors[k].ids[j]));
+    }
+    first += kLoads * distance;
+    load();
   }
+  const u32 i = vectors_end + threadIdx.x;
+  if (i < end) count(row_of(i), to_bucket(args, Ids::load(args, i)));
+  __syncthreads();
 }
 
-__device__ __forceinline__ void place_part(const AlignArgs& args, const Piece& piece, u32 tile, const Part& part,
-                                           const Table& table) {
-  const u16* row = table.rows + warp_id() * args.num_experts;
-  const u32 begin = tile + warp_id() * piece.ids_per_row + lane_id();
-#pragma unroll
-  for (u32 k = 0; k < kMaxIdsPerLane; ++k) {
-    const u32 bucket = part.buckets[k];
-    if (k * kWarpSize < piece.ids_per_row && bucket != kDropped)
-      place(args, begin + k * kWarpSize, bucket, table.before[bucket] + row[bucket] + part.ranks[k]);
-  }
-}
-
-// Turn one bucket's column of row counts into counts of the rows before; the last row gets their sum.
-__device__ __forceinline__ u32 scan_column(const AlignArgs& args, const Table& table, u32 bucket) {
+// Turn a column of counts into counts of the rows before; returns the sum.
+__device__ __forceinline__ u32 scan_column(const Table& table, u32 bucket) {
   u32 sum = 0;
 #pragma unroll 4
-  for (u32 row = 0; row < args.num_rows; ++row) {
-    u16& count = table.rows[row * args.num_experts + bucket];
+  for (u32 row = 0; row < table.num_rows + 2; ++row) {
+    u32& count = table.rows[row * table.num_experts + bucket];
     const u32 mine = count;
-    count = (u16)sum;
+    count = sum;
     sum += mine;
   }
-  table.rows[args.num_rows * args.num_experts + bucket] = (u16)sum;
   return sum;
 }
 
-__device__ __forceinline__ void count_one(u32* counts, u32 bucket) {
-  if (bucket != kDropped) atomicAdd(counts + bucket, 1);
-}
-
-template <typename Ids>
-__device__ __forceinline__ void count_one_by_one(const AlignArgs& args, u32 begin, u32 end, u32* counts) {
+// The lanes whose ids are in the same bucket; none for a lane whose id is dropped. Ballots on the bits of the
+// bucket take the same time for every routing; __match_any_sync takes time for each distinct value.
+__device__ __forceinline__ u32 same_bucket(const AlignArgs& args, u32 bucket) {
+  u32 lanes = __ballot_sync(kFullWarp, bucket != kDropped);
+  if (bucket == kDropped) lanes = 0;
 #pragma unroll 1
-  for (u32 i = begin + threadIdx.x; i < end; i += blockDim.x) count_one(counts, Ids::bucket(args, i));
-}
-
-__device__ __forceinline__ void count_vector(const AlignArgs& args, const uint4& ids, u32* counts, u32) {
-  count_one(counts, to_bucket(args, ids.x));
-  count_one(counts, to_bucket(args, ids.y));
-  count_one(counts, to_bucket(args, ids.z));
-  count_one(counts, to_bucket(args, ids.w));
-}
-__device__ __forceinline__ void count_vector(const AlignArgs& args, const uint4& ids, u32* counts, u64) {
-  count_one(counts, to_bucket(args, (u64)ids.y << 32 | ids.x));
-  count_one(counts, to_bucket(args, (u64)ids.w << 32 | ids.z));
-}
-
-// counts[bucket] += 1 for the ids [begin, end). The order does not matter, so atomics do no harm; without a
-// result, the hardware merges equal addresses of a warp, and a skewed routing costs no more than a uniform one.
-template <typename Ids>
-__device__ __forceinline__ void count_ids(const AlignArgs& args, u32 begin, u32 end, u32* counts) {
-  count_one_by_one<Ids>(args, begin, end, counts);
-}
-template <typename Ids, typename Unsigned>
-__device__ __forceinline__ void count_vectors(const AlignArgs& args, u32 begin, u32 end, u32* counts) {
-  constexpr u32 kLoads = 4;
-  const Unsigned* ids = static_cast<const Unsigned*>(args.topk_ids);
-  if ((u64)(ids + begin) % 16 == 0 && begin < end) {
-    const uint4* vectors = reinterpret_cast<const uint4*>(ids + begin);
-    const u32 num_vectors = (end - begin) / Ids::kPerLoad, step = blockDim.x;
-#pragma unroll 1
-    for (u32 v = threadIdx.x; v < num_vectors; v += kLoads * step) {
-      uint4 loaded[kLoads];  // all loads leave before the first is waited for
-#pragma unroll
-      for (u32 k = 0; k < kLoads; ++k)
-        if (v + k * step < num_vectors) loaded[k] = __ldg(vectors + v + k * step);
-#pragma unroll
-      for (u32 k = 0; k < kLoads; ++k)
-        if (v + k * step < num_vectors) count_vector(args, loaded[k], counts, Unsigned());
-    }
-    begin += num_vectors * Ids::kPerLoad;
+  for (u32 bits = args.num_experts - 1; bits != 0; bits >>= 1, bucket >>= 1) {
+    const u32 set = __ballot_sync(kFullWarp, bucket & 1);
+    lanes &= bucket & 1 ? set : ~set;
   }
-  count_one_by_one<Ids>(args, begin, end, counts);
+  return lanes;
 }
-template <>
-__device__ __forceinline__ void count_ids<Contiguous<u32>>(const AlignArgs& args, u32 begin, u32 end, u32* counts) {
-  count_vectors<Contiguous<u32>, u32>(args, begin, end, counts);
-}
-template <>
-__device__ __forceinline__ void count_ids<Contiguous<u64>>(const AlignArgs& args, u32 begin, u32 end, u32* counts) {
-  count_vectors<Contiguous<u64>, u64>(args, begin, end, counts);
+
+// Place the ids of the calling warp; its row holds how many ids of a bucket come before them.
+template <typename Ids>
+__device__ __forceinline__ void place_ids(const AlignArgs& args, const Table& table, const Piece& piece) {
+  if (warp_id() >= table.num_rows) return;
+  const u32 begin = piece.begin + (warp_id() << args.row_shift);
+  const u32 end = min_u32(piece.end, begin + (1u << args.row_shift));
+  u32* row = table.of_warp(warp_id());
+#pragma unroll 1
+  for (u32 first = begin; first < end; first += kWarpSize) {
+    const u32 i = first + lane_id();
+    const u32 bucket = i < end ? to_bucket(args, Ids::load(args, i)) : kDropped;
+    const u32 peers = same_bucket(args, bucket);
+    const u32 rank = __popc(peers & lanes_below());
+    u32 earlier = 0;
+    if (peers) {
+      earlier = row[bucket];
+      place(args, i, bucket, table.base[bucket] + earlier + rank);
+    }
+    __syncwarp();
+    if (peers && rank == 0) row[bucket] = earlier + __popc(peers);
+    __syncwarp();
+  }
 }
 
 // The padding slots, the tail, and what lies past the last block: shared out over all blocks of the grid.
@@ -260,35 +249,6 @@ __device__ __forceinline__ void write_padding(const AlignArgs& args, const u32* 
   if (thread == 0) *args.num_tokens_post_pad = (int)post_pad;
 }
 
-__device__ __forceinline__ void clear(u32* words, u32 count) {
-#pragma unroll 1
-  for (u32 i = threadIdx.x; i < count; i += blockDim.x) words[i] = 0;
-}
-
-// Rank and place what comes after the first tile of a piece.
-template <typename Ids>
-__device__ __forceinline__ void place_further_tiles(const AlignArgs& args, const Piece& piece, const Table& table) {
-  const bool ranks = warp_id() < args.num_rows;
-#pragma unroll 1
-  for (u32 tile = piece.begin + piece.ids_per_tile(args); tile < piece.end; tile += piece.ids_per_tile(args)) {
-    __syncthreads();
-#pragma unroll 1
-    for (u32 bucket = threadIdx.x; bucket < args.num_experts; bucket += blockDim.x) {
-      table.before[bucket] += table.rows[args.num_rows * args.num_experts + bucket];
-#pragma unroll 1
-      for (u32 row = 0; row < args.num_rows; ++row) table.rows[row * args.num_experts + bucket] = 0;
-    }
-    Part part;
-    if (ranks) load_part<Ids>(args, piece, tile, part);
-    __syncthreads();
-    if (ranks) rank_part(args, piece, part, table);
-    __syncthreads();
-#pragma unroll 1
-    for (u32 bucket = threadIdx.x; bucket < args.num_experts; bucket += blockDim.x) scan_column(args, table, bucket);
-    __syncthreads();
-    if (ranks) place_part(args, piece, tile, part, table);
-  }
-}
 
 // Three entry points a kernel: i32, i64, and whatever else.
 #define FOR_EACH_READER(ENTRY) ENTRY(i32, Contiguous<u32>) ENTRY(i64, Contiguous<u64>) ENTRY(any, Any)

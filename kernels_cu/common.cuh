@@ -34,6 +34,16 @@ struct Divisor {
   __device__ __forceinline__ u32 round_up(u32 x) const { return quotient(x + value - 1) * value; }
 };
 
+__device__ __forceinline__ u32 warp_sum(u32 value) {
+#if __CUDA_ARCH__ >= 800
+  return __reduce_add_sync(kFullWarp, value);
+#else
+#pragma unroll
+  for (u32 distance = kWarpSize / 2; distance > 0; distance /= 2) value += __shfl_xor_sync(kFullWarp, value, distance);
+  return value;
+#endif
+}
+
 // Exclusive prefix sum over the threads of a block, and the sum of all. Two barriers; before calling it
 // again with the same warp_sums (one word a warp), the block has to pass another one.
 __device__ __forceinline__ u32 block_exclusive_scan(u32 value, u32* warp_sums, u32& total) {
@@ -46,16 +56,10 @@ __device__ __forceinline__ u32 block_exclusive_scan(u32 value, u32* warp_sums, u
   }
   if (lane == kWarpSize - 1) warp_sums[warp] = inclusive;
   __syncthreads();
-  // Every warp scans the sums of the warps for itself: cheaper than one warp doing it between two barriers.
-  u32 sums = lane < num_warps ? warp_sums[lane] : 0;
-#pragma unroll
-  for (u32 distance = 1; distance < kWarpSize; distance *= 2) {
-    const u32 below = __shfl_up_sync(kFullWarp, sums, distance);
-    if (lane >= distance) sums += below;
-  }
-  total = __shfl_sync(kFullWarp, sums, kWarpSize - 1);
-  const u32 before_warp = __shfl_sync(kFullWarp, sums, (warp + kWarpSize - 1) % kWarpSize);
-  return inclusive - value + (warp == 0 ? 0 : before_warp);
+  // Every warp adds up the sums of the warps for itself: cheaper than one warp doing it between two barriers.
+  const u32 sum = lane < num_warps ? warp_sums[lane] : 0;
+  total = warp_sum(sum);
+  return inclusive - value + warp_sum(lane < warp ? sum : 0);
 }
 
 // Clusters of blocks (sm_90 and later). kBlocks = 1 is a plain block, for which these do nothing.

@@ -1,0 +1,101 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the gating kernels share: their arguments, keys that order scores, scores, and how results are written.
+#pragma once
+#include "convert.cuh"
+
+struct GateArgs {
+  const char* logits;      // [num_tokens, num_experts], rows row_stride bytes apart
+  const float* bias;       // [num_experts] or null
+  const u8* padding_mask;  // [num_tokens] or null; a padding row where not 0
+  float* topk_weights;     // [num_tokens, topk]
+  void* topk_ids;          // [num_tokens, topk]
+  i64 row_stride;
+  u32 num_tokens, num_experts, topk;
+  u32 num_groups, topk_group;  // 1, 1 without groups
+  u32 element;                 // an ElementType
+  u32 id_words;                // of topk_ids: 1 or 2
+  u32 vectors;                 // logits may be loaded 16 bytes (or a whole lane's share) at a time
+  u32 sigmoid, renormalize;
+  float factor, softcap;  // softcap 0: none
+};
+
+enum ElementType : u32 { kF32, kF16, kBF16 };
+
+// A key is a float as an unsigned integer of the same order; +NaN is above all and 0 below all. -0 counts as +0
+// and every NaN as +NaN, for which the addition sees.
+constexpr u32 kNone = 0, kZeroKey = 0x80000000u, kInfKey = 0xff800000u, kMinusInfKey = 0x007fffffu;
+
+__device__ __forceinline__ u32 to_key(float value) {
+  const u32 bits = __float_as_uint(__fadd_rn(value, 0.0f));
+  return bits ^ ((u32)((i32)bits >> 31) | 0x80000000u);
+}
+
+__device__ __forceinline__ float from_key(u32 key) {
+  return __uint_as_float(key ^ (~(u32)((i32)key >> 31) | 0x80000000u));
+}
+
+// The key of a score that selects: NaN selects nothing.
+__device__ __forceinline__ u32 to_choice(float value) {
+  const u32 key = to_key(value);
+  return key > kInfKey ? kMinusInfKey : key;
+}
+
+__device__ __forceinline__ u32 max_u32(u32 a, u32 b) { return a > b ? a : b; }
+__device__ __forceinline__ bool is_finite(float value) { return fabsf(value) <= 3.402823466e38f; }
+
+// Maximum over the warp, in all lanes.
+__device__ __forceinline__ u32 warp_max(u32 value) {
+#if __CUDA_ARCH__ >= 800
+  return __reduce_max_sync(kFullWarp, value);
+#else
+#pragma unroll
+  for (u32 distance = kWarpSize / 2; distance > 0; distance /= 2) {
+    value = max_u32(value, __shfl_xor_sync(kFullWarp, value, distance));
+  }
+  return value;
+#endif
+}
+
+// Sum over the warp, in all lanes, in a fixed order.
+__device__ __forceinline__ float warp_sum(float value) {
+#pragma unroll
+  for (u32 distance = kWarpSize / 2; distance > 0; distance /= 2) {
+    value += __shfl_xor_sync(kFullWarp, value, distance);
+  }
+  return value;
+}
+
+// e^x within 3e-7 as part of a sum with e^0: what rounding x * log2(e) costs matters less the smaller e^x is.
+__device__ __forceinline__ float exp_of_summand(float x) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x * 1.4426950408889634f));
+  return result;
+}
+
+__device__ __forceinline__ float reciprocal(float x) {
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
+// Not for softmax's NaN and Inf, of which a row has either none or only such scores.
+__device__ __forceinline__ float sigmoid(float x) {
+  const float score = reciprocal(1.0f + expf(-x));
+  return score == score ? score : 0.0f;
+}
+
+__device__ __forceinline__ float load_logit(const GateArgs& args, const char* row, u32 expert) {
+  if (args.element == kF32) return reinterpret_cast<const float*>(row)[expert];
+  const u16 bits = reinterpret_cast<const u16*>(row)[expert];
+  return args.element == kF16 ? F16::to_float(bits) : BF16::to_float(bits);
+}
+
+__device__ __forceinline__ void write_result(const GateArgs& args, u32 token, u32 k, float weight, u32 id) {
+  const i64 place = (i64)token * args.topk + k;
+  args.topk_weights[place] = weight;
+  if (args.id_words == 1) {
+    static_cast<u32*>(args.topk_ids)[place] = id;
+  } else {
+    static_cast<i64*>(args.topk_ids)[place] = (i32)id;
+  }
+}

@@ -1,0 +1,232 @@
+// SPDX-License-Identifier: Apache-2.0
+// topk_softmax, topk_sigmoid and grouped_topk with one warp a row, which stays in registers.
+//
+// in       logits, bias, padding_mask                                                      (GateArgs, gate.cuh)
+// out      topk_weights [num_tokens, topk] fp32, topk_ids [num_tokens, topk] of 32 or 64 bits
+// grid     ceil(num_tokens / warps of a block) blocks; block: a multiple of 32 threads, up to kMaxThreads
+// limits   topk <= 32; groups <= 32; no softcap; the experts of a group have to fit its lanes (below)
+//
+// Lane i of the kLanes = 32 / (groups, rounded up to a power of two) lanes of a group holds the i-th piece of its
+// experts, kShare at most. So lower lanes hold lower ids, and the first lane wins a tie.
+//
+//   1  load; turn what selects into keys (gate.cuh): the logits themselves, as softmax and sigmoid keep their
+//      order, or the scores plus the bias; keep them twice, in order of ids and sorted
+//   2  groups: rank them by their best key (with a bias: by the sum of their best two), drop all but topk_group
+//   3  topk times: the greatest head of the lanes' sorted keys wins and is popped; lane k remembers the k-th
+//   4  lane k finds the id of the k-th winner by its key among those of the lane that it came from
+//   5  scores of the winners only, renormalised, scaled, written
+//
+// Order: descending in what selects, then ascending in ids. Sums are taken in a fixed order.
+#include "gate.cuh"
+
+constexpr u32 kMaxThreads = 128;
+
+// Orders keys descending; Batcher's network, all indices known at compile time.
+template <u32 kCount>
+__device__ __forceinline__ void sort_descending(u32 (&keys)[kCount]) {
+#pragma unroll
+  for (u32 size = 1; size < kCount; size *= 2) {
+#pragma unroll
+    for (u32 distance = size; distance > 0; distance /= 2) {
+#pragma unroll
+      for (u32 i = 0; i + distance < kCount; ++i) {
+        const u32 first = distance % size;
+        const bool pair = i >= first && (i - first) % (2 * distance) < distance;
+        if (pair && i / (2 * size) == (i + distance) / (2 * size)) {
+          const u32 a = keys[i], b = keys[i + distance];
+          keys[i] = max_u32(a, b);
+          keys[i + distance] = min_u32(a, b);
+        }
+      }
+    }
+  }
+}
+
+// The elements at `share` as they are in memory, 16-bit ones widened; those from `count` on are not read.
+template <typename Bits, u32 kShare>
+__device__ __forceinline__ void load_share(const char* share, u32 count, bool vectors, u32 (&bits)[kShare]) {
+  constexpr u32 kShareBytes = kShare * sizeof(Bits), kWords = kShareBytes < 16 ? kShareBytes / 4 : 4;
+  constexpr u32 kPerWord = 4 / sizeof(Bits);
+  if (vectors) {
+#pragma unroll
+    for (u32 first = 0; first < kShare; first += kWords * kPerWord) {
+      u32 words[4] = {};
+      const char* address = share + first * sizeof(Bits);
+      if (first < count) {
+        if (kWords == 4) {
+          const uint4 vector = *reinterpret_cast<const uint4*>(address);
+          words[0] = vector.x, words[1] = vector.y, words[2] = vector.z, words[3] = vector.w;
+        } else if (kWords == 2) {
+          const uint2 vector = *reinterpret_cast<const uint2*>(address);
+          words[0] = vector.x, words[1] = vector.y;
+        } else {
+          words[0] = *reinterpret_cast<const u32*>(address);
+        }
+      }
+#pragma unroll
+      for (u32 i = 0; i < kWords * kPerWord; ++i) {
+        bits[first + i] = kPerWord == 1 ? words[i] : words[i / 2] >> (i % 2 * 16) & 0xffff;
+      }
+    }
+  } else {
+#pragma unroll
+    for (u32 j = 0; j < kShare; ++j) {
+      bits[j] = 0;
+      if (j < count) bits[j] = reinterpret_cast<const Bits*>(share)[j];
+    }
+  }
+}
+
+// The ranks of the groups by score, ties to the lower group, are compared with topk_group.
+__device__ __forceinline__ bool is_in_chosen_group(const GateArgs& args, u32 group, u32 lanes, u32 best, u32 second) {
+#pragma unroll 1
+  for (u32 distance = lanes / 2; distance > 0; distance /= 2) {
+    const u32 their_best = __shfl_xor_sync(kFullWarp, best, distance);
+    const u32 their_second = __shfl_xor_sync(kFullWarp, second, distance);
+    second = max_u32(min_u32(best, their_best), max_u32(second, their_second));
+    best = max_u32(best, their_best);
+  }
+  u32 score = best;
+  if (args.bias != nullptr && second != kNone) score = to_choice(from_key(best) + from_key(second));
+  u32 rank = 0;
+#pragma unroll 1
+  for (u32 other = 0; other < args.num_groups; ++other) {
+    const u32 theirs = __shfl_sync(kFullWarp, score, other * lanes);
+    rank += theirs > score || (theirs == score && other < group);
+  }
+  return rank < args.topk_group;
+}
+
+// kFull: with a bias or groups. kShare: the most experts that a lane holds.
+template <u32 kShare, bool kFull>
+__device__ __forceinline__ void gate_warp(const GateArgs& args) {
+  // Warps past the last row do it once more, and write what is there already: the warp never diverges.
+  const u32 warps = blockDim.x / kWarpSize, lane = lane_id();
+  const u32 token = min_u32(args.num_tokens - 1, blockIdx.x * warps + warp_id());
+  const char* row = args.logits + token * args.row_stride;
+  const bool with_bias = kFull && args.bias != nullptr;
+
+  // The experts [begin, begin + count) are this lane's.
+  u32 lanes = kWarpSize, group = 0, begin = lane * kShare, end = args.num_experts, per_lane = kShare;
+  if (kFull && args.num_groups > 1) {
+    lanes = kWarpSize >> (kWarpSize - __clz(args.num_groups - 1));
+    group = lane / lanes;
+    const u32 group_size = args.num_experts / args.num_groups;
+    per_lane = ceil_div(group_size, lanes);
+    end = min_u32(end, (group + 1) * group_size);
+    begin = group * group_size + lane % lanes * per_lane;
+  }
+  const u32 count = begin < end ? min_u32(per_lane, end - begin) : 0;
+
+  u32 bits[kShare];
+  if (args.element == kF32) {
+    load_share<u32>(row + begin * 4, count, args.vectors, bits);
+  } else {
+    load_share<u16>(row + begin * 2, count, args.vectors, bits);
+  }
+  const bool padded = args.padding_mask != nullptr && args.padding_mask[token] != 0;
+  float scores[kShare];  // at first the logits; -Inf past the last
+#pragma unroll
+  for (u32 j = 0; j < kShare; ++j) {
+    float logit = __uint_as_float(bits[j]);
+    if (args.element != kF32) logit = args.element == kF16 ? F16::to_float((u16)bits[j]) : BF16::to_float((u16)bits[j]);
+    scores[j] = j < count ? logit : -__uint_as_float(0x7f800000u);
+  }
+  u32 keys[kShare];
+#pragma unroll
+  for (u32 j = 0; j < kShare; ++j) keys[j] = to_key(scores[j]);
+
+  float greatest = 0, scale = 1;
+  bool no_scores = false;  // softmax of a row that is not finite: all count as 0
+  if (!args.sigmoid) {
+    u32 best = keys[0];
+#pragma unroll
+    for (u32 j = 1; j < kShare; ++j) best = max_u32(best, keys[j]);
+    greatest = from_key(warp_max(best));
+    no_scores = !is_finite(greatest);
+    if (!args.renormalize || with_bias) {
+      float sum = 0;
+#pragma unroll
+      for (u32 j = 0; j < kShare; ++j) sum += exp_of_summand(scores[j] - greatest);
+      scale = reciprocal(warp_sum(sum));
+    }
+  }
+  if (with_bias) {
+#pragma unroll
+    for (u32 j = 0; j < kShare; ++j) {
+      const float power = exp_of_summand(args.sigmoid ? -scores[j] : scores[j] - greatest);
+      const float score = args.sigmoid ? reciprocal(1.0f + power) : power * scale;
+      const float bias = j < count ? args.bias[begin + j] : 0.0f;
+      keys[j] = to_choice((score == score && !no_scores ? score : 0.0f) + bias);
+    }
+  } else if (no_scores || args.sigmoid) {
+#pragma unroll
+    for (u32 j = 0; j < kShare; ++j) keys[j] = no_scores ? kZeroKey : keys[j] > kInfKey ? kMinusInfKey : keys[j];
+  }
+  // Without groups what is past the last expert never wins: it is the last of the least.
+  if (kFull) {
+#pragma unroll
+    for (u32 j = 0; j < kShare; ++j) keys[j] = j < count ? keys[j] : kNone;
+  }
+
+  u32 sorted[kShare];
+#pragma unroll
+  for (u32 j = 0; j < kShare; ++j) sorted[j] = keys[j];
+  sort_descending(sorted);
+  if (kFull && args.num_groups > 1) {
+    const bool chosen = is_in_chosen_group(args, group, lanes, sorted[0], sorted[1]);
+#pragma unroll
+    for (u32 j = 0; j < kShare; ++j) sorted[j] = chosen ? sorted[j] : kNone;
+  }
+
+  u32 winner = kNone, owner = 0;
+#pragma unroll 1
+  for (u32 k = 0; k < args.topk; ++k) {
+    const u32 best = warp_max(sorted[0]);
+    const u32 first = __ffs(__ballot_sync(kFullWarp, sorted[0] == best)) - 1;
+    if (lane == k) winner = best, owner = first;
+    if (lane == first) {
+#pragma unroll
+      for (u32 j = 0; j + 1 < kShare; ++j) sorted[j] = sorted[j + 1];
+      sorted[kShare - 1] = kNone;
+    }
+  }
+
+  // Equal winners of one lane are neighbours; the n-th of them is the n-th such key of that lane.
+  u32 matches = 0;
+#pragma unroll
+  for (u32 j = 0; j < kShare; ++j) {
+    matches |= (u32)(__shfl_sync(kFullWarp, keys[j], owner) == winner) << j;
+  }
+  bool same = lane < args.topk;
+#pragma unroll 1
+  for (u32 distance = 1; distance < args.topk; ++distance) {
+    const u32 their_winner = __shfl_up_sync(kFullWarp, winner, distance);
+    const u32 their_owner = __shfl_up_sync(kFullWarp, owner, distance);
+    same = same && lane >= distance && their_winner == winner && their_owner == owner;
+    if (same) matches &= matches - 1;
+    if (!__any_sync(kFullWarp, same)) break;
+  }
+  const u32 id = __shfl_sync(kFullWarp, begin, owner) + __ffs(matches) - 1;
+
+  float logit = from_key(winner);
+  if (with_bias && lane < args.topk) logit = load_logit(args, row, id);
+  float weight = args.sigmoid ? sigmoid(logit) : expf(logit - greatest) * scale;
+  if (no_scores || lane >= args.topk) weight = 0;
+  if (args.renormalize) {
+    const float sum = warp_sum(weight);
+    weight = weight / (sum > 0 ? sum : 1.0f);
+  }
+  if (lane < args.topk) write_result(args, token, lane, padded ? 0.0f : weight * args.factor, padded ? ~0u : id);
+}
+
+#define ENTRY(name, kShare, kFull)                                          \
+  extern "C" __global__ void __launch_bounds__(kMaxThreads, 8)              \
+      gate_warp##name##_##kShare(const __grid_constant__ GateArgs args) {   \
+    gate_warp<kShare, kFull>(args);                                         \
+  }
+#define ENTRIES(kShare) ENTRY(, kShare, false) ENTRY(_full, kShare, true)
+ENTRIES(2)
+ENTRIES(4)
+ENTRIES(8)
+ENTRIES(16)

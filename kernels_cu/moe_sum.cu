@@ -1,0 +1,164 @@
+// SPDX-License-Identifier: Apache-2.0
+// moe_sum: the outputs of the experts that a token went to, added up.
+//
+//   output[t, h] = factor * sum over k of weights[t, k] * input[t, k, h], plus shared[t, h]
+//
+// in       input [T, topk, H] of Element, any strides; shared [T, H], weights [T, topk] fp32, ids [T, topk] and
+//          expert_map [num_experts]: each may be missing (null)                                      (SumArgs)
+// out      output [T, H] of Element
+// grid     threads that together cover num_units; block: up to kMaxThreads threads
+//
+// One thread makes one unit of the output: 16 bytes (sum, sum_ext), or one element where strides or alignment do
+// not allow that (sum_any). It asks for kInFlight slots before it adds the first, so memory is never waited for
+// one slot at a time. `sum` is `sum_ext` without weights, ids, shared output and factor.
+//
+// Slots whose id is negative, past the map, or mapped outside [0, num_experts) are not read.
+// Order: k ascending, in fp32; products and sums are rounded one by one (no fma), as on the CPU.
+#include "convert.cuh"
+
+struct SumArgs {
+  const char* input;
+  char* output;
+  const char* shared;
+  const float* weights;
+  const u32* ids;
+  const u32* expert_map;
+  i64 token_stride, slot_stride, element_stride, output_stride, shared_stride;  // in bytes
+  u32 num_units, topk;
+  u32 num_experts;    // of the map; 2^31 without one
+  u32 words_per_id;   // 1 or 2
+  float factor;
+  Divisor units_per_token;
+};
+
+constexpr u32 kMaxThreads = 256;
+
+// 16 bytes that nobody will read again soon.
+__device__ __forceinline__ uint4 load_streaming(const char* address) {
+  uint4 v;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(address));
+  return v;
+}
+
+// What a thread holds of one slot, and its sum in fp32.
+template <typename Element>
+struct Vector {
+  static constexpr u32 kBytes = 16, kElements = 16 / Element::kBytes;
+  uint4 words;
+  __device__ __forceinline__ void load(const char* address) { words = load_streaming(address); }
+  __device__ __forceinline__ void unpack(float* values) const {
+    Element::unpack(words.x, values);
+    Element::unpack(words.y, values + Element::kPerWord);
+    Element::unpack(words.z, values + 2 * Element::kPerWord);
+    Element::unpack(words.w, values + 3 * Element::kPerWord);
+  }
+  static __device__ __forceinline__ void store(char* address, const float* values) {
+    uint4 words;
+    words.x = Element::pack(values);
+    words.y = Element::pack(values + Element::kPerWord);
+    words.z = Element::pack(values + 2 * Element::kPerWord);
+    words.w = Element::pack(values + 3 * Element::kPerWord);
+    *reinterpret_cast<uint4*>(address) = words;
+  }
+};
+
+template <typename Element>
+struct Scalar {
+  static constexpr u32 kBytes = Element::kBytes, kElements = 1;
+  typename Element::Bits bits;
+  __device__ __forceinline__ void load(const char* address) {
+    bits = *reinterpret_cast<const typename Element::Bits*>(address);
+  }
+  __device__ __forceinline__ void unpack(float* values) const { values[0] = Element::to_float(bits); }
+  static __device__ __forceinline__ void store(char* address, const float* values) {
+    *reinterpret_cast<typename Element::Bits*>(address) = Element::from_float(values[0]);
+  }
+};
+
+// Which of the slots [first, first + kInFlight) of a token are read. Branch-free, so that all loads overlap.
+template <u32 kInFlight>
+__device__ __forceinline__ void find_reads(const SumArgs& args, u32 token, u32 first, bool (&reads)[kInFlight]) {
+  const u32* ids = args.ids + (i64)token * args.topk * args.words_per_id;
+#pragma unroll
+  for (u32 i = 0; i < kInFlight; ++i) {
+    const u32* words = ids + min_u32(first + i, args.topk - 1) * args.words_per_id;
+    const u32 id = words[0], upper = words[args.words_per_id - 1];
+    reads[i] &= id < args.num_experts && (args.words_per_id == 1 || upper == 0);
+    if (args.expert_map != nullptr) {
+      reads[i] &= args.expert_map[min_u32(id, args.num_experts - 1)] < args.num_experts;
+    }
+  }
+}
+
+template <typename Unit, bool kExtended, u32 kInFlight>
+__device__ __forceinline__ void moe_sum(const SumArgs& args) {
+  const u32 unit = blockIdx.x * blockDim.x + threadIdx.x;
+  if (unit >= args.num_units) return;
+  const u32 token = args.units_per_token.quotient(unit);
+  const u32 place = unit - token * args.units_per_token.value;
+  const i64 offset = Unit::kElements == 1 ? place * args.element_stride : (i64)place * Unit::kBytes;
+  const char* input = args.input + token * args.token_stride + offset;
+
+  Unit shared;
+  if (kExtended && args.shared != nullptr) {
+    shared.load(args.shared + token * args.shared_stride + (i64)place * Unit::kBytes);
+  }
+  float sum[Unit::kElements] = {};
+#pragma unroll 1
+  for (u32 first = 0; first < args.topk; first += kInFlight) {
+    Unit slots[kInFlight];
+    bool reads[kInFlight];
+#pragma unroll
+    for (u32 i = 0; i < kInFlight; ++i) reads[i] = first + i < args.topk;
+    if (kExtended && args.ids != nullptr) find_reads(args, token, first, reads);
+    float weights[kInFlight];
+#pragma unroll
+    for (u32 i = 0; i < kInFlight; ++i) weights[i] = 1;
+    if (kExtended && args.weights != nullptr) {
+      const float* begin = args.weights + (i64)token * args.topk + first;
+#pragma unroll
+      for (u32 i = 0; i < kInFlight; ++i) {
+        if (first + i < args.topk) weights[i] = begin[i];
+      }
+    }
+#pragma unroll
+    for (u32 i = 0; i < kInFlight; ++i, input += args.slot_stride) {
+      if (reads[i]) slots[i].load(input);
+    }
+#pragma unroll
+    for (u32 i = 0; i < kInFlight; ++i) {
+      if (!reads[i]) continue;
+      float values[Unit::kElements];
+      slots[i].unpack(values);
+#pragma unroll
+      for (u32 e = 0; e < Unit::kElements; ++e) {
+        sum[e] = __fadd_rn(sum[e], kExtended ? __fmul_rn(weights[i], values[e]) : values[e]);
+      }
+    }
+  }
+  if (kExtended) {
+#pragma unroll
+    for (u32 e = 0; e < Unit::kElements; ++e) sum[e] = __fmul_rn(sum[e], args.factor);
+    if (args.shared != nullptr) {
+      float values[Unit::kElements];
+      shared.unpack(values);
+#pragma unroll
+      for (u32 e = 0; e < Unit::kElements; ++e) sum[e] = __fadd_rn(sum[e], values[e]);
+    }
+  }
+  Unit::store(args.output + token * args.output_stride + (i64)place * Unit::kBytes, sum);
+}
+
+#define ENTRY(name, Unit, kExtended, kInFlight)                                                         \
+  extern "C" __global__ void __launch_bounds__(kMaxThreads) name(const __grid_constant__ SumArgs args) { \
+    moe_sum<Unit, kExtended, kInFlight>(args);                                                          \
+  }
+#define ENTRIES(type, Element)                        \
+  ENTRY(moe_sum_##type, Vector<Element>, false, 8)    \
+  ENTRY(moe_sum_ext_##type, Vector<Element>, true, 4) \
+  ENTRY(moe_sum_any_##type, Scalar<Element>, true, 4)
+ENTRIES(f32, F32)
+ENTRIES(f16, F16)
+ENTRIES(bf16, BF16)
