@@ -35,10 +35,16 @@ IDS = (0, 1, 31, 33, 127, 128, 129, 1023, 1025, 8191, 8193, 16_385, 65_537, 1_00
 
 
 def make(
-    num_ids: int, num_experts: int, limits: DeviceLimits, *, block_size: int = 64, kernel: str | None = None
+    num_ids: int,
+    num_experts: int,
+    limits: DeviceLimits,
+    *,
+    block_size: int = 64,
+    reader: str = "i32",
+    kernel: str | None = None,
 ) -> AlignPlan:
     num_slots, _ = aligned_sizes(num_ids, num_experts, block_size)
-    return plan_align(num_ids, num_experts, num_slots, "i32", limits, kernel)
+    return plan_align(num_ids, num_experts, num_slots, block_size, reader, limits, kernel)
 
 
 def is_possible(kernel: str, num_ids: int, num_experts: int, limits: DeviceLimits) -> bool:
@@ -108,12 +114,14 @@ def test_every_plan_can_be_launched(gpu: str) -> None:
                         planned = make(num_ids, num_experts, limits, block_size=block_size, kernel=kernel)
                         case = f"{gpu=} {num_ids=} {num_experts=} {block_size=} {kernel=} {planned}"
                         assert kernel in (None, kernel_of(planned)), case
-                        check(planned, num_ids, num_experts, limits, case)
+                        check(planned, num_ids, num_experts, block_size, limits, case)
                         count += 1
     assert count > 3 * len(EXPERTS) * len(IDS) * 3
 
 
-def check(planned: AlignPlan, num_ids: int, num_experts: int, limits: DeviceLimits, case: str) -> None:
+def check(
+    planned: AlignPlan, num_ids: int, num_experts: int, block_size: int, limits: DeviceLimits, case: str
+) -> None:
     kernel = kernel_of(planned)
     for launch in planned.launches:
         assert launch.grid >= 1, case
@@ -122,13 +130,16 @@ def check(planned: AlignPlan, num_ids: int, num_experts: int, limits: DeviceLimi
         assert 0 <= launch.shared_bytes <= limits.shared_bytes - plan.STATIC_SHARED, case
     if kernel == "small":
         (launch,) = planned.launches
-        assert num_ids < launch.block, case
-        assert launch.block & (launch.block - 1) == 0, case
+        num_slots, _ = aligned_sizes(num_ids, num_experts, block_size)
+        assert launch.grid * planned.per_block >= num_slots, case
+        assert planned.per_block % block_size == 0, case
+        assert (num_ids + 1) * planned.num_rows <= launch.block, case
         return
-    # Every id belongs to a block, and no counter of a warp's row can overflow its 16 bits.
-    assert all(launch.grid * planned.ids_per_block >= num_ids for launch in planned.launches), case
+    # Every id belongs to a block, and in it to a warp.
+    assert all(launch.grid * planned.per_block >= num_ids for launch in planned.launches), case
+    assert planned.per_block % 32 == 0, case
     assert 1 <= planned.num_rows <= planned.launches[-1].block // 32, case
-    assert planned.ids_per_block % 32 == 0, case
+    assert planned.num_rows << planned.row_shift >= planned.per_block, case
     if kernel.startswith("cluster"):
         assert limits.capability >= (9, 0), case
         assert planned.launches[0].grid % int(kernel.removeprefix("cluster")) == 0, case
@@ -169,7 +180,7 @@ def test_global_large_can_do_everything() -> None:
 def test_readers_are_entry_points() -> None:
     for kernel in ALIGN_KERNELS:
         for reader in ("i32", "i64", "any"):
-            launches = plan_align(100, 8, 156, reader, H200, kernel).launches
+            launches = make(100, 8, H200, reader=reader, kernel=kernel).launches
             assert all(launch.kernel.endswith(f"_{reader}") for launch in launches)
 
 
@@ -184,7 +195,7 @@ def test_the_image_for_a_gpu_has_what_is_planned_for_it(gpu: str, everything: Ev
         for num_experts in (8, 2048, 65_536):
             for reader in ("i32", "i64", "any"):
                 if is_possible(kernel, 100, num_experts, limits):
-                    for launch in plan_align(100, num_experts, 6400, reader, limits, kernel).launches:
+                    for launch in make(100, num_experts, limits, reader=reader, kernel=kernel).launches:
                         unit, _, entry = launch.kernel.partition("/")
                         assert entry in built[unit], f"{target}: {launch}"
                         static = built[unit][entry]["smem"]
