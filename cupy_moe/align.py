@@ -8,13 +8,24 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import arrays, cpu
+from . import arrays, cpu, library
 from .launch import device_limits, launch
-from .plan import MAX_BLOCK_SIZE, MAX_EXPERTS, AlignPlan, aligned_sizes, divisor, plan_align
+from .plan import (
+    MAX_BLOCK_SIZE,
+    MAX_EXPERTS,
+    AlignPlan,
+    aligned_sizes,
+    ceil_div,
+    divisor,
+    plan_align,
+    round_up,
+)
+
+_is_compiling = torch.compiler.is_dynamo_compiling
 
 __all__ = ["MoEAlignment", "aligned_sizes", "moe_align_block_size"]
 
-_ARGUMENTS = struct.Struct("@6P2q13I")  # AlignArgs in align.cuh
+_ARGUMENTS = struct.Struct("@6P2q14I")  # AlignArgs in align.cuh
 _NO_MAP, _MAP_BLOCKS, _MAP_IDS = 0, 1, 2
 # IdType in align.cuh. Ids of 2^31 and more are no experts, so u32 is read as i32: the same ids are dropped.
 _ID_TYPES = {
@@ -90,8 +101,8 @@ def moe_align_block_size(
     Raises TypeError and ValueError for wrong arguments, before anything is launched; and what loading a
     kernel for the first time raises. Semantics: vLLM's function of this name, made deterministic.
     """
-    if not isinstance(topk_ids, torch.Tensor):
-        return _with_other_arrays(
+    if type(topk_ids) is not torch.Tensor or _is_compiling():
+        return _indirectly(
             topk_ids, block_size, num_experts, expert_map, pad_sorted_ids, ignore_invalid_experts, out, kernel
         )
     device = topk_ids.device
@@ -172,7 +183,7 @@ def _prepare(
     plan = plan_align(num_ids, num_experts, num_slots, block_size, reader, device_limits(device.index), kernel)
     constants = (
         id_type, num_ids, num_experts, num_slots, num_blocks, map_mode, *divisor(block_size),
-        plan.per_block, plan.num_rows, plan.row_shift,
+        plan.per_block, plan.num_rows, plan.row_shift, plan.staged,
     )  # fmt: skip
     return _Call(num_slots, num_blocks, vectors, plan, constants)
 
@@ -261,6 +272,24 @@ def _as_rows(topk_ids: torch.Tensor) -> tuple[torch.Tensor, int, int, int]:
     return topk_ids, num_cols, row_stride, col_stride
 
 
+def _indirectly(
+    topk_ids: Any, block_size: int, num_experts: int, expert_map: Any, pad: bool, ignore: bool, out: Any,
+    kernel: str | None,
+) -> MoEAlignment:  # fmt: skip
+    """What is not a plain tensor: one that is traced, one of a subclass, or an array of another library."""
+    if not isinstance(topk_ids, torch.Tensor):
+        return _with_other_arrays(topk_ids, block_size, num_experts, expert_map, pad, ignore, out, kernel)
+    arguments = block_size, num_experts, expert_map, pad, ignore
+    if not library.is_traced(topk_ids):
+        return moe_align_block_size(topk_ids.as_subclass(torch.Tensor), *arguments, out=out, kernel=kernel)
+    operator = torch.ops.cupy_moe.moe_align_block_size
+    if out is None:
+        return MoEAlignment(*operator(topk_ids, *arguments, kernel=kernel))
+    outputs = MoEAlignment(*out)
+    operator.out(topk_ids, *arguments, kernel=kernel, **outputs._asdict())
+    return outputs
+
+
 def _with_other_arrays(
     topk_ids: Any, block_size: int, num_experts: int, expert_map: Any, pad: bool, ignore: bool, out: Any,
     kernel: str | None,
@@ -275,3 +304,44 @@ def _with_other_arrays(
         ids, block_size, num_experts, expert_map, pad, ignore, out=tensors, kernel=kernel
     )
     return MoEAlignment(*(out if out is not None else map(arrays.like(topk_ids), results)))
+
+
+def _fill_out(
+    *arguments: Any,
+    sorted_token_ids: torch.Tensor,
+    expert_ids: torch.Tensor,
+    num_tokens_post_pad: torch.Tensor,
+    kernel: str | None = None,
+) -> None:
+    out = sorted_token_ids, expert_ids, num_tokens_post_pad
+    moe_align_block_size(*arguments, out=out, kernel=kernel)
+
+
+def _fake(
+    topk_ids: torch.Tensor,
+    block_size: int,
+    num_experts: int,
+    expert_map: torch.Tensor | None = None,
+    pad_sorted_ids: bool = False,
+    ignore_invalid_experts: bool = False,
+    *,
+    kernel: str | None = None,
+) -> tuple[torch.Tensor, ...]:
+    """Outputs of the right shapes: `aligned_sizes` without branches, for sizes that are not known yet."""
+    num_ids = topk_ids.numel()
+    num_slots = num_ids + num_experts * (block_size - 1)
+    if pad_sorted_ids:
+        num_slots = round_up(num_slots, block_size)
+    num_slots = torch.sym_min(num_ids * block_size, num_slots)
+    lengths = num_slots, ceil_div(num_slots, block_size), 1
+    return tuple(topk_ids.new_empty((length,), dtype=torch.int32) for length in lengths)
+
+
+_SCHEMA = (
+    "(Tensor topk_ids, SymInt block_size, SymInt num_experts, Tensor? expert_map=None,"
+    " bool pad_sorted_ids=False, bool ignore_invalid_experts=False, *, str? kernel=None"
+)
+_OUT = ", Tensor(a!) sorted_token_ids, Tensor(b!) expert_ids, Tensor(c!) num_tokens_post_pad"
+_RESULTS = "(Tensor sorted_token_ids, Tensor expert_ids, Tensor num_tokens_post_pad)"
+library.register(f"moe_align_block_size{_SCHEMA}) -> {_RESULTS}", moe_align_block_size, _fake)
+library.register(f"moe_align_block_size.out{_SCHEMA}{_OUT}) -> ()", _fill_out, lambda *_, **__: None)

@@ -31,6 +31,7 @@ class AlignPlan(NamedTuple):
     per_block: int  # ids that one block places; align_small: slots that one block writes
     num_rows: int  # warps of a block that place ids; align_small: threads that share an id
     row_shift: int = 0  # a warp places 2^row_shift ids
+    staged: int = 0  # 1: a block sorts its ids in shared memory before it writes them
     scratch_words: int = 0
 
 
@@ -48,10 +49,12 @@ CLUSTER8_MAX_IDS = 16_384
 # One SM takes a cycle or two a sector; slots and ids that a block writes in about the time of a barrier.
 SLOTS_PER_BLOCK = 1024
 IDS_PER_BLOCK = 256
+# Fewer ids of an expert in a block would hardly be neighbours.
+STAGED_IDS_PER_EXPERT = 2
 # Tables in global memory are wide; fewer pieces keep them few.
 LARGE_MAX_PIECES = 16
 LARGE_NUM_ROWS = 8
-STATIC_SHARED = 128  # warp_sums in the .cu files
+STATIC_SHARED = 256  # warp_sums in the .cu files
 WARP = 32
 MAX_THREADS = 1024
 
@@ -133,14 +136,15 @@ def _choose_align(num_ids: int, num_experts: int, limits: DeviceLimits) -> str:
 
 
 def _table_bytes(num_experts: int, num_rows: int, cluster: bool = False) -> int:
-    return 4 * num_experts * (num_rows + 3 + cluster)
+    return 4 * num_experts * (num_rows + 3 + (2 if cluster else 0))
 
 
 class _Pieces(NamedTuple):
     per_block: int
     num_rows: int
     row_shift: int
-    block: int
+    staged: int
+    shared_bytes: int
 
 
 def _cut(num_ids: int, grid: int, num_experts: int, threads: int, shared_bytes: int, cluster: bool) -> _Pieces:
@@ -150,7 +154,10 @@ def _cut(num_ids: int, grid: int, num_experts: int, threads: int, shared_bytes: 
     while rows > 1 and _table_bytes(num_experts, rows, cluster) + STATIC_SHARED > shared_bytes:
         rows //= 2
     row_shift = max(5, (ceil_div(per_block, rows) - 1).bit_length())
-    return _Pieces(per_block, ceil_div(per_block, 1 << row_shift), row_shift, threads)
+    rows = ceil_div(per_block, 1 << row_shift)
+    table, stage = _table_bytes(num_experts, rows, cluster), 8 * per_block
+    staged = per_block >= STAGED_IDS_PER_EXPERT * num_experts and table + stage + STATIC_SHARED <= shared_bytes
+    return _Pieces(per_block, rows, row_shift, int(staged), table + stage * staged)
 
 
 def _plan_small(num_ids: int, num_slots: int, block_size: int, reader: str, limits: DeviceLimits) -> AlignPlan:
@@ -168,20 +175,19 @@ def _plan_shared(
 ) -> AlignPlan:
     if cluster > 1 and limits.capability < (9, 0):
         raise ValueError(f"kernel='cluster{cluster}' needs compute capability 9.0, got {limits.capability}")
-    most = max(cluster, limits.num_sms // cluster * cluster)
+    most = limits.num_sms if cluster == 1 else max(1, limits.num_sms // cluster - 1) * cluster
     wanted = max(ceil_div(num_ids, IDS_PER_BLOCK), ceil_div(num_slots, SLOTS_PER_BLOCK), 1)
     grid = round_up(min(wanted, most), cluster)
     counted = ceil_div(num_ids, cluster)  # by each block
-    threads = 256 if counted <= 1024 else 512 if counted <= 4096 else 1024
+    threads = 256 if counted <= 1024 else 512 if counted <= 4096 or cluster > 1 else 1024
     pieces = _cut(num_ids, grid, num_experts, threads, limits.shared_bytes, cluster > 1)
-    shared_bytes = _table_bytes(num_experts, pieces.num_rows, cluster > 1)
-    if shared_bytes + STATIC_SHARED > limits.shared_bytes:
+    if pieces.shared_bytes + STATIC_SHARED > limits.shared_bytes:
         raise ValueError(
-            f"{num_experts} experts need {shared_bytes} bytes of shared memory; kernel='global_large' does not"
+            f"{num_experts} experts need {pieces.shared_bytes} bytes of shared memory; kernel='global_large' does not"
         )
     suffix = f"cluster{cluster}_{reader}" if cluster > 1 else reader
-    launch = LaunchPlan(f"align_shared/align_shared_{suffix}", grid, pieces.block, shared_bytes)
-    return AlignPlan((launch,), pieces.per_block, pieces.num_rows, pieces.row_shift)
+    launch = LaunchPlan(f"align_shared/align_shared_{suffix}", grid, threads, pieces.shared_bytes)
+    return AlignPlan((launch,), pieces.per_block, pieces.num_rows, pieces.row_shift, pieces.staged)
 
 
 def _plan_global(
@@ -190,17 +196,19 @@ def _plan_global(
     most = LARGE_MAX_PIECES if large else limits.num_sms
     grid = min(most, max(1, ceil_div(num_ids, 1024)))
     threads = 1024 if large else 512
-    pieces = _cut(num_ids, grid, num_experts, threads, 2**62 if large else limits.shared_bytes, False)
+    pieces = _cut(num_ids, grid, num_experts, threads, limits.shared_bytes, False)
     table = _table_bytes(num_experts, pieces.num_rows)
-    if not large and table + STATIC_SHARED > limits.shared_bytes:
+    if large:
+        pieces = pieces._replace(staged=0, shared_bytes=0)
+    if pieces.shared_bytes + STATIC_SHARED > limits.shared_bytes:
         raise ValueError(f"{num_experts} experts do not fit shared memory; kernel='global_large' does without")
     infix = "large_" if large else ""
     launches = (
         LaunchPlan(f"align_global/align_count_{infix}{reader}", grid, threads, 0 if large else 4 * num_experts),
-        LaunchPlan(f"align_global/align_scatter_{infix}{reader}", grid, threads, 0 if large else table),
+        LaunchPlan(f"align_global/align_scatter_{infix}{reader}", grid, threads, pieces.shared_bytes),
     )
     scratch_words = grid * (num_experts + (table // 4 if large else 0))
-    return AlignPlan(launches, pieces.per_block, pieces.num_rows, pieces.row_shift, scratch_words)
+    return AlignPlan(launches, pieces.per_block, pieces.num_rows, pieces.row_shift, pieces.staged, scratch_words)
 
 
 # ---- moe_sum ----------------------------------------------------------------------------------------------
@@ -231,15 +239,16 @@ def plan_sum(hidden: int, element: str, element_bytes: int, vectors: bool, exten
 
 # ---- gating -----------------------------------------------------------------------------------------------
 
-GATE_KERNELS = ("warp", "wide")
+GATE_KERNELS = ("plain", "full", "several", "wide")
 MAX_TOPK = 64
-# A warp holds one row in registers, and lane k the k-th winner; kShare in gate_warp.cu.
-WARP_SHARES = (2, 4, 8, 16)
-WARP_FULL_SHARES = (8, 16)
-WARP_MAX_TOPK = WARP
-# Up to this many rows each gets an SM for itself; more share blocks, so that an SM can hold 64 warps.
+# gate_warp.cu, Mode and kShare. Lane k of a row keeps the k-th winner.
+GATE_SHARES = {"plain": (4, 8, 16), "full": (8, 16), "several": (4, 8)}
+# A warp to itself is the quickest for a row; several in one are quicker once the GPU is full of warps.
+SEVERAL_MIN_TOKENS = 1024
+SEVERAL_MAX_LANES = 16
+# A row or two for every SM; above, blocks of four warps, as an SM holds more warps than blocks.
 GATE_WARPS = 4
-# A block's threads look at pieces of 8 experts and more; more threads only make barriers slower.
+# Threads of `wide` look at pieces of 8 experts and more; more threads only make barriers slower.
 WIDE_MIN_SHARE = 8
 WIDE_MAX_THREADS = 512
 WIDE_STATIC_SHARED = 192
@@ -247,7 +256,8 @@ WIDE_STATIC_SHARED = 192
 
 class GatePlan(NamedTuple):
     launch: LaunchPlan
-    vector_bytes: int  # of the loads of the logits, where these are aligned to it; 0: never more than one logit
+    lanes_per_row: int = WARP
+    vector_bytes: int = 0  # of the loads of the logits, where these are aligned to it; 0: one logit at a time
 
 
 @functools.cache
@@ -266,29 +276,54 @@ def plan_gate(
 
     Raises ValueError where the kernel cannot do it.
     """
-    full = with_bias or num_groups > 1
-    group_size, lanes = num_experts // num_groups, WARP >> (num_groups - 1).bit_length()
-    shares = WARP_FULL_SHARES if full else WARP_SHARES
-    share = next((s for s in shares if lanes > 0 and group_size <= s * lanes), 0)
-    possible = share > 0 and topk <= WARP_MAX_TOPK and not with_softcap
-    chosen = kernel or ("warp" if possible else "wide")
-    if chosen == "warp" and possible:
-        warps = 1 if num_tokens <= limits.num_sms else GATE_WARPS
-        name = f"gate_warp/gate_warp_{'full_' if full else ''}{share}"
-        launch = LaunchPlan(name, ceil_div(num_tokens, warps), WARP * warps, 0)
-        vector = min(16, share * element_bytes)
-        whole = (num_groups == 1 or ceil_div(group_size, lanes) == share) and group_size % (vector // element_bytes) == 0
-        return GatePlan(launch, vector if whole else 0)
-    if chosen == "wide":
-        shared_bytes = 4 * (num_experts + num_groups + 2 * topk)
-        if shared_bytes + WIDE_STATIC_SHARED > limits.shared_bytes:
-            raise ValueError(
-                f"gating_output: {num_experts} experts need {shared_bytes} bytes of shared memory, and the device"
-                f" has {limits.shared_bytes}"
-            )
-        threads = min(WIDE_MAX_THREADS, round_up(ceil_div(num_experts, WIDE_MIN_SHARE), WARP))
-        return GatePlan(LaunchPlan("gate_wide/gate_wide", num_tokens, threads, shared_bytes), 0)
-    raise ValueError(
-        f"kernel={kernel!r} cannot do {num_experts} experts, topk={topk}, {num_groups} groups"
-        f"{', softcap' if with_softcap else ''}; expected one of {', '.join(GATE_KERNELS)} that can"
-    )
+    if kernel is None:
+        kernel = "full" if with_bias or num_groups > 1 else "plain"
+        if num_tokens >= SEVERAL_MIN_TOKENS and _several_lanes(num_experts, topk) <= SEVERAL_MAX_LANES:
+            kernel = "several" if num_groups == 1 else kernel
+        if with_softcap or not _gate_share(kernel, num_experts, topk, num_groups):
+            kernel = "wide"
+    if kernel == "wide":
+        return _plan_wide(num_tokens, num_experts, topk, num_groups, limits)
+    if kernel not in GATE_KERNELS:
+        raise ValueError(f"kernel={kernel!r}: expected one of {', '.join(GATE_KERNELS)}")
+    share = _gate_share(kernel, num_experts, topk, num_groups)
+    fits = share and (num_groups == 1 or kernel == "full") and (not with_bias or kernel != "plain")
+    if not fits or with_softcap:
+        raise ValueError(f"kernel={kernel!r} cannot do this (see gate_warp.cu); kernel='wide' can")
+    lanes_per_row = _several_lanes(num_experts, topk) if kernel == "several" else WARP
+    num_warps = ceil_div(num_tokens * lanes_per_row, WARP)
+    warps = 1 if num_warps <= 2 * limits.num_sms else GATE_WARPS
+    launch = LaunchPlan(f"gate_warp/gate_{kernel}_{share}", ceil_div(num_warps, warps), WARP * warps, 0)
+    group_size, vector = num_experts // num_groups, min(16, share * element_bytes)
+    whole = num_groups == 1 or ceil_div(group_size, _group_lanes(num_groups)) == share
+    return GatePlan(launch, lanes_per_row, vector if whole and group_size * element_bytes % vector == 0 else 0)
+
+
+def _gate_share(kernel: str, num_experts: int, topk: int, num_groups: int) -> int:
+    """The smallest kShare that holds a row; 0: none does."""
+    lanes = _several_lanes(num_experts, topk) if kernel == "several" else _group_lanes(num_groups)
+    if topk > WARP or lanes == 0 or (kernel == "several" and lanes > SEVERAL_MAX_LANES):
+        return 0
+    return next((share for share in GATE_SHARES[kernel] if num_experts // num_groups <= share * lanes), 0)
+
+
+def _group_lanes(num_groups: int) -> int:
+    return WARP >> (num_groups - 1).bit_length()
+
+
+def _several_lanes(num_experts: int, topk: int) -> int:
+    """Enough lanes to hold a row, and its winners."""
+    return 1 << (max(ceil_div(num_experts, GATE_SHARES["several"][-1]), topk) - 1).bit_length()
+
+
+def _plan_wide(
+    num_tokens: int, num_experts: int, topk: int, num_groups: int, limits: DeviceLimits
+) -> GatePlan:
+    shared_bytes = 4 * (num_experts + num_groups + 2 * topk)
+    if shared_bytes + WIDE_STATIC_SHARED > limits.shared_bytes:
+        raise ValueError(
+            f"gating_output: {num_experts} experts need {shared_bytes} bytes of shared memory, of which the device"
+            f" has {limits.shared_bytes}"
+        )
+    threads = min(WIDE_MAX_THREADS, round_up(ceil_div(num_experts, WIDE_MIN_SHARE), WARP))
+    return GatePlan(LaunchPlan("gate_wide/gate_wide", num_tokens, threads, shared_bytes))

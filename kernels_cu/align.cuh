@@ -32,6 +32,7 @@ struct AlignArgs {
   u32 per_block;   // ids that one block places, a multiple of 32; in align_small: slots that one block writes
   u32 num_rows;    // warps that place ids; in align_small: threads that share an id, a power of two up to 32
   u32 row_shift;   // a warp places 2^row_shift consecutive ids, 32 or more
+  u32 staged;      // whether a block sorts its ids in shared memory before it writes them
 };
 
 constexpr u32 kDropped = 0xffffffffu;  // the bucket of an id that is not placed
@@ -95,9 +96,8 @@ __device__ __forceinline__ int expert_of(const AlignArgs& args, u32 bucket) {
   return (u32)local < args.num_experts ? local : -1;
 }
 
-// Place id i at a slot; the first id of a block also names the block's expert.
-__device__ __forceinline__ void place(const AlignArgs& args, u32 i, u32 bucket, u32 slot) {
-  args.sorted_token_ids[slot] = (int)i;
+// The first id of a block names the block's expert.
+__device__ __forceinline__ void name_block(const AlignArgs& args, u32 bucket, u32 slot) {
   const u32 block = args.block_size.quotient(slot);
   if (block * args.block_size.value == slot) args.expert_ids[block] = expert_of(args, bucket);
 }
@@ -118,8 +118,8 @@ __device__ __forceinline__ void fill(int* values, u32 begin, u32 end, int value,
 // ---------------------------------------------------------------------------------------------------------
 
 struct Table {
-  u32 *base;   // [E] first slot of a bucket, for the ids of this block's share of the count
-  u32 *rows;   // [num_rows + 2][E]
+  u32* base;  // [E] first slot of a bucket, for the ids of this block's share of the count
+  u32* rows;  // [num_rows + 2][E]
   u32 num_experts, num_rows;
 
   __device__ __forceinline__ Table(u32* memory, const AlignArgs& args)
@@ -135,11 +135,18 @@ struct Piece {
   __device__ __forceinline__ Piece(const AlignArgs& args, u32 index)
       : begin(min_u32(args.num_ids, index * args.per_block)), end(min_u32(args.num_ids, begin + args.per_block)) {}
 
+  // The ids of the calling warp.
+  __device__ __forceinline__ u32 begin_of_warp(const AlignArgs& args, const Table& table) const {
+    return warp_id() < table.num_rows ? begin + (warp_id() << args.row_shift) : end;
+  }
+  __device__ __forceinline__ u32 end_of_warp(const AlignArgs& args, u32 begin_of_warp) const {
+    return min_u32(end, begin_of_warp + (1u << args.row_shift));
+  }
+
   // The row that counts id i.
   __device__ __forceinline__ u32* row(const AlignArgs& args, const Table& table, u32 i) const {
     if (i < begin) return table.before();
-    const u32 warp = (i - begin) >> args.row_shift;
-    return table.of_warp(min_u32(warp, table.num_rows));
+    return i < end ? table.of_warp((i - begin) >> args.row_shift) : table.after();
   }
 };
 
@@ -211,28 +218,86 @@ __device__ __forceinline__ u32 same_bucket(const AlignArgs& args, u32 bucket) {
   return lanes;
 }
 
-// Place the ids of the calling warp; its row holds how many ids of a bucket come before them.
+// 32 ids of the calling warp, one a lane.
+struct Match {
+  u32 i, bucket, peers;  // peers: the lanes with ids of the same bucket; 0: dropped
+
+  template <typename Id>
+  __device__ __forceinline__ Match(const AlignArgs& args, u32 i, Id id)
+      : i(i), bucket(to_bucket(args, id)), peers(same_bucket(args, bucket)) {}
+};
+
 template <typename Ids>
-__device__ __forceinline__ void place_ids(const AlignArgs& args, const Table& table, const Piece& piece) {
-  if (warp_id() >= table.num_rows) return;
-  const u32 begin = piece.begin + (warp_id() << args.row_shift);
-  const u32 end = min_u32(piece.end, begin + (1u << args.row_shift));
+__device__ __forceinline__ typename Ids::Id load_or_none(const AlignArgs& args, u32 i, u32 end) {
+  return i < end ? Ids::load(args, i) : ~typename Ids::Id(0);
+}
+
+struct Slots {
+  u32 post_pad;
+  u32 num_mine;  // ids that this block places; 0 unless staged
+};
+
+// From sums to slots. sums_of(bucket) = {ids before those that the table counts, ids in all}, and leaves the
+// column of the bucket scanned. Afterwards base[bucket] is where the ids that the table counts begin, after() the
+// first padding slot, and before(), if staged, where this block's ids of the bucket begin in the stage, less the
+// ids before them. Ends with a barrier.
+template <typename SumsOf>
+__device__ __forceinline__ Slots find_slots(const AlignArgs& args, const Table& table, u32 (*warp_sums)[kWarpSize],
+                                            SumsOf sums_of) {
+  Slots slots = {0, 0};
+#pragma unroll 1
+  for (u32 first = 0; first < args.num_experts; first += blockDim.x) {
+    const u32 bucket = first + threadIdx.x;
+    const bool exists = bucket < args.num_experts;
+    const uint2 sums = exists ? sums_of(bucket) : make_uint2(0, 0);
+    if (first > 0) __syncthreads();  // warp_sums is still being read
+    u32 sum;
+    const u32 begin = slots.post_pad + block_exclusive_scan(args.block_size.round_up(sums.y), warp_sums[0], sum);
+    slots.post_pad += sum;
+    if (args.staged) {
+      const u32 before = exists ? table.of_warp(0)[bucket] : 0, mine = exists ? table.after()[bucket] - before : 0;
+      const u32 stage = slots.num_mine + block_exclusive_scan(mine, warp_sums[1], sum);
+      slots.num_mine += sum;
+      if (exists) table.before()[bucket] = stage - before;
+    }
+    if (exists) {
+      table.base[bucket] = begin + sums.x;
+      table.after()[bucket] = begin + sums.y;
+    }
+  }
+  __syncthreads();
+  return slots;
+}
+
+// Write the ids [begin, end) of each warp, of which `match` has the first 32. The warp's row holds how many ids of
+// a bucket come before them. Scattered writes cost a sector each; a block with many ids a bucket sorts them in
+// shared memory first, and writes neighbours together.
+template <typename Ids>
+__device__ __forceinline__ void write_ids(const AlignArgs& args, const Table& table, u32 begin, u32 end, Match match,
+                                          uint2* stage, u32 num_mine) {
   u32* row = table.of_warp(warp_id());
 #pragma unroll 1
-  for (u32 first = begin; first < end; first += kWarpSize) {
-    const u32 i = first + lane_id();
-    const u32 bucket = i < end ? to_bucket(args, Ids::load(args, i)) : kDropped;
-    const u32 peers = same_bucket(args, bucket);
-    const u32 rank = __popc(peers & lanes_below());
+  while (begin < end) {
+    const u32 bucket = match.bucket, rank = __popc(match.peers & lanes_below());
     u32 earlier = 0;
-    if (peers) {
+    if (match.peers) {
       earlier = row[bucket];
-      place(args, i, bucket, table.base[bucket] + earlier + rank);
+      const u32 slot = table.base[bucket] + earlier + rank;
+      if (args.staged) stage[table.before()[bucket] + earlier + rank] = make_uint2(match.i, slot);
+      else args.sorted_token_ids[slot] = (int)match.i;
+      name_block(args, bucket, slot);
     }
+    begin += kWarpSize;
+    if (begin >= end) break;
     __syncwarp();
-    if (peers && rank == 0) row[bucket] = earlier + __popc(peers);
+    if (match.peers && rank == 0) row[bucket] = earlier + __popc(match.peers);
+    match = Match(args, begin + lane_id(), load_or_none<Ids>(args, begin + lane_id(), end));
     __syncwarp();
   }
+  if (!args.staged) return;
+  __syncthreads();
+#pragma unroll 2
+  for (u32 k = threadIdx.x; k < num_mine; k += blockDim.x) args.sorted_token_ids[stage[k].y] = (int)stage[k].x;
 }
 
 // The padding slots, the tail, and what lies past the last block: shared out over all blocks of the grid.

@@ -6,7 +6,7 @@
 // out      sorted_token_ids [num_slots], expert_ids [num_blocks], num_tokens_post_pad [1], all int32
 // scratch  counts [grid][E] words; without shared tables also one table per block after it. Need not be cleared.
 // grid     as many blocks as pieces of per_block ids; block: a multiple of 32 threads, at least num_rows warps
-// shared   align_count: E words; align_scatter: (num_rows + 3) * E words; the _large entries: none
+// shared   align_count: E words; align_scatter: (num_rows + 3) * E words, if not _large, and 2 * per_block if staged
 //
 // align_count
 //   1  counts[block][e] = ids of expert e in the block's piece
@@ -34,14 +34,19 @@ __device__ __forceinline__ void align_count(const AlignArgs& args) {
 
 template <typename Ids, bool kSharedTable>
 __device__ __forceinline__ void align_scatter(const AlignArgs& args) {
-  extern __shared__ u32 memory[];
-  __shared__ u32 warp_sums[kWarpSize];
+  extern __shared__ uint2 shared_memory[];
+  __shared__ u32 warp_sums[2][kWarpSize];
   const u32 num_experts = args.num_experts;
-  u32* tables = args.scratch + (u64)gridDim.x * num_experts;
-  u32* table_memory = kSharedTable ? memory : tables + (u64)blockIdx.x * (args.num_rows + 3) * num_experts;
+  uint2* stage = shared_memory;  // [per_block], if staged
+  u32* table_memory = (u32*)(stage + (args.staged ? args.per_block : 0));
+  if (!kSharedTable)
+    table_memory = args.scratch + (u64)gridDim.x * num_experts + (u64)blockIdx.x * (args.num_rows + 3) * num_experts;
   const Table table(table_memory, args);
   const Piece piece(args, blockIdx.x);
-  count_ids<Ids>(args, piece.begin, piece.end, table_memory, table.words(), [&](u32 i) { return piece.row(args, table, i); });
+  const u32 begin = piece.begin_of_warp(args, table), end = piece.end_of_warp(args, begin);
+  const typename Ids::Id id = load_or_none<Ids>(args, begin + lane_id(), end);
+  count_ids<Ids>(args, piece.begin, piece.end, table_memory, table.words(),
+                 [&](u32 i) { return piece.row(args, table, i); });
 
   // Several threads an expert, so that the loads of a column overlap.
 #pragma unroll 1
@@ -57,26 +62,12 @@ __device__ __forceinline__ void align_scatter(const AlignArgs& args) {
     atomicAdd(table.before() + bucket, before);
     atomicAdd(table.after() + bucket, after);
   }
+  const Match match(args, begin + lane_id(), id);
   __syncthreads();
-
-  u32 post_pad = 0;
-#pragma unroll 1
-  for (u32 first = 0; first < num_experts; first += blockDim.x) {
-    const u32 bucket = first + threadIdx.x;
-    const u32 count = bucket < num_experts ? scan_column(table, bucket) : 0;
-    if (first > 0) __syncthreads();  // warp_sums is still being read
-    u32 sum;
-    const u32 begin = post_pad + block_exclusive_scan(args.block_size.round_up(count), warp_sums, sum);
-    post_pad += sum;
-    if (bucket < num_experts) {
-      table.base[bucket] = begin;
-      table.after()[bucket] = begin + count;  // the first padding slot
-    }
-  }
-  __syncthreads();
-
-  place_ids<Ids>(args, table, piece);
-  write_padding(args, table.after(), post_pad);
+  const Slots slots = find_slots(args, table, warp_sums,
+                                 [&](u32 bucket) { return make_uint2(0, scan_column(table, bucket)); });
+  write_ids<Ids>(args, table, begin, end, match, stage, slots.num_mine);
+  write_padding(args, table.after(), slots.post_pad);
 }
 
 #define ENTRY(kernel, name, Ids, kSharedTable)                        \

@@ -5,7 +5,7 @@
 // out      sorted_token_ids [num_slots], expert_ids [num_blocks], num_tokens_post_pad [1], all int32
 // grid     kCluster * c blocks that together cover num_ids, per_block each; block: a multiple of 32 threads,
 //          at least num_rows warps
-// shared   (num_rows + 3 + (kCluster > 1)) * num_experts words
+// shared   (num_rows + 3 + (kCluster > 1 ? 2 : 0)) * num_experts + (staged ? 2 * per_block : 0) words
 //
 // Every cluster counts all ids, each of its blocks a kCluster-th of them, so no cluster waits for another and no
 // workspace outlives the launch; then each block places its own piece and a share of the padding. Counting
@@ -19,59 +19,67 @@
 // in i. All of it is fixed by the arguments.
 #include "align.cuh"
 
+// Sum up, over the blocks of the cluster, the counts of each bucket: totals[bucket] = {ids in the chunks of the
+// blocks before this one, ids in all}. Each block adds up its share of the buckets and hands out the results, as
+// every block reading the counts of all would move kCluster times as much between the SMs.
+template <u32 kCluster>
+__device__ __forceinline__ void sum_over_cluster(u32 num_experts, const u32* counts, uint2* totals) {
+  constexpr u32 kMask = kCluster - 1;
+  const u32 share = ceil_div(num_experts, kCluster), first = cluster_rank<kCluster>() * share;
+  const u32 num_buckets = first < num_experts ? min_u32(share, num_experts - first) : 0;
+  const u32 other = threadIdx.x & kMask;  // kCluster neighbouring lanes add up one bucket
+  cluster_arrive<kCluster>();
+  cluster_wait<kCluster>();  // the counts are there
+#pragma unroll 1
+  for (u32 k = threadIdx.x / kCluster; k < ceil_div(num_buckets, kWarpSize / kCluster) * (kWarpSize / kCluster);
+       k += blockDim.x / kCluster) {
+    const u32 bucket = first + k;
+    const u32 count = k < num_buckets ? load_from_cluster(counts + bucket, other) : 0;
+    u32 sum = count;
+#pragma unroll
+    for (u32 distance = 1; distance < kCluster; distance *= 2) {
+      const u32 below = __shfl_up_sync(kFullWarp, sum, distance, kCluster);
+      if (other >= distance) sum += below;
+    }
+    const u32 all = __shfl_sync(kFullWarp, sum, kMask, kCluster);
+    if (k < num_buckets) store_to_cluster(totals + bucket, other, make_uint2(sum - count, all));
+  }
+  cluster_arrive<kCluster>();
+  cluster_wait<kCluster>();  // so are the sums, and nobody reads another block's memory any more
+}
+
 template <typename Ids, u32 kCluster>
 __device__ __forceinline__ void align_shared(const AlignArgs& args) {
-  extern __shared__ u32 memory[];
-  __shared__ u32 warp_sums[kWarpSize];
-  const Table table(memory, args);
-  u32* chunk_counts = memory + table.words();  // [E], read by the other blocks of the cluster
+  extern __shared__ uint2 memory[];
+  __shared__ u32 warp_sums[2][kWarpSize];
+  uint2* staged = memory;                                          // [per_block], if staged
+  uint2* totals = staged + (args.staged ? args.per_block : 0);     // [E], if kCluster > 1
+  u32* table_memory = (u32*)(totals + (kCluster > 1 ? args.num_experts : 0));
+  const Table table(table_memory, args);
+  u32* chunk_counts = table.base;  // until it is needed
 
   // Block `rank` of every cluster counts the same chunk; each cluster places another piece of it.
   const u32 rank = cluster_rank<kCluster>(), num_clusters = gridDim.x / kCluster;
   const Piece piece(args, rank * num_clusters + blockIdx.x / kCluster);
   const u32 chunk_begin = min_u32(args.num_ids, rank * num_clusters * args.per_block);
   const u32 chunk_end = min_u32(args.num_ids, chunk_begin + num_clusters * args.per_block);
-  count_ids<Ids>(args, chunk_begin, chunk_end, memory, table.words(), [&](u32 i) { return piece.row(args, table, i); });
+  const u32 begin = piece.begin_of_warp(args, table), end = piece.end_of_warp(args, begin);
+  const typename Ids::Id id = load_or_none<Ids>(args, begin + lane_id(), end);
+  count_ids<Ids>(args, chunk_begin, chunk_end, table_memory, table.words(),
+                 [&](u32 i) { return piece.row(args, table, i); });
 
   if (kCluster > 1) {
 #pragma unroll 1
     for (u32 bucket = threadIdx.x; bucket < args.num_experts; bucket += blockDim.x)
       chunk_counts[bucket] = scan_column(table, bucket);
-    cluster_arrive<kCluster>();
-    cluster_wait<kCluster>();
+    sum_over_cluster<kCluster>(args.num_experts, chunk_counts, totals);
   }
-  u32 post_pad = 0;
-#pragma unroll 1
-  for (u32 first = 0; first < args.num_experts; first += blockDim.x) {
-    const u32 bucket = first + threadIdx.x;
-    u32 before = 0, count = 0;
-    if (bucket < args.num_experts) {
-      if (kCluster == 1) {
-        count = scan_column(table, bucket);
-      } else {
-#pragma unroll
-        for (u32 other = 0; other < kCluster; ++other) {
-          const u32 theirs = load_from_cluster(chunk_counts + bucket, other);
-          count += theirs;
-          before += other < rank ? theirs : 0;
-        }
-      }
-    }
-    if (first > 0) __syncthreads();  // warp_sums is still being read
-    u32 sum;
-    const u32 begin = post_pad + block_exclusive_scan(args.block_size.round_up(count), warp_sums, sum);
-    post_pad += sum;
-    if (bucket < args.num_experts) {
-      table.base[bucket] = begin + before;
-      table.after()[bucket] = begin + count;  // the first padding slot
-    }
-  }
-  cluster_arrive<kCluster>();  // done with the other blocks' memory
-  __syncthreads();
-
-  place_ids<Ids>(args, table, piece);
-  write_padding(args, table.after(), post_pad);
-  cluster_wait<kCluster>();  // shared memory has to outlive its readers
+  const Match match(args, begin + lane_id(), id);
+  const Slots slots = find_slots(args, table, warp_sums, [&](u32 bucket) {
+    return kCluster > 1 ? totals[bucket] : make_uint2(0, scan_column(table, bucket));
+  });
+  write_ids<Ids>(args, table, begin, end, match, staged, slots.num_mine);
+  write_padding(args, table.after(), slots.post_pad);
 }
 
 #define ENTRY(name, Ids)                                            \

@@ -76,7 +76,10 @@ __device__ __forceinline__ void align_small(const AlignArgs& args) {
   }
   const u32 slot = group_sum(begin, lanes) + rank;
   if (lane != 0) return;
-  if (bucket != kDropped && slot_begin <= slot && slot < slot_end) place(args, i, bucket, slot);
+  if (bucket != kDropped && slot_begin <= slot && slot < slot_end) {
+    args.sorted_token_ids[slot] = (int)i;
+    name_block(args, bucket, slot);
+  }
   if (i == n && blockIdx.x == 0) *args.num_tokens_post_pad = (int)(slot - rank);
 }
 

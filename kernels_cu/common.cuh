@@ -82,13 +82,27 @@ __device__ __forceinline__ void cluster_wait() {
 #endif
 }
 
-// A word in the shared memory of block `rank` of the cluster, at the place where `mine` is in this block's.
+// The address of `mine` in the shared memory of block `rank` of the cluster.
+__device__ __forceinline__ u32 cluster_address(const void* mine, u32 rank) {
+  u32 address = 0;
+#if __CUDA_ARCH__ >= 900
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"((u32)__cvta_generic_to_shared(mine)), "r"(rank));
+#endif
+  return address;
+}
+
 __device__ __forceinline__ u32 load_from_cluster(const u32* mine, u32 rank) {
   u32 value = 0;
 #if __CUDA_ARCH__ >= 900
-  u32 address;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"((u32)__cvta_generic_to_shared(mine)), "r"(rank));
-  asm volatile("ld.shared::cluster.u32 %0, [%1];" : "=r"(value) : "r"(address));
+  asm volatile("ld.shared::cluster.u32 %0, [%1];" : "=r"(value) : "r"(cluster_address(mine, rank)));
 #endif
   return value;
+}
+
+__device__ __forceinline__ void store_to_cluster(uint2* mine, u32 rank, uint2 value) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("st.shared::cluster.v2.u32 [%0], {%1, %2};" ::"r"(cluster_address(mine, rank)), "r"(value.x),
+               "r"(value.y)
+               : "memory");
+#endif
 }
