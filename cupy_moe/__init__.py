@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .align import MoEAlignment as MoEAlignment
     from .align import aligned_sizes as aligned_sizes
     from .align import moe_align_block_size as moe_align_block_size
+    from .align_batched import batched_moe_align_block_size as batched_moe_align_block_size
     from .errors import CompileError as CompileError
     from .errors import ConfigError as ConfigError
     from .errors import CupyMoeError as CupyMoeError
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "align": ("MoEAlignment", "aligned_sizes", "moe_align_block_size"),
+    "align_batched": ("batched_moe_align_block_size",),
     "errors": (
         "CompileError",
         "ConfigError",

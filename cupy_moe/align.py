@@ -119,7 +119,7 @@ def moe_align_block_size(
         expert_ids = torch.empty(call.num_blocks, dtype=torch.int32, device=device)
         num_tokens_post_pad = torch.empty(1, dtype=torch.int32, device=device)
     else:
-        sorted_token_ids, expert_ids, num_tokens_post_pad = _check_out(out, call, device)
+        sorted_token_ids, expert_ids, num_tokens_post_pad = _check_out(out, call.num_slots, call.num_blocks, device)
     if call.plan is None:
         block_size, num_experts = call.constants  # ints, where the arguments may be equal to them
         results = cpu.moe_align_block_size(
@@ -215,14 +215,17 @@ def _check_expert_map(expert_map: torch.Tensor, num_experts: int, device: torch.
 
 
 def _check_out(
-    out: tuple[torch.Tensor, torch.Tensor, torch.Tensor], call: _Call, device: torch.device
+    out: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    num_slots: int,
+    num_blocks: int,
+    device: torch.device,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     try:
         sorted_token_ids, expert_ids, num_tokens_post_pad = out
         if (
             sorted_token_ids.dtype is expert_ids.dtype is num_tokens_post_pad.dtype is torch.int32
-            and sorted_token_ids.shape == (call.num_slots,)
-            and expert_ids.shape == (call.num_blocks,)
+            and sorted_token_ids.shape == (num_slots,)
+            and expert_ids.shape == (num_blocks,)
             and num_tokens_post_pad.shape == (1,)
             and sorted_token_ids.device == expert_ids.device == num_tokens_post_pad.device == device
             and sorted_token_ids.is_contiguous()
@@ -231,13 +234,13 @@ def _check_out(
             return out
     except (AttributeError, TypeError, ValueError):
         pass
-    raise _explain_out(out, call, device)
+    raise _explain_out(out, num_slots, num_blocks, device)
 
 
-def _explain_out(out: Any, call: _Call, device: torch.device) -> Exception:
+def _explain_out(out: Any, num_slots: int, num_blocks: int, device: torch.device) -> Exception:
     expected = {
-        "sorted_token_ids": call.num_slots,
-        "expert_ids": call.num_blocks,
+        "sorted_token_ids": num_slots,
+        "expert_ids": num_blocks,
         "num_tokens_post_pad": 1,
     }
     if not isinstance(out, (tuple, list)) or len(out) != 3:

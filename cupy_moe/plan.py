@@ -327,3 +327,16 @@ def _plan_wide(
         )
     threads = min(WIDE_MAX_THREADS, round_up(ceil_div(num_experts, WIDE_MIN_SHARE), WARP))
     return GatePlan(LaunchPlan("gate_wide/gate_wide", num_tokens, threads, shared_bytes))
+
+
+# ---- batched align ----------------------------------------------------------------------------------------
+
+# Writing 8 KB takes a block about as long as adding up the counts of all experts.
+BATCHED_SLOTS_PER_BLOCK = 2048
+BATCHED_THREADS = 256
+
+
+def plan_batched(num_batches: int, slots_per_batch: int) -> tuple[LaunchPlan, int]:
+    """The launch, and how many blocks share a batch."""
+    parts = ceil_div(slots_per_batch, BATCHED_SLOTS_PER_BLOCK)
+    return LaunchPlan("align_batched/align_batched", max(1, num_batches * parts), BATCHED_THREADS, 0), parts
