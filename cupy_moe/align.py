@@ -25,7 +25,7 @@ _is_compiling = torch.compiler.is_dynamo_compiling
 
 __all__ = ["MoEAlignment", "aligned_sizes", "moe_align_block_size"]
 
-_ARGUMENTS = struct.Struct("@6P2q14I")  # AlignArgs in align.cuh
+_ARGUMENTS = struct.Struct("@6P2q16I")  # AlignArgs in align.cuh
 _NO_MAP, _MAP_BLOCKS, _MAP_IDS = 0, 1, 2
 # IdType in align.cuh. Ids of 2^31 and more are no experts, so u32 is read as i32: the same ids are dropped.
 _ID_TYPES = {
@@ -183,7 +183,7 @@ def _prepare(
     plan = plan_align(num_ids, num_experts, num_slots, block_size, reader, device_limits(device.index), kernel)
     constants = (
         id_type, num_ids, num_experts, num_slots, num_blocks, map_mode, *divisor(block_size),
-        plan.per_block, plan.num_rows, plan.row_shift, plan.staged,
+        plan.per_block, *divisor(plan.per_row), plan.num_rows, plan.staged,
     )  # fmt: skip
     return _Call(num_slots, num_blocks, vectors, plan, constants)
 

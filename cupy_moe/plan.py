@@ -30,7 +30,7 @@ class AlignPlan(NamedTuple):
     launches: tuple[LaunchPlan, ...]
     per_block: int  # ids that one block places; align_small: slots that one block writes
     num_rows: int  # warps of a block that place ids; align_small: threads that share an id
-    row_shift: int = 0  # a warp places 2^row_shift ids
+    per_row: int = 1  # ids that one warp places
     staged: int = 0  # 1: a block sorts its ids in shared memory before it writes them
     scratch_words: int = 0
 
@@ -45,7 +45,10 @@ SMALL_MAX_IDS = 128
 SMALL_SLOTS_PER_BLOCK = 1024
 # Every block counting all ids needs no barrier between blocks, as long as counting is short.
 SHARED_MAX_IDS = 8_192
-CLUSTER8_MAX_IDS = 16_384
+CLUSTER8_MAX_IDS = 65_536
+# A chunk's counts are 16 bits wide where blocks show them to each other.
+CHUNK_MAX_IDS = 65_535 // 32 * 32
+CLUSTER16_MAX_IDS = 1_000_000
 # One SM takes a cycle or two a sector; slots and ids that a block writes in about the time of a barrier.
 SLOTS_PER_BLOCK = 1024
 IDS_PER_BLOCK = 256
@@ -130,34 +133,34 @@ def _choose_align(num_ids: int, num_experts: int, limits: DeviceLimits) -> str:
         return "global_large"
     if num_ids <= SHARED_MAX_IDS:
         return "shared"
-    if limits.capability < (9, 0):
+    if limits.capability < (9, 0) or num_ids > CLUSTER16_MAX_IDS:
         return "global"
     return "cluster8" if num_ids <= CLUSTER8_MAX_IDS else "cluster16"
 
 
 def _table_bytes(num_experts: int, num_rows: int, cluster: bool = False) -> int:
-    return 4 * num_experts * (num_rows + 3 + (2 if cluster else 0))
+    return 4 * (num_experts * (num_rows + 3) + (2 * num_experts + ceil_div(num_experts, 2) if cluster else 0))
 
 
 class _Pieces(NamedTuple):
     per_block: int
     num_rows: int
-    row_shift: int
+    per_row: int
     staged: int
     shared_bytes: int
 
 
 def _cut(num_ids: int, grid: int, num_experts: int, threads: int, shared_bytes: int, cluster: bool) -> _Pieces:
-    """A piece of ids for each of `grid` blocks, cut into one power of two of ids per warp."""
+    """A piece of ids for each of `grid` blocks, cut into as many ids for each of its warps."""
     per_block = max(WARP, round_up(ceil_div(num_ids, grid), WARP))
     rows = threads // WARP
     while rows > 1 and _table_bytes(num_experts, rows, cluster) + STATIC_SHARED > shared_bytes:
         rows //= 2
-    row_shift = max(5, (ceil_div(per_block, rows) - 1).bit_length())
-    rows = ceil_div(per_block, 1 << row_shift)
+    per_row = round_up(ceil_div(per_block, rows), WARP)
+    rows = ceil_div(per_block, per_row)
     table, stage = _table_bytes(num_experts, rows, cluster), 8 * per_block
     staged = per_block >= STAGED_IDS_PER_EXPERT * num_experts and table + stage + STATIC_SHARED <= shared_bytes
-    return _Pieces(per_block, rows, row_shift, int(staged), table + stage * staged)
+    return _Pieces(per_block, rows, per_row, int(staged), table + stage * staged)
 
 
 def _plan_small(num_ids: int, num_slots: int, block_size: int, reader: str, limits: DeviceLimits) -> AlignPlan:
@@ -175,6 +178,8 @@ def _plan_shared(
 ) -> AlignPlan:
     if cluster > 1 and limits.capability < (9, 0):
         raise ValueError(f"kernel='cluster{cluster}' needs compute capability 9.0, got {limits.capability}")
+    if cluster > 1 and num_ids > cluster * CHUNK_MAX_IDS - limits.num_sms * WARP:
+        raise ValueError(f"kernel='cluster{cluster}' cannot count {num_ids} ids in 16 bits a block")
     most = limits.num_sms if cluster == 1 else max(1, limits.num_sms // cluster - 1) * cluster
     wanted = max(ceil_div(num_ids, IDS_PER_BLOCK), ceil_div(num_slots, SLOTS_PER_BLOCK), 1)
     grid = round_up(min(wanted, most), cluster)
@@ -187,7 +192,7 @@ def _plan_shared(
         )
     suffix = f"cluster{cluster}_{reader}" if cluster > 1 else reader
     launch = LaunchPlan(f"align_shared/align_shared_{suffix}", grid, threads, pieces.shared_bytes)
-    return AlignPlan((launch,), pieces.per_block, pieces.num_rows, pieces.row_shift, pieces.staged)
+    return AlignPlan((launch,), pieces.per_block, pieces.num_rows, pieces.per_row, pieces.staged)
 
 
 def _plan_global(
@@ -208,7 +213,7 @@ def _plan_global(
         LaunchPlan(f"align_global/align_scatter_{infix}{reader}", grid, threads, pieces.shared_bytes),
     )
     scratch_words = grid * (num_experts + (table // 4 if large else 0))
-    return AlignPlan(launches, pieces.per_block, pieces.num_rows, pieces.row_shift, pieces.staged, scratch_words)
+    return AlignPlan(launches, pieces.per_block, pieces.num_rows, pieces.per_row, pieces.staged, scratch_words)
 
 
 # ---- moe_sum ----------------------------------------------------------------------------------------------
@@ -228,13 +233,17 @@ class SumPlan(NamedTuple):
 
 
 @functools.cache
-def plan_sum(hidden: int, element: str, element_bytes: int, vectors: bool, extended: bool) -> SumPlan:
-    """`vectors`: rows, strides and pointers are multiples of 16 bytes. `extended`: anything beside the sum."""
-    kind = ("ext_" if extended else "") if vectors else "any_"
+def plan_sum(
+    topk: int, hidden: int, element: str, element_bytes: int, vectors: bool, extended: bool
+) -> SumPlan:
+    """`vectors`: rows, strides and pointers are multiples of 16 bytes. `extended`: more than the plain sum."""
+    # As many slots at a time as there are: registers for more would keep threads off the SM.
+    slots = next(n for n in (2, 4, 8) if n >= min(topk, 8))
+    kind = "any" if not vectors else "ext" if extended else str(slots)
     units = hidden * element_bytes // 16 if vectors else hidden
     if units > INT32_MAX:
         raise ValueError(f"input: a hidden size of {hidden} is more than one launch can number")
-    return SumPlan(f"moe_sum/moe_sum_{kind}{element}", units, INT32_MAX // units)
+    return SumPlan(f"moe_sum/moe_sum_{kind}_{element}", units, INT32_MAX // units)
 
 
 # ---- gating -----------------------------------------------------------------------------------------------
@@ -245,7 +254,7 @@ MAX_TOPK = 64
 GATE_SHARES = {"plain": (4, 8, 16), "full": (8, 16), "several": (4, 8)}
 # A warp to itself is the quickest for a row; several in one are quicker once the GPU is full of warps.
 SEVERAL_MIN_TOKENS = 1024
-SEVERAL_MAX_LANES = 16
+SEVERAL_MAX_LANES = 32
 # A row or two for every SM; above, blocks of four warps, as an SM holds more warps than blocks.
 GATE_WARPS = 4
 # Threads of `wide` look at pieces of 8 experts and more; more threads only make barriers slower.

@@ -30,8 +30,8 @@ struct AlignArgs {
   u32 map_mode;
   Divisor block_size;
   u32 per_block;   // ids that one block places, a multiple of 32; in align_small: slots that one block writes
+  Divisor per_row;  // consecutive ids that one warp places, a multiple of 32
   u32 num_rows;    // warps that place ids; in align_small: threads that share an id, a power of two up to 32
-  u32 row_shift;   // a warp places 2^row_shift consecutive ids, 32 or more
   u32 staged;      // whether a block sorts its ids in shared memory before it writes them
 };
 
@@ -111,7 +111,7 @@ __device__ __forceinline__ void fill(int* values, u32 begin, u32 end, int value,
 // ---------------------------------------------------------------------------------------------------------
 // Placement with a table of counters (align_shared.cu, align_global.cu).
 //
-// A block places a piece of per_block consecutive ids: 2^row_shift of them each of num_rows warps. The rows of
+// A block places a piece of per_block consecutive ids: per_row of them each of num_rows warps. The rows of
 // the table count, per bucket, the ids before the piece, those of each warp, and those after the piece. The
 // order in which atomics count is of no consequence. Once the columns are summed up, each warp knows where its
 // ids of a bucket begin, and walks over them 32 at a time, in order.
@@ -137,16 +137,16 @@ struct Piece {
 
   // The ids of the calling warp.
   __device__ __forceinline__ u32 begin_of_warp(const AlignArgs& args, const Table& table) const {
-    return warp_id() < table.num_rows ? begin + (warp_id() << args.row_shift) : end;
+    return warp_id() < table.num_rows ? begin + warp_id() * args.per_row.value : end;
   }
   __device__ __forceinline__ u32 end_of_warp(const AlignArgs& args, u32 begin_of_warp) const {
-    return min_u32(end, begin_of_warp + (1u << args.row_shift));
+    return min_u32(end, begin_of_warp + args.per_row.value);
   }
 
   // The row that counts id i.
   __device__ __forceinline__ u32* row(const AlignArgs& args, const Table& table, u32 i) const {
     if (i < begin) return table.before();
-    return i < end ? table.of_warp((i - begin) >> args.row_shift) : table.after();
+    return i < end ? table.of_warp(args.per_row.quotient(i - begin)) : table.after();
   }
 };
 
@@ -210,10 +210,14 @@ __device__ __forceinline__ u32 scan_column(const Table& table, u32 bucket) {
 __device__ __forceinline__ u32 same_bucket(const AlignArgs& args, u32 bucket) {
   u32 lanes = __ballot_sync(kFullWarp, bucket != kDropped);
   if (bucket == kDropped) lanes = 0;
+  constexpr u32 kBits = 4;  // bits above those of num_experts - 1 are 0 in all lanes
 #pragma unroll 1
-  for (u32 bits = args.num_experts - 1; bits != 0; bits >>= 1, bucket >>= 1) {
-    const u32 set = __ballot_sync(kFullWarp, bucket & 1);
-    lanes &= bucket & 1 ? set : ~set;
+  for (u32 bits = args.num_experts - 1; bits != 0; bits >>= kBits, bucket >>= kBits) {
+#pragma unroll
+    for (u32 k = 0; k < kBits; ++k) {
+      const u32 set = __ballot_sync(kFullWarp, bucket >> k & 1);
+      lanes &= bucket >> k & 1 ? set : ~set;
+    }
   }
   return lanes;
 }
@@ -234,13 +238,13 @@ __device__ __forceinline__ typename Ids::Id load_or_none(const AlignArgs& args, 
 
 struct Slots {
   u32 post_pad;
-  u32 num_mine;  // ids that this block places; 0 unless staged
+  u32 num_mine;  // ids that this block places
 };
 
 // From sums to slots. sums_of(bucket) = {ids before those that the table counts, ids in all}, and leaves the
 // column of the bucket scanned. Afterwards base[bucket] is where the ids that the table counts begin, after() the
-// first padding slot, and before(), if staged, where this block's ids of the bucket begin in the stage, less the
-// ids before them. Ends with a barrier.
+// first padding slot, and before() where this block's ids of the bucket begin in the stage, less the ids before
+// them. Ends with a barrier.
 template <typename SumsOf>
 __device__ __forceinline__ Slots find_slots(const AlignArgs& args, const Table& table, u32 (*warp_sums)[kWarpSize],
                                             SumsOf sums_of) {
@@ -250,20 +254,18 @@ __device__ __forceinline__ Slots find_slots(const AlignArgs& args, const Table& 
     const u32 bucket = first + threadIdx.x;
     const bool exists = bucket < args.num_experts;
     const uint2 sums = exists ? sums_of(bucket) : make_uint2(0, 0);
+    const u32 before = exists ? table.of_warp(0)[bucket] : 0, mine = exists ? table.after()[bucket] - before : 0;
     if (first > 0) __syncthreads();  // warp_sums is still being read
-    u32 sum;
-    const u32 begin = slots.post_pad + block_exclusive_scan(args.block_size.round_up(sums.y), warp_sums[0], sum);
-    slots.post_pad += sum;
-    if (args.staged) {
-      const u32 before = exists ? table.of_warp(0)[bucket] : 0, mine = exists ? table.after()[bucket] - before : 0;
-      const u32 stage = slots.num_mine + block_exclusive_scan(mine, warp_sums[1], sum);
-      slots.num_mine += sum;
-      if (exists) table.before()[bucket] = stage - before;
-    }
+    Sums<2> total;
+    const Sums<2> start = block_exclusive_scan<2>({{args.block_size.round_up(sums.y), mine}}, warp_sums, total);
     if (exists) {
+      const u32 begin = slots.post_pad + start.of[0];
       table.base[bucket] = begin + sums.x;
       table.after()[bucket] = begin + sums.y;
+      table.before()[bucket] = slots.num_mine + start.of[1] - before;
     }
+    slots.post_pad += total.of[0];
+    slots.num_mine += total.of[1];
   }
   __syncthreads();
   return slots;
@@ -278,6 +280,9 @@ __device__ __forceinline__ void write_ids(const AlignArgs& args, const Table& ta
   u32* row = table.of_warp(warp_id());
 #pragma unroll 1
   while (begin < end) {
+    begin += kWarpSize;
+    const u32 next = begin + lane_id();
+    const typename Ids::Id next_id = load_or_none<Ids>(args, next, end);
     const u32 bucket = match.bucket, rank = __popc(match.peers & lanes_below());
     u32 earlier = 0;
     if (match.peers) {
@@ -287,11 +292,10 @@ __device__ __forceinline__ void write_ids(const AlignArgs& args, const Table& ta
       else args.sorted_token_ids[slot] = (int)match.i;
       name_block(args, bucket, slot);
     }
-    begin += kWarpSize;
     if (begin >= end) break;
     __syncwarp();
     if (match.peers && rank == 0) row[bucket] = earlier + __popc(match.peers);
-    match = Match(args, begin + lane_id(), load_or_none<Ids>(args, begin + lane_id(), end));
+    match = Match(args, next, next_id);
     __syncwarp();
   }
   if (!args.staged) return;

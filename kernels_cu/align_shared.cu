@@ -5,7 +5,7 @@
 // out      sorted_token_ids [num_slots], expert_ids [num_blocks], num_tokens_post_pad [1], all int32
 // grid     kCluster * c blocks that together cover num_ids, per_block each; block: a multiple of 32 threads,
 //          at least num_rows warps
-// shared   (num_rows + 3 + (kCluster > 1 ? 2 : 0)) * num_experts + (staged ? 2 * per_block : 0) words
+// shared   (num_rows + 3) * num_experts + (staged ? 2 * per_block : 0) words; clusters: 5 / 2 * num_experts more
 //
 // Every cluster counts all ids, each of its blocks a kCluster-th of them, so no cluster waits for another and no
 // workspace outlives the launch; then each block places its own piece and a share of the padding. Counting
@@ -19,33 +19,40 @@
 // in i. All of it is fixed by the arguments.
 #include "align.cuh"
 
-// Sum up, over the blocks of the cluster, the counts of each bucket: totals[bucket] = {ids in the chunks of the
-// blocks before this one, ids in all}. Each block adds up its share of the buckets and hands out the results, as
-// every block reading the counts of all would move kCluster times as much between the SMs.
+// Sum up the counts of each bucket over the blocks of the cluster: totals[bucket] = {ids in the chunks of the blocks
+// before this one, ids in all}. Counts are 16 bits wide, since the way between SMs is narrow, and four lanes share
+// the loads of a pair of buckets. Begins with a barrier of the cluster and ends with one of the block.
+constexpr u32 kGatherLanes = 4;
+
 template <u32 kCluster>
-__device__ __forceinline__ void sum_over_cluster(u32 num_experts, const u32* counts, uint2* totals) {
-  constexpr u32 kMask = kCluster - 1;
-  const u32 share = ceil_div(num_experts, kCluster), first = cluster_rank<kCluster>() * share;
-  const u32 num_buckets = first < num_experts ? min_u32(share, num_experts - first) : 0;
-  const u32 other = threadIdx.x & kMask;  // kCluster neighbouring lanes add up one bucket
+__device__ __forceinline__ void sum_over_cluster(u32 num_experts, const u32* pairs, uint2* totals) {
+  const u32 rank = cluster_rank<kCluster>(), num_pairs = ceil_div(num_experts, 2), part = threadIdx.x % kGatherLanes;
   cluster_arrive<kCluster>();
-  cluster_wait<kCluster>();  // the counts are there
+  cluster_wait<kCluster>();
 #pragma unroll 1
-  for (u32 k = threadIdx.x / kCluster; k < ceil_div(num_buckets, kWarpSize / kCluster) * (kWarpSize / kCluster);
-       k += blockDim.x / kCluster) {
-    const u32 bucket = first + k;
-    const u32 count = k < num_buckets ? load_from_cluster(counts + bucket, other) : 0;
-    u32 sum = count;
+  for (u32 first = 0; first < num_pairs; first += blockDim.x / kGatherLanes) {
+    const u32 pair = first + threadIdx.x / kGatherLanes;
+    u32 sums[4] = {0, 0, 0, 0};  // before and in all, of the even and of the odd bucket
+    if (pair < num_pairs) {
 #pragma unroll
-    for (u32 distance = 1; distance < kCluster; distance *= 2) {
-      const u32 below = __shfl_up_sync(kFullWarp, sum, distance, kCluster);
-      if (other >= distance) sum += below;
+      for (u32 k = 0; k < kCluster / kGatherLanes; ++k) {
+        const u32 other = part + k * kGatherLanes, counts = load_from_cluster(pairs + pair, other);
+        const u32 before = other < rank ? counts : 0;
+        sums[0] += before & 0xffff, sums[1] += counts & 0xffff;
+        sums[2] += before >> 16, sums[3] += counts >> 16;
+      }
     }
-    const u32 all = __shfl_sync(kFullWarp, sum, kMask, kCluster);
-    if (k < num_buckets) store_to_cluster(totals + bucket, other, make_uint2(sum - count, all));
+#pragma unroll
+    for (u32 k = 0; k < 4; ++k) {
+      sums[k] += __shfl_xor_sync(kFullWarp, sums[k], 1);
+      sums[k] += __shfl_xor_sync(kFullWarp, sums[k], 2);
+    }
+    const u32 bucket = 2 * pair + part;
+    if (part < 2 && bucket < num_experts)
+      totals[bucket] = part == 0 ? make_uint2(sums[0], sums[1]) : make_uint2(sums[2], sums[3]);
   }
-  cluster_arrive<kCluster>();
-  cluster_wait<kCluster>();  // so are the sums, and nobody reads another block's memory any more
+  cluster_arrive<kCluster>();  // done with the other blocks' memory
+  __syncthreads();
 }
 
 template <typename Ids, u32 kCluster>
@@ -56,7 +63,7 @@ __device__ __forceinline__ void align_shared(const AlignArgs& args) {
   uint2* totals = staged + (args.staged ? args.per_block : 0);     // [E], if kCluster > 1
   u32* table_memory = (u32*)(totals + (kCluster > 1 ? args.num_experts : 0));
   const Table table(table_memory, args);
-  u32* chunk_counts = table.base;  // until it is needed
+  u16* chunk_counts = (u16*)(table_memory + table.words());        // [E], if kCluster > 1; others read it
 
   // Block `rank` of every cluster counts the same chunk; each cluster places another piece of it.
   const u32 rank = cluster_rank<kCluster>(), num_clusters = gridDim.x / kCluster;
@@ -71,8 +78,8 @@ __device__ __forceinline__ void align_shared(const AlignArgs& args) {
   if (kCluster > 1) {
 #pragma unroll 1
     for (u32 bucket = threadIdx.x; bucket < args.num_experts; bucket += blockDim.x)
-      chunk_counts[bucket] = scan_column(table, bucket);
-    sum_over_cluster<kCluster>(args.num_experts, chunk_counts, totals);
+      chunk_counts[bucket] = (u16)scan_column(table, bucket);
+    sum_over_cluster<kCluster>(args.num_experts, (const u32*)chunk_counts, totals);
   }
   const Match match(args, begin + lane_id(), id);
   const Slots slots = find_slots(args, table, warp_sums, [&](u32 bucket) {
@@ -80,6 +87,7 @@ __device__ __forceinline__ void align_shared(const AlignArgs& args) {
   });
   write_ids<Ids>(args, table, begin, end, match, staged, slots.num_mine);
   write_padding(args, table.after(), slots.post_pad);
+  cluster_wait<kCluster>();  // shared memory has to outlive its readers
 }
 
 #define ENTRY(name, Ids)                                            \

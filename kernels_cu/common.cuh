@@ -44,22 +44,38 @@ __device__ __forceinline__ u32 warp_sum(u32 value) {
 #endif
 }
 
-// Exclusive prefix sum over the threads of a block, and the sum of all. Two barriers; before calling it
-// again with the same warp_sums (one word a warp), the block has to pass another one.
-__device__ __forceinline__ u32 block_exclusive_scan(u32 value, u32* warp_sums, u32& total) {
+// Exclusive prefix sums over the threads of a block of kValues values at once, and their sums over all threads. One
+// barrier; before calling it again with the same warp_sums, the block has to pass another one.
+template <u32 kValues>
+struct Sums {
+  u32 of[kValues];
+};
+
+template <u32 kValues>
+__device__ __forceinline__ Sums<kValues> block_exclusive_scan(Sums<kValues> value, u32 (*warp_sums)[kWarpSize],
+                                                              Sums<kValues>& total) {
   const u32 lane = lane_id(), warp = warp_id(), num_warps = blockDim.x / kWarpSize;
-  u32 inclusive = value;
+  Sums<kValues> scanned = value;
 #pragma unroll
   for (u32 distance = 1; distance < kWarpSize; distance *= 2) {
-    const u32 below = __shfl_up_sync(kFullWarp, inclusive, distance);
-    if (lane >= distance) inclusive += below;
+#pragma unroll
+    for (u32 k = 0; k < kValues; ++k) {
+      const u32 below = __shfl_up_sync(kFullWarp, scanned.of[k], distance);
+      if (lane >= distance) scanned.of[k] += below;
+    }
   }
-  if (lane == kWarpSize - 1) warp_sums[warp] = inclusive;
+#pragma unroll
+  for (u32 k = 0; k < kValues; ++k)
+    if (lane == kWarpSize - 1) warp_sums[k][warp] = scanned.of[k];
   __syncthreads();
   // Every warp adds up the sums of the warps for itself: cheaper than one warp doing it between two barriers.
-  const u32 sum = lane < num_warps ? warp_sums[lane] : 0;
-  total = warp_sum(sum);
-  return inclusive - value + warp_sum(lane < warp ? sum : 0);
+#pragma unroll
+  for (u32 k = 0; k < kValues; ++k) {
+    const u32 sum = lane < num_warps ? warp_sums[k][lane] : 0;
+    total.of[k] = warp_sum(sum);
+    scanned.of[k] += warp_sum(lane < warp ? sum : 0) - value.of[k];
+  }
+  return scanned;
 }
 
 // Clusters of blocks (sm_90 and later). kBlocks = 1 is a plain block, for which these do nothing.
@@ -82,27 +98,13 @@ __device__ __forceinline__ void cluster_wait() {
 #endif
 }
 
-// The address of `mine` in the shared memory of block `rank` of the cluster.
-__device__ __forceinline__ u32 cluster_address(const void* mine, u32 rank) {
-  u32 address = 0;
-#if __CUDA_ARCH__ >= 900
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"((u32)__cvta_generic_to_shared(mine)), "r"(rank));
-#endif
-  return address;
-}
-
+// A word in the shared memory of block `rank` of the cluster, at the place where `mine` is in this block's.
 __device__ __forceinline__ u32 load_from_cluster(const u32* mine, u32 rank) {
   u32 value = 0;
 #if __CUDA_ARCH__ >= 900
-  asm volatile("ld.shared::cluster.u32 %0, [%1];" : "=r"(value) : "r"(cluster_address(mine, rank)));
+  u32 address;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"((u32)__cvta_generic_to_shared(mine)), "r"(rank));
+  asm volatile("ld.shared::cluster.u32 %0, [%1];" : "=r"(value) : "r"(address));
 #endif
   return value;
-}
-
-__device__ __forceinline__ void store_to_cluster(uint2* mine, u32 rank, uint2 value) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("st.shared::cluster.v2.u32 [%0], {%1, %2};" ::"r"(cluster_address(mine, rank)), "r"(value.x),
-               "r"(value.y)
-               : "memory");
-#endif
 }
