@@ -285,11 +285,13 @@ def _indirectly(
     arguments = block_size, num_experts, expert_map, pad, ignore
     if not library.is_traced(topk_ids):
         return moe_align_block_size(topk_ids.as_subclass(torch.Tensor), *arguments, out=out, kernel=kernel)
+    if kernel is not None:  # the compiler cannot take an argument of this name
+        raise ValueError(f"kernel={kernel!r}: cannot be forced in code that is traced or compiled")
     operator = torch.ops.cupy_moe.moe_align_block_size
     if out is None:
-        return MoEAlignment(*operator(topk_ids, *arguments, kernel=kernel))
+        return MoEAlignment(*operator(topk_ids, *arguments))
     outputs = MoEAlignment(*out)
-    operator.out(topk_ids, *arguments, kernel=kernel, **outputs._asdict())
+    operator.out(topk_ids, *arguments, **outputs._asdict())
     return outputs
 
 
@@ -314,10 +316,8 @@ def _fill_out(
     sorted_token_ids: torch.Tensor,
     expert_ids: torch.Tensor,
     num_tokens_post_pad: torch.Tensor,
-    kernel: str | None = None,
 ) -> None:
-    out = sorted_token_ids, expert_ids, num_tokens_post_pad
-    moe_align_block_size(*arguments, out=out, kernel=kernel)
+    moe_align_block_size(*arguments, out=(sorted_token_ids, expert_ids, num_tokens_post_pad))
 
 
 def _fake(
@@ -327,8 +327,6 @@ def _fake(
     expert_map: torch.Tensor | None = None,
     pad_sorted_ids: bool = False,
     ignore_invalid_experts: bool = False,
-    *,
-    kernel: str | None = None,
 ) -> tuple[torch.Tensor, ...]:
     """Outputs of the right shapes: `aligned_sizes` without branches, for sizes that are not known yet."""
     num_ids = topk_ids.numel()
@@ -342,9 +340,9 @@ def _fake(
 
 _SCHEMA = (
     "(Tensor topk_ids, SymInt block_size, SymInt num_experts, Tensor? expert_map=None,"
-    " bool pad_sorted_ids=False, bool ignore_invalid_experts=False, *, str? kernel=None"
+    " bool pad_sorted_ids=False, bool ignore_invalid_experts=False"
 )
-_OUT = ", Tensor(a!) sorted_token_ids, Tensor(b!) expert_ids, Tensor(c!) num_tokens_post_pad"
+_OUT = ", *, Tensor(a!) sorted_token_ids, Tensor(b!) expert_ids, Tensor(c!) num_tokens_post_pad"
 _RESULTS = "(Tensor sorted_token_ids, Tensor expert_ids, Tensor num_tokens_post_pad)"
 library.register(f"moe_align_block_size{_SCHEMA}) -> {_RESULTS}", moe_align_block_size, _fake)
 library.register(f"moe_align_block_size.out{_SCHEMA}{_OUT}) -> ()", _fill_out, lambda *_, **__: None)
