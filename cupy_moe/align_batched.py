@@ -41,7 +41,7 @@ def batched_moe_align_block_size(
     expert_ids              [M / B]                 int32  expert of each block; -1 past the last
     num_tokens_post_pad     [1]                     int32  slots in use, a multiple of B
 
-    A count below 0 is taken for 0 and one above T for T, so nothing that `expert_num_tokens` holds can make it
+    A count below 0 is taken for 0 and one above T for T, so nothing in `expert_num_tokens` can make it
     fail. An expert without tokens takes no block.
 
     >>> aligned = batched_moe_align_block_size(8, 4, torch.tensor([2, 0, 5], dtype=torch.int32))

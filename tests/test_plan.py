@@ -139,7 +139,7 @@ def check(
     assert all(launch.grid * planned.per_block >= num_ids for launch in planned.launches), case
     assert planned.per_block % 32 == 0, case
     assert 1 <= planned.num_rows <= planned.launches[-1].block // 32, case
-    assert planned.num_rows << planned.row_shift >= planned.per_block, case
+    assert planned.num_rows * planned.per_row >= planned.per_block, case
     if kernel.startswith("cluster"):
         assert limits.capability >= (9, 0), case
         assert planned.launches[0].grid % int(kernel.removeprefix("cluster")) == 0, case
