@@ -23,7 +23,7 @@ class Switch:
     def __init__(self, engine: str, functions: dict[str, Callable[..., Any]]) -> None:
         self._engine = engine
         self._functions = functions
-        self._packages = {name.partition(".")[0] for name in functions}
+        self._packages = {place.partition(":")[0].partition(".")[0] for place in functions}
         self._replaced: list[tuple[Any, str, Any, Any]] = []  # module, name, the engine's function, ours
 
     def enable(self) -> None:

@@ -1,0 +1,319 @@
+"""The functions of vLLM and SGLang: signatures, switches on cardboard engines, equality with the real ones.
+
+The real ones come from a folder .peers, where there is one: its load.py loads their libraries into torch.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import inspect
+import itertools
+import sys
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import routing
+import torch
+from align_cases import naive
+
+from cupy_moe import aligned_sizes, batched_moe_align_block_size, moe_align_block_size
+from cupy_moe.compat import sglang, vllm
+from cupy_moe.errors import DependencyError
+
+PEERS = Path(__file__).parent.parent / ".peers" / "load.py"
+VLLM_MODULE = "vllm.model_executor.layers.fused_moe.moe_align_block_size"
+IDS = torch.tensor([[2, 3, 4], [1, 2, 4], [1, 3, 4], [1, 2, 3]], dtype=torch.int32)
+FLAT = IDS.flatten().tolist()
+
+
+def poisoned(*lengths: int, device: str = "cpu") -> Any:
+    return tuple(torch.full((length,), 12_345, dtype=torch.int32, device=device) for length in lengths)
+
+
+def as_lists(tensors: Any) -> tuple[list[int], ...]:
+    return tuple(tensor.tolist() for tensor in tensors)
+
+
+# ---- functions ---
+
+
+def test_signatures() -> None:
+    def names(function: Callable[..., Any]) -> list[str]:
+        return list(inspect.signature(function).parameters)
+
+    wanted = [
+        "topk_ids",
+        "block_size",
+        "num_experts",
+        "expert_map",
+        "pad_sorted_ids",
+        "ignore_invalid_experts",
+    ]
+    assert names(vllm.moe_align_block_size) == [*wanted, "return_scatter_idx"]
+    assert names(moe_align_block_size)[:6] == wanted
+    wanted = ["max_tokens_per_batch", "block_size", "expert_num_tokens"]
+    assert names(vllm.batched_moe_align_block_size) == wanted
+    outputs = ["sorted_ids", "expert_ids", "num_tokens_post_pad"]
+    assert names(vllm.batched_moe_align_block_size_into) == [*wanted, *outputs]
+    outputs = ["sorted_token_ids", "experts_ids", "num_tokens_post_pad"]
+    wanted = ["topk_ids", "num_experts", "block_size", *outputs]
+    assert names(vllm.moe_align_block_size_into) == [*wanted, "expert_map", "scatter_idx"]
+    wanted += ["cumsum_buffer", "pad_sorted_token_ids", "ignore_invalid_expert"]
+    assert names(sglang.moe_align_block_size) == wanted
+
+
+def test_vllm() -> None:
+    expert_map = torch.tensor([0, -1, 1, -1, 2], dtype=torch.int32)
+    for pad, ignore in itertools.product((False, True), (False, True)):
+        results = vllm.moe_align_block_size(IDS, 4, 5, expert_map, pad, ignore)
+        assert as_lists(results) == naive(FLAT, 4, 5, expert_map.tolist(), pad, ignore)
+    results = vllm.batched_moe_align_block_size(8, 4, torch.tensor([2, 0, 5], dtype=torch.int32))
+    assert as_lists(results)[1:] == ([0, 2, 2, -1, -1, -1], [12])
+
+
+def test_scatter_idx_of_vllm() -> None:
+    ids = torch.tensor([[0, 5], [-1, 3], [4, 2]], dtype=torch.int32)
+    expert_map = torch.tensor([0, -1, 1, -1, 2], dtype=torch.int32)
+    results = vllm.moe_align_block_size(ids, 4, 5, return_scatter_idx=True)
+    assert as_lists(results[:3]) == naive(ids.flatten().tolist(), 4, 5)
+    assert results[3].tolist() == [[0], [-1], [-1], [3], [4], [5]]
+    with pytest.raises(ValueError, match="requires ignore_invalid_experts"):
+        vllm.moe_align_block_size(ids, 4, 5, expert_map, return_scatter_idx=True)
+    results = vllm.moe_align_block_size(ids, 4, 5, expert_map, False, True, True)
+    assert results[3].tolist() == [[0], [-1], [-1], [-1], [4], [5]]
+    out = poisoned(*aligned_sizes(6, 5, 4), 1, 6)
+    vllm.moe_align_block_size_into(ids, 5, 4, *out[:3], expert_map, out[3].view(6, 1))
+    assert as_lists(out[:3]) == naive(ids.flatten().tolist(), 4, 5, expert_map.tolist(), False, True)
+    assert out[3].tolist() == [0, -1, -1, -1, 4, 5]
+
+
+def test_buffers_of_vllm() -> None:
+    sorted_token_ids, expert_ids, post_pad = naive(FLAT, 4, 5)
+    for more in (0, 1, 13):  # engines may bring more room than is needed
+        out = poisoned(27 + more, 7 + more, 1)
+        vllm.moe_align_block_size_into(IDS, 5, 4, *out)
+        assert as_lists(out) == (sorted_token_ids + [12] * more, expert_ids + [-1] * more, post_pad)
+    with pytest.raises(ValueError, match=r"sorted_token_ids: expected at least 27 elements .* got 26"):
+        vllm.moe_align_block_size_into(IDS, 5, 4, *poisoned(26, 7, 1))
+    out = poisoned(24, 6, 1)
+    vllm.batched_moe_align_block_size_into(8, 4, torch.tensor([2, 0, 5], dtype=torch.int32), *out)
+    assert out[2].tolist() == [12]
+
+
+def sglang_naive(ids: list[int], buckets: int, block_size: int, ignore: bool) -> tuple[list[int], ...]:
+    """Ids one up, -1 is the first bucket; or without it."""
+    shifted = [-1 if ignore and i < 0 else i + 1 for i in ids]
+    sorted_token_ids, expert_ids, post_pad = naive(shifted, block_size, buckets)
+    return sorted_token_ids, [e - 1 if e >= 0 else -1 for e in expert_ids], post_pad
+
+
+@pytest.mark.parametrize("ignore", [False, True])
+def test_sglang(ignore: bool) -> None:
+    for dtype in (torch.int32, torch.int64, torch.int8, torch.uint8):
+        limits = torch.iinfo(dtype)
+        for ids in (FLAT, [4, -1, 0, -1, 0, 5, 6, limits.max], [-1] * 9, [0], []):
+            topk_ids = torch.tensor([i for i in ids if i >= limits.min], dtype=dtype)
+            num_slots, num_blocks = aligned_sizes(len(topk_ids), 6, 4)
+            for more in (0, 3):
+                out = poisoned(num_slots + more, num_blocks + more, 1, 7)
+                sglang.moe_align_block_size(topk_ids, 6, 4, *out, ignore_invalid_expert=ignore)
+                expected = sglang_naive(topk_ids.tolist(), 6, 4, ignore)
+                n = len(topk_ids)
+                assert out[0].tolist() == expected[0] + [n] * more, f"{dtype=} {ids=}"
+                assert out[1].tolist() == expected[1] + [-1] * more, f"{dtype=} {ids=}"
+                assert out[2].tolist() == expected[2], f"{dtype=} {ids=}"
+
+
+# ---- switches ---
+
+
+@pytest.fixture
+def cardboard(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
+    """Modules with the names of the engines' own, and others that have imported from them."""
+
+    def module(name: str, **content: Any) -> Any:
+        made = types.ModuleType(name)
+        vars(made).update(content)
+        monkeypatch.setitem(sys.modules, name, made)
+        return made
+
+    def align() -> str:
+        return "vllm"
+
+    def batched() -> str:
+        return "vllm"
+
+    def low_level() -> str:
+        return "vllm"
+
+    def sgl() -> str:
+        return "sglang"
+
+    for parent in ("vllm", "vllm.model_executor", "vllm.model_executor.layers"):
+        module(parent)
+    yield {
+        "home": module(VLLM_MODULE, moe_align_block_size=align, batched_moe_align_block_size=batched),
+        "package": module("vllm.model_executor.layers.fused_moe", moe_align_block_size=align, other=len),
+        "renamed": module("vllm.marlin", align_tokens=align),
+        "low": module("vllm._custom_ops", moe_align_block_size=low_level),
+        "foreign": module("elsewhere", moe_align_block_size=align),
+        "sgl_kernel": module("sgl_kernel", moe_align_block_size=sgl),
+        "sglang": module("sglang.layers", sgl_moe_align_block_size=sgl),
+    }
+    vllm.disable()
+    sglang.disable()
+
+
+def test_switch(cardboard: dict[str, Any]) -> None:
+    before = {name: dict(vars(module)) for name, module in cardboard.items()}
+    vllm.enable()
+    vllm.enable()
+    assert cardboard["home"].moe_align_block_size is vllm.moe_align_block_size
+    assert cardboard["home"].batched_moe_align_block_size is vllm.batched_moe_align_block_size
+    assert cardboard["package"].moe_align_block_size is vllm.moe_align_block_size
+    assert cardboard["renamed"].align_tokens is vllm.moe_align_block_size
+    assert cardboard["low"].moe_align_block_size is vllm.moe_align_block_size_into
+    assert cardboard["foreign"].moe_align_block_size() == "vllm"
+    assert cardboard["sgl_kernel"].moe_align_block_size() == "sglang"
+    vllm.disable()
+    vllm.disable()
+    assert {name: dict(vars(module)) for name, module in cardboard.items()} == before
+
+    with sglang.enabled():
+        assert cardboard["sgl_kernel"].moe_align_block_size is sglang.moe_align_block_size
+        assert cardboard["sglang"].sgl_moe_align_block_size is sglang.moe_align_block_size
+        with sglang.enabled():
+            pass
+        assert cardboard["sgl_kernel"].moe_align_block_size is sglang.moe_align_block_size
+    assert {name: dict(vars(module)) for name, module in cardboard.items()} == before
+
+
+def test_the_context_ends_with_an_error(cardboard: dict[str, Any]) -> None:
+    with pytest.raises(KeyError), vllm.enabled():
+        raise KeyError
+    assert cardboard["home"].moe_align_block_size() == "vllm"
+
+
+def test_what_others_have_replaced_since_is_left_alone(cardboard: dict[str, Any]) -> None:
+    vllm.enable()
+    cardboard["renamed"].align_tokens = print
+    vllm.disable()
+    assert cardboard["renamed"].align_tokens is print
+    assert cardboard["home"].moe_align_block_size() == "vllm"
+
+
+@pytest.mark.parametrize("switch", [vllm, sglang])
+def test_without_the_engine(switch: Any) -> None:
+    if importlib.util.find_spec("vllm") or importlib.util.find_spec("sgl_kernel"):
+        pytest.skip("there is an engine here")
+    with pytest.raises(DependencyError, match="is not installed"):
+        switch.enable()
+    with pytest.raises(DependencyError), switch.enabled():
+        pass
+    switch.disable()
+
+
+# ---- equality with the real ones ---
+
+
+@functools.cache
+def peers() -> set[str]:
+    if not PEERS.exists():
+        return set()
+    specification = importlib.util.spec_from_file_location("peers_load", PEERS)
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module.peers()
+
+
+def require(peer: str) -> None:
+    if peer not in peers():
+        pytest.skip(f"{peer}'s library is not in .peers")
+
+
+def same(a: tuple[torch.Tensor, ...], b: tuple[torch.Tensor, ...], block_size: int, case: str) -> None:
+    """Counts and blocks are equal, and each run of blocks of one expert holds the same ids in some order."""
+    assert torch.equal(a[2], b[2]), f"{case}: {a[2].item()} and {b[2].item()} slots"
+    used = int(a[2].item())
+    blocks = used // block_size
+    assert torch.equal(a[1][:blocks], b[1][:blocks]), f"{case}: experts of blocks"
+    expert_of_slot = a[1][:blocks].repeat_interleave(block_size).long() << 32
+    contents = [(expert_of_slot + result[0][:used]).sort().values for result in (a, b)]
+    assert torch.equal(*contents), f"{case}: ids of experts"
+
+
+def cases() -> Iterator[tuple[str, torch.Tensor, int, int]]:
+    for name, tokens, (num_experts, topk) in itertools.product(
+        ("uniform", "skewed", "all_to_one"), (1, 3, 64, 256, 2256), ((8, 2), (64, 6), (256, 8), (257, 4))
+    ):
+        ids = routing.make(name, tokens, topk, num_experts, device="cuda")
+        for block_size in (16, 128):
+            yield f"{name} {tokens=} {num_experts=} {topk=} {block_size=}", ids, num_experts, block_size
+
+
+@pytest.mark.gpu
+def test_equal_to_vllm() -> None:
+    require("vllm")
+    for case, ids, num_experts, block_size in cases():
+        lengths = aligned_sizes(ids.numel(), num_experts, block_size)
+        theirs, ours = poisoned(*lengths, 1, device="cuda"), poisoned(*lengths, 1, device="cuda")
+        for expert_map in (
+            None,
+            torch.arange(num_experts, dtype=torch.int32, device="cuda") - num_experts // 2,
+        ):
+            if expert_map is not None:
+                expert_map = expert_map.clamp(min=-1)
+            vllm_op(ids, num_experts, block_size, *theirs, expert_map)
+            vllm.moe_align_block_size_into(ids, num_experts, block_size, *ours, expert_map=expert_map)
+            same(ours, theirs, block_size, f"{case} map={expert_map is not None}")
+            assert torch.equal(ours[1], theirs[1]), f"{case}: the tail of expert_ids"
+
+
+def vllm_op(*arguments: Any) -> None:
+    operator = torch.ops._moe_C.moe_align_block_size
+    missing = len(operator.default._schema.arguments) - len(arguments)
+    operator(*arguments, *[None] * missing)  # newer ones fill a scatter_idx, too
+
+
+@pytest.mark.gpu
+def test_batched_equal_to_vllm() -> None:
+    require("vllm")
+    for max_tokens, num_batches, block_size in itertools.product((13, 16, 512), (8, 32, 64), (8, 16, 64)):
+        generator = torch.Generator("cuda").manual_seed(num_batches)
+        counts = torch.randint(
+            0, max_tokens + 1, (num_batches,), dtype=torch.int32, device="cuda", generator=generator
+        )
+        ours = batched_moe_align_block_size(max_tokens, block_size, counts)
+        theirs = tuple(torch.full_like(result, 12_345) for result in ours)
+        torch.ops._moe_C.batched_moe_align_block_size(max_tokens, block_size, counts, *theirs)
+        case = f"{max_tokens=} {num_batches=} {block_size=}"
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True)), case
+
+
+@pytest.mark.gpu
+def test_equal_to_sglang() -> None:
+    require("sglang")
+    operator = torch.ops.sgl_kernel.moe_align_block_size.default
+    has_ignore = len(operator._schema.arguments) > 8
+    for (case, ids, num_experts, block_size), ignore in itertools.product(cases(), (False, True)):
+        if ignore and not has_ignore:
+            continue
+        buckets = num_experts + 1
+        ids = torch.where(torch.rand(ids.shape, device="cuda") < 0.2, -1, ids)
+        lengths = aligned_sizes(ids.numel(), buckets, block_size)
+        room = -(-lengths[0] // 4) * 4  # it fills in steps of four
+        theirs, ours = (
+            poisoned(room, lengths[1], 1, device="cuda"),
+            poisoned(room, lengths[1], 1, device="cuda"),
+        )
+        cumsum = torch.empty(buckets + 1, dtype=torch.int32, device="cuda")
+        operator(ids, buckets, block_size, *theirs, cumsum, True, *([ignore] if has_ignore else []))
+        sglang.moe_align_block_size(ids, buckets, block_size, *ours, ignore_invalid_expert=ignore)
+        same(ours, theirs, block_size, f"{case} {ignore=}")
+        assert torch.equal(ours[0].sort().values, theirs[0].sort().values), f"{case}: padding"
