@@ -28,6 +28,8 @@ PEERS = Path(__file__).parent.parent / ".peers" / "load.py"
 VLLM_MODULE = "vllm.model_executor.layers.fused_moe.moe_align_block_size"
 IDS = torch.tensor([[2, 3, 4], [1, 2, 4], [1, 3, 4], [1, 2, 3]], dtype=torch.int32)
 FLAT = IDS.flatten().tolist()
+vllm_align: Any = vllm.moe_align_block_size_into
+sglang_align: Any = sglang.moe_align_block_size
 
 
 def poisoned(*lengths: int, device: str = "cpu") -> Any:
@@ -120,7 +122,7 @@ def test_sglang(ignore: bool) -> None:
             num_slots, num_blocks = aligned_sizes(len(topk_ids), 6, 4)
             for more in (0, 3):
                 out = poisoned(num_slots + more, num_blocks + more, 1, 7)
-                sglang.moe_align_block_size(topk_ids, 6, 4, *out, ignore_invalid_expert=ignore)
+                sglang_align(topk_ids, 6, 4, *out, True, ignore)
                 expected = sglang_naive(topk_ids.tolist(), 6, 4, ignore)
                 n = len(topk_ids)
                 assert out[0].tolist() == expected[0] + [n] * more, f"{dtype=} {ids=}"
@@ -270,7 +272,7 @@ def test_equal_to_vllm() -> None:
             if expert_map is not None:
                 expert_map = expert_map.clamp(min=-1)
             vllm_op(ids, num_experts, block_size, *theirs, expert_map)
-            vllm.moe_align_block_size_into(ids, num_experts, block_size, *ours, expert_map=expert_map)
+            vllm_align(ids, num_experts, block_size, *ours, expert_map)
             same(ours, theirs, block_size, f"{case} map={expert_map is not None}")
             assert torch.equal(ours[1], theirs[1]), f"{case}: the tail of expert_ids"
 
@@ -314,6 +316,6 @@ def test_equal_to_sglang() -> None:
         )
         cumsum = torch.empty(buckets + 1, dtype=torch.int32, device="cuda")
         operator(ids, buckets, block_size, *theirs, cumsum, True, *([ignore] if has_ignore else []))
-        sglang.moe_align_block_size(ids, buckets, block_size, *ours, ignore_invalid_expert=ignore)
+        sglang_align(ids, buckets, block_size, *ours, cumsum, True, ignore)
         same(ours, theirs, block_size, f"{case} {ignore=}")
         assert torch.equal(ours[0].sort().values, theirs[0].sort().values), f"{case}: padding"
