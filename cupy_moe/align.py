@@ -25,7 +25,7 @@ _is_compiling = torch.compiler.is_dynamo_compiling
 
 __all__ = ["MoEAlignment", "aligned_sizes", "moe_align_block_size"]
 
-_ARGUMENTS = struct.Struct("@6P2q16I")  # AlignArgs in align.cuh
+_ARGUMENTS = struct.Struct("@6P2q15I")  # AlignArgs in align.cuh
 _NO_MAP, _MAP_BLOCKS, _MAP_IDS = 0, 1, 2
 # IdType in align.cuh. Ids of 2^31 and more are no experts, so u32 is read as i32: the same ids are dropped.
 _ID_TYPES = {
@@ -119,7 +119,9 @@ def moe_align_block_size(
         expert_ids = torch.empty(call.num_blocks, dtype=torch.int32, device=device)
         num_tokens_post_pad = torch.empty(1, dtype=torch.int32, device=device)
     else:
-        sorted_token_ids, expert_ids, num_tokens_post_pad = _check_out(out, call.num_slots, call.num_blocks, device)
+        sorted_token_ids, expert_ids, num_tokens_post_pad = _check_out(
+            out, call.num_slots, call.num_blocks, device
+        )
     if call.plan is None:
         block_size, num_experts = call.constants  # ints, where the arguments may be equal to them
         results = cpu.moe_align_block_size(
@@ -180,10 +182,12 @@ def _prepare(
         raise ValueError(f"topk_ids: expected a CUDA or CPU tensor, got one on {device}")
     id_type = _ID_TYPES[dtype]
     reader = _READERS.get(id_type, "any") if vectors else "any"
-    plan = plan_align(num_ids, num_experts, num_slots, block_size, reader, device_limits(device.index), kernel)
+    plan = plan_align(
+        num_ids, num_experts, num_slots, block_size, reader, device_limits(device.index), kernel
+    )
     constants = (
         id_type, num_ids, num_experts, num_slots, num_blocks, map_mode, *divisor(block_size),
-        plan.per_block, *divisor(plan.per_row), plan.num_rows, plan.staged,
+        plan.per_block, *divisor(plan.per_row), plan.num_rows,
     )  # fmt: skip
     return _Call(num_slots, num_blocks, vectors, plan, constants)
 
@@ -204,7 +208,9 @@ def _check_expert_map(expert_map: torch.Tensor, num_experts: int, device: torch.
     if not isinstance(expert_map, torch.Tensor):
         raise TypeError(f"expert_map: expected an int32 tensor or None, got {type(expert_map).__name__}")
     if expert_map.dtype is not torch.int32:
-        raise TypeError(f"expert_map: expected torch.int32, got {expert_map.dtype}; cast it once, when loading")
+        raise TypeError(
+            f"expert_map: expected torch.int32, got {expert_map.dtype}; cast it once, when loading"
+        )
     if expert_map.shape != (num_experts,) or not expert_map.is_contiguous():
         raise ValueError(
             f"expert_map: expected a contiguous tensor of shape [num_experts] = [{num_experts}],"

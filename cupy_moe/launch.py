@@ -29,9 +29,7 @@ def _public_current_stream(device: int) -> int:
 
 
 # Single calls into torch's C++, 0.1 us where the public functions take 4 to 9.
-_current_stream: Callable[[int], int] = getattr(
-    torch._C, "_cuda_getCurrentRawStream", _public_current_stream
-)
+_current_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", _public_current_stream)
 _current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
 
 

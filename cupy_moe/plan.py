@@ -31,7 +31,6 @@ class AlignPlan(NamedTuple):
     per_block: int  # ids that one block places; align_small: slots that one block writes
     num_rows: int  # warps of a block that place ids; align_small: threads that share an id
     per_row: int = 1  # ids that one warp places
-    staged: int = 0  # 1: a block sorts its ids in shared memory before it writes them
     scratch_words: int = 0
 
 
@@ -39,24 +38,29 @@ class AlignPlan(NamedTuple):
 
 ALIGN_KERNELS = ("small", "shared", "cluster8", "cluster16", "global", "global_large")
 
-# align_small compares all pairs of ids; kMaxIds in align_small.cu.
-SMALL_MAX_IDS = 128
+# align_small compares all pairs of ids: fast for a few, and independent of E. kMaxIds in align_small.cu.
+SMALL_FAST_IDS, SMALL_MAX_IDS = 64, 128
 # One block writes a few thousand slots in the time that a launch takes; more are spread over more blocks.
 SMALL_SLOTS_PER_BLOCK = 1024
-# Every block counting all ids needs no barrier between blocks, as long as counting is short.
-SHARED_MAX_IDS = 8_192
-CLUSTER8_MAX_IDS = 65_536
-# A chunk's counts are 16 bits wide where blocks show them to each other.
-CHUNK_MAX_IDS = 65_535 // 32 * 32
-CLUSTER16_MAX_IDS = 1_000_000
-# One SM takes a cycle or two a sector; slots and ids that a block writes in about the time of a barrier.
-SLOTS_PER_BLOCK = 1024
-IDS_PER_BLOCK = 256
-# Fewer ids of an expert in a block would hardly be neighbours.
-STAGED_IDS_PER_EXPERT = 2
+# Every block counting all ids needs no barrier between blocks, as long as counting is short. On GPUs without
+# clusters it is the best there is up to CLUSTER8_FAST_IDS.
+SHARED_FAST_IDS = 8_192
+CLUSTER8_FAST_IDS = 49_152
+# Counts are 16 bits wide where blocks tell them each other; a chunk is rounded up to 32 ids for each cluster.
+CHUNK_MAX_IDS = 60_000
+# Twenty warps place the ids of a chunk in whole rounds, and leave room for what they read.
+CLUSTER16_THREADS = 640
+# More pieces make for longer columns of counts, which every block adds up.
+GLOBAL_IDS_PER_BLOCK, GLOBAL_MAX_BLOCKS = 1024, 64
+# What one block writes in about the time of a barrier, as one SM takes a cycle or two a sector; and how many
+# blocks may count the same ids before that costs more than it saves.
+SHARED_SLOTS_PER_BLOCK = SHARED_IDS_PER_BLOCK = 256
+SHARED_MAX_BLOCKS = 72
+CLUSTER_IDS_PER_BLOCK = 512
+# Each instruction of a block's common work is issued for each of its warps, so few ids want few threads.
+THREADS_FOR_WORK = ((1_024, 128), (4_096, 256), (12_288, 512), (INT32_MAX, 1024))
 # Tables in global memory are wide; fewer pieces keep them few.
-LARGE_MAX_PIECES = 16
-LARGE_NUM_ROWS = 8
+LARGE_MAX_BLOCKS = 16
 STATIC_SHARED = 256  # warp_sums in the .cu files
 WARP = 32
 MAX_THREADS = 1024
@@ -111,61 +115,74 @@ def plan_align(
 ) -> AlignPlan:
     """Choose the kernel and its launch; `kernel`, one of ALIGN_KERNELS, forces one.
 
-    `reader` is the suffix of the entry point: "i32" or "i64" for contiguous ids aligned to 16 bytes, else "any".
+    `reader` is the suffix of the entry point: "i32" or "i64" for contiguous ids aligned to 16 bytes, else
+    "any".
     Raises ValueError where the forced kernel cannot do it.
     """
-    chosen = kernel or _choose_align(num_ids, num_experts, limits)
-    if chosen == "small":
-        return _plan_small(num_ids, num_slots, block_size, reader, limits)
-    if chosen == "shared":
-        return _plan_shared(num_ids, num_experts, num_slots, reader, limits, cluster=1)
-    if chosen in ("cluster8", "cluster16"):
-        return _plan_shared(num_ids, num_experts, num_slots, reader, limits, cluster=int(chosen[7:]))
-    if chosen in ("global", "global_large"):
-        return _plan_global(num_ids, num_experts, reader, limits, large=chosen == "global_large")
-    raise ValueError(f"kernel={kernel!r}: expected one of {', '.join(ALIGN_KERNELS)}")
+    if kernel is not None and kernel not in ALIGN_KERNELS:
+        raise ValueError(f"kernel={kernel!r}: expected one of {', '.join(ALIGN_KERNELS)}")
+    candidates = [kernel] if kernel else _rank_align(num_ids)
+    for candidate in candidates:
+        try:
+            if candidate == "small":
+                return _plan_small(num_ids, num_slots, block_size, reader)
+            if candidate.startswith("global"):
+                return _plan_global(num_ids, num_experts, reader, limits, large=candidate == "global_large")
+            cluster = int(candidate.removeprefix("cluster")) if candidate != "shared" else 1
+            return _plan_shared(num_ids, num_experts, num_slots, reader, limits, cluster)
+        except _DoesNotFit as error:
+            refused = error
+    raise refused
 
 
-def _choose_align(num_ids: int, num_experts: int, limits: DeviceLimits) -> str:
-    if num_ids <= SMALL_MAX_IDS:
-        return "small"
-    if _table_bytes(num_experts, 1, True) + STATIC_SHARED > limits.shared_bytes:
-        return "global_large"
-    if num_ids <= SHARED_MAX_IDS:
-        return "shared"
-    if limits.capability < (9, 0) or num_ids > CLUSTER16_MAX_IDS:
-        return "global"
-    return "cluster8" if num_ids <= CLUSTER8_MAX_IDS else "cluster16"
+class _DoesNotFit(ValueError):
+    """This kernel cannot do it on this device; `global_large` can do anything anywhere."""
 
 
-def _table_bytes(num_experts: int, num_rows: int, cluster: bool = False) -> int:
-    return 4 * (num_experts * (num_rows + 3) + (2 * num_experts + ceil_div(num_experts, 2) if cluster else 0))
+def _rank_align(num_ids: int) -> list[str]:
+    """Kernels from the fastest on; the first that fits the device is taken."""
+    if num_ids <= SMALL_FAST_IDS:
+        return ["small"]
+    if num_ids <= SHARED_FAST_IDS:
+        return ["shared", "small", "global_large"]
+    if num_ids <= CLUSTER8_FAST_IDS:
+        return ["cluster8", "shared", "global_large"]
+    return ["cluster16", "global", "global_large"]
+
+
+def _stride(num_experts: int) -> int:
+    return round_up(num_experts + 1, 4)
+
+
+def _table_bytes(num_experts: int, num_rows: int, cluster: int = 1) -> int:
+    exchanged = (cluster + 1) * 2 * round_up(num_experts, 8) if cluster > 1 else 0
+    return 4 * (num_rows + 3) * _stride(num_experts) + exchanged
 
 
 class _Pieces(NamedTuple):
     per_block: int
     num_rows: int
     per_row: int
-    staged: int
     shared_bytes: int
 
 
-def _cut(num_ids: int, grid: int, num_experts: int, threads: int, shared_bytes: int, cluster: bool) -> _Pieces:
+def _cut(
+    num_ids: int, grid: int, num_experts: int, threads: int, shared_bytes: int, cluster: int, staged: bool
+) -> _Pieces:
     """A piece of ids for each of `grid` blocks, cut into as many ids for each of its warps."""
     per_block = max(WARP, round_up(ceil_div(num_ids, grid), WARP))
+    stage = 8 * per_block if staged else 0
     rows = threads // WARP
-    while rows > 1 and _table_bytes(num_experts, rows, cluster) + STATIC_SHARED > shared_bytes:
+    while rows > 1 and _table_bytes(num_experts, rows, cluster) + stage + STATIC_SHARED > shared_bytes:
         rows //= 2
     per_row = round_up(ceil_div(per_block, rows), WARP)
     rows = ceil_div(per_block, per_row)
-    table, stage = _table_bytes(num_experts, rows, cluster), 8 * per_block
-    staged = per_block >= STAGED_IDS_PER_EXPERT * num_experts and table + stage + STATIC_SHARED <= shared_bytes
-    return _Pieces(per_block, rows, per_row, int(staged), table + stage * staged)
+    return _Pieces(per_block, rows, per_row, _table_bytes(num_experts, rows, cluster) + stage)
 
 
-def _plan_small(num_ids: int, num_slots: int, block_size: int, reader: str, limits: DeviceLimits) -> AlignPlan:
+def _plan_small(num_ids: int, num_slots: int, block_size: int, reader: str) -> AlignPlan:
     if num_ids > SMALL_MAX_IDS:
-        raise ValueError(f"kernel='small' takes at most {SMALL_MAX_IDS} ids, got {num_ids}")
+        raise _DoesNotFit(f"kernel='small' takes at most {SMALL_MAX_IDS} ids, got {num_ids}")
     per_block = max(1, SMALL_SLOTS_PER_BLOCK // block_size) * block_size
     grid = max(1, ceil_div(num_slots, per_block))
     lanes = 1 if num_ids <= 16 else 2 if num_ids <= 32 else 4  # a thread compares with 16 to 32 ids
@@ -176,74 +193,115 @@ def _plan_small(num_ids: int, num_slots: int, block_size: int, reader: str, limi
 def _plan_shared(
     num_ids: int, num_experts: int, num_slots: int, reader: str, limits: DeviceLimits, cluster: int
 ) -> AlignPlan:
-    if cluster > 1 and limits.capability < (9, 0):
-        raise ValueError(f"kernel='cluster{cluster}' needs compute capability 9.0, got {limits.capability}")
-    if cluster > 1 and num_ids > cluster * CHUNK_MAX_IDS - limits.num_sms * WARP:
-        raise ValueError(f"kernel='cluster{cluster}' cannot count {num_ids} ids in 16 bits a block")
-    most = limits.num_sms if cluster == 1 else max(1, limits.num_sms // cluster - 1) * cluster
-    wanted = max(ceil_div(num_ids, IDS_PER_BLOCK), ceil_div(num_slots, SLOTS_PER_BLOCK), 1)
-    grid = round_up(min(wanted, most), cluster)
-    counted = ceil_div(num_ids, cluster)  # by each block
-    threads = 256 if counted <= 1024 else 512 if counted <= 4096 or cluster > 1 else 1024
-    pieces = _cut(num_ids, grid, num_experts, threads, limits.shared_bytes, cluster > 1)
+    if cluster > 1:
+        if reader == "any":
+            raise _DoesNotFit(
+                f"kernel='cluster{cluster}' takes contiguous int32 or int64 ids aligned to 16 bytes"
+            )
+        if limits.capability < (9, 0):
+            raise _DoesNotFit(
+                f"kernel='cluster{cluster}' needs compute capability 9.0, got {limits.capability}"
+            )
+        if num_ids > cluster * CHUNK_MAX_IDS:
+            raise _DoesNotFit(
+                f"kernel='cluster{cluster}' counts at most {cluster * CHUNK_MAX_IDS} ids, got {num_ids}"
+            )
+        # GPCs are seldom whole: of the clusters that the SMs would make, one finds no place.
+        most = max(1, limits.num_sms // cluster - 1) * cluster
+        wanted = ceil_div(num_ids, CLUSTER_IDS_PER_BLOCK)
+    else:
+        most = min(SHARED_MAX_BLOCKS, limits.num_sms)
+        wanted = max(ceil_div(num_ids, SHARED_IDS_PER_BLOCK), ceil_div(num_slots, SHARED_SLOTS_PER_BLOCK))
+    grid = round_up(max(1, min(wanted, most)), cluster)
+    if cluster == 16:
+        threads = CLUSTER16_THREADS
+    else:
+        work = max(
+            ceil_div(num_ids, cluster), 8 * min(num_experts, 512)
+        )  # ids that a block counts, at 8 a thread
+        threads = next(threads for most_work, threads in THREADS_FOR_WORK if work <= most_work)
+    pieces = _cut(num_ids, grid, num_experts, threads, limits.shared_bytes, cluster, cluster == 16)
     if pieces.shared_bytes + STATIC_SHARED > limits.shared_bytes:
-        raise ValueError(
-            f"{num_experts} experts need {pieces.shared_bytes} bytes of shared memory; kernel='global_large' does not"
+        raise _DoesNotFit(
+            f"{num_experts} experts need {pieces.shared_bytes} bytes of shared memory;"
+            " kernel='global_large' does not"
         )
     suffix = f"cluster{cluster}_{reader}" if cluster > 1 else reader
     launch = LaunchPlan(f"align_shared/align_shared_{suffix}", grid, threads, pieces.shared_bytes)
-    return AlignPlan((launch,), pieces.per_block, pieces.num_rows, pieces.per_row, pieces.staged)
+    return AlignPlan((launch,), pieces.per_block, pieces.num_rows, pieces.per_row)
 
 
-def _plan_global(
-    num_ids: int, num_experts: int, reader: str, limits: DeviceLimits, large: bool
-) -> AlignPlan:
-    most = LARGE_MAX_PIECES if large else limits.num_sms
-    grid = min(most, max(1, ceil_div(num_ids, 1024)))
-    threads = 1024 if large else 512
-    pieces = _cut(num_ids, grid, num_experts, threads, limits.shared_bytes, False)
+def _plan_global(num_ids: int, num_experts: int, reader: str, limits: DeviceLimits, large: bool) -> AlignPlan:
+    most = LARGE_MAX_BLOCKS if large else min(GLOBAL_MAX_BLOCKS, limits.num_sms)
+    grid = min(most, max(1, ceil_div(num_ids, GLOBAL_IDS_PER_BLOCK)))
+    threads = 1024
+    pieces = _cut(num_ids, grid, num_experts, threads, limits.shared_bytes, 1, not large)
     table = _table_bytes(num_experts, pieces.num_rows)
     if large:
-        pieces = pieces._replace(staged=0, shared_bytes=0)
+        pieces = pieces._replace(shared_bytes=0)
     if pieces.shared_bytes + STATIC_SHARED > limits.shared_bytes:
-        raise ValueError(f"{num_experts} experts do not fit shared memory; kernel='global_large' does without")
-    infix = "large_" if large else ""
+        raise _DoesNotFit(
+            f"{num_experts} experts do not fit shared memory; kernel='global_large' does without"
+        )
+    suffix = "large_any" if large else reader
     launches = (
-        LaunchPlan(f"align_global/align_count_{infix}{reader}", grid, threads, 0 if large else 4 * num_experts),
-        LaunchPlan(f"align_global/align_scatter_{infix}{reader}", grid, threads, pieces.shared_bytes),
+        LaunchPlan(
+            f"align_global/align_count_{suffix}", grid, threads, 0 if large else 4 * _stride(num_experts)
+        ),
+        LaunchPlan(f"align_global/align_scatter_{suffix}", grid, threads, pieces.shared_bytes),
     )
-    scratch_words = grid * (num_experts + (table // 4 if large else 0))
-    return AlignPlan(launches, pieces.per_block, pieces.num_rows, pieces.per_row, pieces.staged, scratch_words)
+    scratch_words = grid * (_stride(num_experts) + (table // 4 if large else 0))
+    return AlignPlan(launches, pieces.per_block, pieces.num_rows, pieces.per_row, scratch_words)
 
 
 # ---- moe_sum ----------------------------------------------------------------------------------------------
 
-# Blocks of 128 threads leave no thread idle at the usual hidden sizes, multiples of 1024 elements of 16 bits.
+# What an SM holds at once of threads with 64 registers.
+SUM_THREADS_PER_SM = 1024
+# Beyond that, blocks that leave no thread idle at the usual hidden sizes, multiples of 1024 16-bit elements.
 SUM_THREADS = 128
+SUM_MIN_THREADS, SUM_MAX_THREADS = 64, 256  # kMaxThreads in moe_sum.cu
+# From 16 times that on, memory is the limit, and more threads with fewer loads each in flight get closer to it.
+SUM_MANY_UNITS = 16 * SUM_THREADS_PER_SM
 
 
 class SumPlan(NamedTuple):
-    kernel: str
+    launch: LaunchPlan
     units_per_token: int  # a unit is what one thread makes: 16 bytes of the output, or one element
-    tokens_per_launch: int  # units of one launch are numbered below 2^31
-
-    def launch(self, num_tokens: int) -> LaunchPlan:
-        grid = ceil_div(num_tokens * self.units_per_token, SUM_THREADS)
-        return LaunchPlan(self.kernel, grid, SUM_THREADS, 0)
+    num_tokens: int  # fewer than asked for, where their units have no 31-bit numbers
 
 
-@functools.cache
 def plan_sum(
-    topk: int, hidden: int, element: str, element_bytes: int, vectors: bool, extended: bool
+    num_tokens: int,
+    topk: int,
+    hidden: int,
+    element: str,
+    element_bytes: int,
+    vectors: bool,
+    extended: bool,
+    limits: DeviceLimits,
 ) -> SumPlan:
-    """`vectors`: rows, strides and pointers are multiples of 16 bytes. `extended`: more than the plain sum."""
-    # As many slots at a time as there are: registers for more would keep threads off the SM.
-    slots = next(n for n in (2, 4, 8) if n >= min(topk, 8))
-    kind = "any" if not vectors else "ext" if extended else str(slots)
-    units = hidden * element_bytes // 16 if vectors else hidden
-    if units > INT32_MAX:
+    """One launch for as many tokens as it can take.
+
+    `vectors`: rows, strides and pointers are multiples of 16 bytes. `extended`: more than the plain sum.
+    """
+    per_token = hidden * element_bytes // 16 if vectors else hidden
+    if per_token > INT32_MAX:
         raise ValueError(f"input: a hidden size of {hidden} is more than one launch can number")
-    return SumPlan(f"moe_sum/moe_sum_{kind}_{element}", units, INT32_MAX // units)
+    num_tokens = min(num_tokens, INT32_MAX // per_token)
+    num_units = num_tokens * per_token
+    per_sm = ceil_div(num_units, limits.num_sms)
+    if per_sm <= SUM_THREADS_PER_SM:  # all at once, so every SM has to get the same
+        threads = round_up(ceil_div(per_sm, ceil_div(per_sm, SUM_MAX_THREADS)), WARP)
+        threads = max(SUM_MIN_THREADS, threads)
+    else:
+        threads = SUM_THREADS
+    # As many slots at a time as there are: registers for more would keep threads off the SM.
+    most = 4 if per_sm >= SUM_MANY_UNITS else 8
+    slots = next(n for n in (2, 4, 8) if n >= min(topk, most))
+    kind = "any" if not vectors else "ext" if extended else str(slots)
+    launch = LaunchPlan(f"moe_sum/moe_sum_{kind}_{element}", ceil_div(num_units, threads), threads, 0)
+    return SumPlan(launch, per_token, num_tokens)
 
 
 # ---- gating -----------------------------------------------------------------------------------------------
@@ -254,7 +312,7 @@ MAX_TOPK = 64
 GATE_SHARES = {"plain": (4, 8, 16), "full": (8, 16), "several": (4, 8)}
 # A warp to itself is the quickest for a row; several in one are quicker once the GPU is full of warps.
 SEVERAL_MIN_TOKENS = 1024
-SEVERAL_MAX_LANES = 32
+SEVERAL_MAX_LANES = 8  # kSeveralMaxLanes in gate_warp.cu
 # A row or two for every SM; above, blocks of four warps, as an SM holds more warps than blocks.
 GATE_WARPS = 4
 # Threads of `wide` look at pieces of 8 experts and more; more threads only make barriers slower.
@@ -305,7 +363,8 @@ def plan_gate(
     launch = LaunchPlan(f"gate_warp/gate_{kernel}_{share}", ceil_div(num_warps, warps), WARP * warps, 0)
     group_size, vector = num_experts // num_groups, min(16, share * element_bytes)
     whole = num_groups == 1 or ceil_div(group_size, _group_lanes(num_groups)) == share
-    return GatePlan(launch, lanes_per_row, vector if whole and group_size * element_bytes % vector == 0 else 0)
+    whole = whole and group_size * element_bytes % vector == 0
+    return GatePlan(launch, lanes_per_row, vector if whole else 0)
 
 
 def _gate_share(kernel: str, num_experts: int, topk: int, num_groups: int) -> int:
@@ -331,8 +390,8 @@ def _plan_wide(
     shared_bytes = 4 * (num_experts + num_groups + 2 * topk)
     if shared_bytes + WIDE_STATIC_SHARED > limits.shared_bytes:
         raise ValueError(
-            f"gating_output: {num_experts} experts need {shared_bytes} bytes of shared memory, of which the device"
-            f" has {limits.shared_bytes}"
+            f"gating_output: {num_experts} experts need {shared_bytes} bytes of shared memory, of which the"
+            f" device has {limits.shared_bytes}"
         )
     threads = min(WIDE_MAX_THREADS, round_up(ceil_div(num_experts, WIDE_MIN_SHARE), WARP))
     return GatePlan(LaunchPlan("gate_wide/gate_wide", num_tokens, threads, shared_bytes))

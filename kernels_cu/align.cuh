@@ -32,17 +32,16 @@ struct AlignArgs {
   u32 per_block;   // ids that one block places, a multiple of 32; in align_small: slots that one block writes
   Divisor per_row;  // consecutive ids that one warp places, a multiple of 32
   u32 num_rows;    // warps that place ids; in align_small: threads that share an id, a power of two up to 32
-  u32 staged;      // whether a block sorts its ids in shared memory before it writes them
 };
 
-constexpr u32 kDropped = 0xffffffffu;  // the bucket of an id that is not placed
+// An id that is not placed is in bucket num_experts, so that counting it takes no branch.
 
 // How ids are read, kPerLoad at once. One unsigned comparison drops negative ids, too, if they are extended
 // with their sign; an id of all ones is never an expert, and stands for none.
 template <typename Unsigned>
 struct Contiguous {  // 16-byte loads: topk_ids is aligned to 16 bytes
   using Id = Unsigned;
-  static constexpr u32 kPerLoad = 16 / sizeof(Id);
+  static constexpr u32 kPerLoad = 16 / sizeof(Id), kLoads = 4;
   struct alignas(16) Vector {
     Id ids[kPerLoad];
   };
@@ -57,7 +56,7 @@ struct Contiguous {  // 16-byte loads: topk_ids is aligned to 16 bytes
 
 struct Any {  // one by one, whatever their type and strides are
   using Id = u64;
-  static constexpr u32 kPerLoad = 1;
+  static constexpr u32 kPerLoad = 1, kLoads = 1;
   struct Vector {
     Id ids[1];
   };
@@ -79,14 +78,26 @@ struct Any {  // one by one, whatever their type and strides are
   __device__ static __forceinline__ Vector load_vector(const AlignArgs& args, u32 i) { return {{load(args, i)}}; }
 };
 
+// The buckets of kCount ids.
+template <u32 kCount>
+struct Buckets {
+  u32 of[kCount];
+
+  template <typename Id>
+  __device__ __forceinline__ Buckets(const AlignArgs& args, const Id (&ids)[kCount]) {
+#pragma unroll
+    for (u32 k = 0; k < kCount; ++k) of[k] = ids[k] < args.num_experts ? (u32)ids[k] : args.num_experts;
+    if (args.map_mode != kMapIds) return;
+#pragma unroll
+    for (u32 k = 0; k < kCount; ++k)
+      if (of[k] < args.num_experts) of[k] = min_u32((u32)__ldg(args.expert_map + of[k]), args.num_experts);
+  }
+};
+
 template <typename Id>
 __device__ __forceinline__ u32 to_bucket(const AlignArgs& args, Id id) {
-  u32 bucket = id < args.num_experts ? (u32)id : kDropped;
-  if (args.map_mode == kMapIds && bucket != kDropped) {
-    bucket = (u32)__ldg(args.expert_map + bucket);
-    if (bucket >= args.num_experts) bucket = kDropped;
-  }
-  return bucket;
+  const Id ids[1] = {id};
+  return Buckets<1>(args, ids).of[0];
 }
 
 // What expert_ids says of a block of this bucket.
@@ -118,16 +129,18 @@ __device__ __forceinline__ void fill(int* values, u32 begin, u32 end, int value,
 // ---------------------------------------------------------------------------------------------------------
 
 struct Table {
-  u32* base;  // [E] first slot of a bucket, for the ids of this block's share of the count
-  u32* rows;  // [num_rows + 2][E]
-  u32 num_experts, num_rows;
+  u32 stride;  // one bucket more than experts, for what is dropped, in whole vectors
+  u32 num_rows;
+  u32* base;  // [stride] first slot of a bucket, for the ids that the table counts
+  u32* rows;  // [num_rows + 2][stride]
 
   __device__ __forceinline__ Table(u32* memory, const AlignArgs& args)
-      : base(memory), rows(memory + args.num_experts), num_experts(args.num_experts), num_rows(args.num_rows) {}
-  __device__ __forceinline__ u32 words() const { return (num_rows + 3) * num_experts; }
+      : stride(round_up_4(args.num_experts + 1)), num_rows(args.num_rows), base(memory), rows(memory + stride) {}
+  __device__ static __forceinline__ u32 round_up_4(u32 value) { return (value + 3) & ~3u; }
+  __device__ __forceinline__ u32 words() const { return (num_rows + 3) * stride; }
   __device__ __forceinline__ u32* before() const { return rows; }
-  __device__ __forceinline__ u32* of_warp(u32 warp) const { return rows + (warp + 1) * num_experts; }
-  __device__ __forceinline__ u32* after() const { return rows + (num_rows + 1) * num_experts; }
+  __device__ __forceinline__ u32* of_warp(u32 warp) const { return rows + (warp + 1) * stride; }
+  __device__ __forceinline__ u32* after() const { return rows + (num_rows + 1) * stride; }
 };
 
 struct Piece {
@@ -150,17 +163,13 @@ struct Piece {
   }
 };
 
-__device__ __forceinline__ void count(u32* row, u32 bucket) {
-  // Without a result the hardware merges the equal addresses of a warp: a skewed routing costs no more than a
-  // uniform one.
-  if (bucket != kDropped) atomicAdd(row + bucket, 1);
-}
-
-// Clear the counters, then row_of(i)[bucket of id i] += 1 for the ids [begin, end). Ends with a barrier.
+// Clear the counters, a multiple of 4 words, then row_of(i)[bucket of id i] += 1 for the ids [begin, end). Ends with
+// a barrier. The atomics have no use for their results, so the hardware merges the equal addresses of a warp, and a
+// skewed routing costs no more than a uniform one.
 template <typename Ids, typename RowOf>
 __device__ __forceinline__ void count_ids(const AlignArgs& args, u32 begin, u32 end, u32* counters, u32 num_counters,
                                           RowOf row_of) {
-  constexpr u32 kLoads = 4;  // in flight, the first of them while the counters are cleared
+  constexpr u32 kLoads = Ids::kLoads;  // in flight, the first of them while the counters are cleared
   typename Ids::Vector vectors[kLoads];
   const u32 vectors_end = end - (end - begin) % Ids::kPerLoad;
   const u32 distance = blockDim.x * Ids::kPerLoad;
@@ -172,7 +181,8 @@ __device__ __forceinline__ void count_ids(const AlignArgs& args, u32 begin, u32 
   };
   load();
 #pragma unroll 1
-  for (u32 i = threadIdx.x; i < num_counters; i += blockDim.x) counters[i] = 0;
+  for (u32 i = 4 * threadIdx.x; i < num_counters; i += 4 * blockDim.x)
+    *reinterpret_cast<uint4*>(counters + i) = make_uint4(0, 0, 0, 0);
   __syncthreads();
 #pragma unroll 1
   while (first < vectors_end) {
@@ -181,23 +191,24 @@ __device__ __forceinline__ void count_ids(const AlignArgs& args, u32 begin, u32 
       const u32 i = first + k * distance;
       if (i >= vectors_end) break;
       u32* row = row_of(i);
+      const Buckets<Ids::kPerLoad> buckets(args, vectors[k].ids);
 #pragma unroll
-      for (u32 j = 0; j < Ids::kPerLoad; ++j) count(row, to_bucket(args, vectors[k].ids[j]));
+      for (u32 j = 0; j < Ids::kPerLoad; ++j) atomicAdd(row + buckets.of[j], 1);
     }
     first += kLoads * distance;
     load();
   }
   const u32 i = vectors_end + threadIdx.x;
-  if (i < end) count(row_of(i), to_bucket(args, Ids::load(args, i)));
+  if (i < end) atomicAdd(row_of(i) + to_bucket(args, Ids::load(args, i)), 1);
   __syncthreads();
 }
 
 // Turn a column of counts into counts of the rows before; returns the sum.
 __device__ __forceinline__ u32 scan_column(const Table& table, u32 bucket) {
   u32 sum = 0;
-#pragma unroll 4
+#pragma unroll 8
   for (u32 row = 0; row < table.num_rows + 2; ++row) {
-    u32& count = table.rows[row * table.num_experts + bucket];
+    u32& count = table.rows[row * table.stride + bucket];
     const u32 mine = count;
     count = sum;
     sum += mine;
@@ -208,8 +219,8 @@ __device__ __forceinline__ u32 scan_column(const Table& table, u32 bucket) {
 // The lanes whose ids are in the same bucket; none for a lane whose id is dropped. Ballots on the bits of the
 // bucket take the same time for every routing; __match_any_sync takes time for each distinct value.
 __device__ __forceinline__ u32 same_bucket(const AlignArgs& args, u32 bucket) {
-  u32 lanes = __ballot_sync(kFullWarp, bucket != kDropped);
-  if (bucket == kDropped) lanes = 0;
+  const bool dropped = bucket == args.num_experts;
+  u32 lanes = __ballot_sync(kFullWarp, !dropped);
   constexpr u32 kBits = 4;  // bits above those of num_experts - 1 are 0 in all lanes
 #pragma unroll 1
   for (u32 bits = args.num_experts - 1; bits != 0; bits >>= kBits, bucket >>= kBits) {
@@ -219,7 +230,7 @@ __device__ __forceinline__ u32 same_bucket(const AlignArgs& args, u32 bucket) {
       lanes &= bucket >> k & 1 ? set : ~set;
     }
   }
-  return lanes;
+  return dropped ? 0 : lanes;
 }
 
 // 32 ids of the calling warp, one a lane.
@@ -238,43 +249,49 @@ __device__ __forceinline__ typename Ids::Id load_or_none(const AlignArgs& args, 
 
 struct Slots {
   u32 post_pad;
-  u32 num_mine;  // ids that this block places
+  u32 num_mine;  // ids that this block places; 0 unless kStaged
 };
 
 // From sums to slots. sums_of(bucket) = {ids before those that the table counts, ids in all}, and leaves the
 // column of the bucket scanned. Afterwards base[bucket] is where the ids that the table counts begin, after() the
-// first padding slot, and before() where this block's ids of the bucket begin in the stage, less the ids before
-// them. Ends with a barrier.
-template <typename SumsOf>
+// first padding slot, and before(), if kStaged, where this block's ids of the bucket begin in the stage, less the
+// ids before them. Ends with a barrier.
+template <bool kStaged, typename SumsOf>
 __device__ __forceinline__ Slots find_slots(const AlignArgs& args, const Table& table, u32 (*warp_sums)[kWarpSize],
                                             SumsOf sums_of) {
+  constexpr u32 kValues = kStaged ? 2 : 1;
   Slots slots = {0, 0};
 #pragma unroll 1
   for (u32 first = 0; first < args.num_experts; first += blockDim.x) {
     const u32 bucket = first + threadIdx.x;
     const bool exists = bucket < args.num_experts;
     const uint2 sums = exists ? sums_of(bucket) : make_uint2(0, 0);
-    const u32 before = exists ? table.of_warp(0)[bucket] : 0, mine = exists ? table.after()[bucket] - before : 0;
+    Sums<kValues> value, total;
+    value.of[0] = args.block_size.round_up(sums.y);
+    u32 before = 0;
+    if (kStaged) {
+      before = exists ? table.of_warp(0)[bucket] : 0;
+      value.of[kValues - 1] = exists ? table.after()[bucket] - before : 0;
+    }
     if (first > 0) __syncthreads();  // warp_sums is still being read
-    Sums<2> total;
-    const Sums<2> start = block_exclusive_scan<2>({{args.block_size.round_up(sums.y), mine}}, warp_sums, total);
+    const Sums<kValues> start = block_exclusive_scan<kValues>(value, warp_sums, total);
     if (exists) {
       const u32 begin = slots.post_pad + start.of[0];
       table.base[bucket] = begin + sums.x;
       table.after()[bucket] = begin + sums.y;
-      table.before()[bucket] = slots.num_mine + start.of[1] - before;
+      if (kStaged) table.before()[bucket] = slots.num_mine + start.of[kValues - 1] - before;
     }
     slots.post_pad += total.of[0];
-    slots.num_mine += total.of[1];
+    if (kStaged) slots.num_mine += total.of[kValues - 1];
   }
   __syncthreads();
   return slots;
 }
 
 // Write the ids [begin, end) of each warp, of which `match` has the first 32. The warp's row holds how many ids of
-// a bucket come before them. Scattered writes cost a sector each; a block with many ids a bucket sorts them in
-// shared memory first, and writes neighbours together.
-template <typename Ids>
+// a bucket come before them. Scattered writes cost a sector each; if kStaged, a block sorts its ids in shared memory
+// first, and writes neighbours together.
+template <bool kStaged, typename Ids>
 __device__ __forceinline__ void write_ids(const AlignArgs& args, const Table& table, u32 begin, u32 end, Match match,
                                           uint2* stage, u32 num_mine) {
   u32* row = table.of_warp(warp_id());
@@ -288,7 +305,7 @@ __device__ __forceinline__ void write_ids(const AlignArgs& args, const Table& ta
     if (match.peers) {
       earlier = row[bucket];
       const u32 slot = table.base[bucket] + earlier + rank;
-      if (args.staged) stage[table.before()[bucket] + earlier + rank] = make_uint2(match.i, slot);
+      if (kStaged) stage[table.before()[bucket] + earlier + rank] = make_uint2(match.i, slot);
       else args.sorted_token_ids[slot] = (int)match.i;
       name_block(args, bucket, slot);
     }
@@ -298,7 +315,7 @@ __device__ __forceinline__ void write_ids(const AlignArgs& args, const Table& ta
     match = Match(args, next, next_id);
     __syncwarp();
   }
-  if (!args.staged) return;
+  if (!kStaged) return;
   __syncthreads();
 #pragma unroll 2
   for (u32 k = threadIdx.x; k < num_mine; k += blockDim.x) args.sorted_token_ids[stage[k].y] = (int)stage[k].x;
@@ -307,8 +324,9 @@ __device__ __forceinline__ void write_ids(const AlignArgs& args, const Table& ta
 // The padding slots, the tail, and what lies past the last block: shared out over all blocks of the grid.
 __device__ __forceinline__ void write_padding(const AlignArgs& args, const u32* first_padding, u32 post_pad) {
   const u32 num_warps = blockDim.x / kWarpSize, value = args.num_ids;
+  // The last warps first, as they may have no ids to place.
 #pragma unroll 1
-  for (u32 bucket = blockIdx.x + gridDim.x * warp_id(); bucket < args.num_experts; bucket += gridDim.x * num_warps) {
+  for (u32 bucket = blockIdx.x + gridDim.x * (num_warps - 1 - warp_id()); bucket < args.num_experts; bucket += gridDim.x * num_warps) {
     const u32 begin = first_padding[bucket];
     fill(args.sorted_token_ids, begin, args.block_size.round_up(begin), value, lane_id(), kWarpSize);
   }
@@ -319,5 +337,6 @@ __device__ __forceinline__ void write_padding(const AlignArgs& args, const u32* 
 }
 
 
-// Three entry points a kernel: i32, i64, and whatever else.
-#define FOR_EACH_READER(ENTRY) ENTRY(i32, Contiguous<u32>) ENTRY(i64, Contiguous<u64>) ENTRY(any, Any)
+// Entry points: contiguous i32 and i64 ids, aligned to 16 bytes, and, where it is not for speed alone, all others.
+#define FOR_EACH_FAST_READER(ENTRY) ENTRY(i32, Contiguous<u32>) ENTRY(i64, Contiguous<u64>)
+#define FOR_EACH_READER(ENTRY) FOR_EACH_FAST_READER(ENTRY) ENTRY(any, Any)

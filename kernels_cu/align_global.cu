@@ -4,9 +4,10 @@
 //
 // in       topk_ids [num_ids], expert_map [num_experts] or unused                        (AlignArgs, align.cuh)
 // out      sorted_token_ids [num_slots], expert_ids [num_blocks], num_tokens_post_pad [1], all int32
-// scratch  counts [grid][E] words; without shared tables also one table per block after it. Need not be cleared.
+// scratch  counts [grid][stride] words, stride = E + 1 rounded up to 4; the _large entries also a table per block,
+//          (num_rows + 3) * stride words, after it. Need not be cleared.
 // grid     as many blocks as pieces of per_block ids; block: a multiple of 32 threads, at least num_rows warps
-// shared   align_count: E words; align_scatter: (num_rows + 3) * E words, if not _large, and 2 * per_block if staged
+// shared   align_count: stride words; align_scatter: the table, and 2 * per_block words; _large: none
 //
 // align_count
 //   1  counts[block][e] = ids of expert e in the block's piece
@@ -22,11 +23,12 @@ constexpr u32 kColumnParts = 4;  // threads that share the sum of one column of 
 
 template <typename Ids, bool kSharedTable>
 __device__ __forceinline__ void align_count(const AlignArgs& args) {
-  extern __shared__ u32 memory[];
+  extern __shared__ uint4 memory[];
   const Piece piece(args, blockIdx.x);
-  u32* result = args.scratch + (u64)blockIdx.x * args.num_experts;
-  u32* counts = kSharedTable ? memory : result;
-  count_ids<Ids>(args, piece.begin, piece.end, counts, args.num_experts, [&](u32) { return counts; });
+  const u32 stride = Table(nullptr, args).stride;
+  u32* result = args.scratch + (u64)blockIdx.x * stride;
+  u32* counts = kSharedTable ? (u32*)memory : result;
+  count_ids<Ids>(args, piece.begin, piece.end, counts, stride, [&](u32) { return counts; });
   if (!kSharedTable) return;
 #pragma unroll 1
   for (u32 bucket = threadIdx.x; bucket < args.num_experts; bucket += blockDim.x) result[bucket] = counts[bucket];
@@ -34,14 +36,13 @@ __device__ __forceinline__ void align_count(const AlignArgs& args) {
 
 template <typename Ids, bool kSharedTable>
 __device__ __forceinline__ void align_scatter(const AlignArgs& args) {
-  extern __shared__ uint2 shared_memory[];
+  extern __shared__ uint4 memory[];
   __shared__ u32 warp_sums[2][kWarpSize];
-  const u32 num_experts = args.num_experts;
-  uint2* stage = shared_memory;  // [per_block], if staged
-  u32* table_memory = (u32*)(stage + (args.staged ? args.per_block : 0));
-  if (!kSharedTable)
-    table_memory = args.scratch + (u64)gridDim.x * num_experts + (u64)blockIdx.x * (args.num_rows + 3) * num_experts;
+  const u32 num_experts = args.num_experts, stride = Table(nullptr, args).stride;
+  u32* tables = args.scratch + (u64)gridDim.x * stride;
+  u32* table_memory = kSharedTable ? (u32*)memory : tables + (u64)blockIdx.x * (args.num_rows + 3) * stride;
   const Table table(table_memory, args);
+  uint2* stage = (uint2*)((u32*)memory + (kSharedTable ? table.words() : 0));  // [per_block], if kSharedTable
   const Piece piece(args, blockIdx.x);
   const u32 begin = piece.begin_of_warp(args, table), end = piece.end_of_warp(args, begin);
   const typename Ids::Id id = load_or_none<Ids>(args, begin + lane_id(), end);
@@ -55,7 +56,7 @@ __device__ __forceinline__ void align_scatter(const AlignArgs& args) {
     u32 before = 0, after = 0;
 #pragma unroll 8
     for (u32 block = part; block < gridDim.x; block += kColumnParts) {
-      const u32 count = __ldg(args.scratch + (u64)block * num_experts + bucket);
+      const u32 count = __ldg(args.scratch + (u64)block * stride + bucket);
       before += block < blockIdx.x ? count : 0;
       after += block > blockIdx.x ? count : 0;
     }
@@ -64,9 +65,9 @@ __device__ __forceinline__ void align_scatter(const AlignArgs& args) {
   }
   const Match match(args, begin + lane_id(), id);
   __syncthreads();
-  const Slots slots = find_slots(args, table, warp_sums,
+  const Slots slots = find_slots<kSharedTable>(args, table, warp_sums,
                                  [&](u32 bucket) { return make_uint2(0, scan_column(table, bucket)); });
-  write_ids<Ids>(args, table, begin, end, match, stage, slots.num_mine);
+  write_ids<kSharedTable, Ids>(args, table, begin, end, match, stage, slots.num_mine);
   write_padding(args, table.after(), slots.post_pad);
 }
 
@@ -75,9 +76,9 @@ __device__ __forceinline__ void align_scatter(const AlignArgs& args) {
       kernel##_##name(const __grid_constant__ AlignArgs args) {       \
     kernel<Ids, kSharedTable>(args);                                  \
   }
-#define ENTRIES(name, Ids)                       \
-  ENTRY(align_count, name, Ids, true)            \
-  ENTRY(align_scatter, name, Ids, true)          \
-  ENTRY(align_count, large_##name, Ids, false)   \
-  ENTRY(align_scatter, large_##name, Ids, false)
+#define ENTRIES(name, Ids)            \
+  ENTRY(align_count, name, Ids, true) \
+  ENTRY(align_scatter, name, Ids, true)
 FOR_EACH_READER(ENTRIES)
+ENTRY(align_count, large_any, Any, false)
+ENTRY(align_scatter, large_any, Any, false)

@@ -5,7 +5,8 @@
 // out      sorted_token_ids [num_slots], expert_ids [num_blocks], num_tokens_post_pad [1], all int32
 // grid     kCluster * c blocks that together cover num_ids, per_block each; block: a multiple of 32 threads,
 //          at least num_rows warps
-// shared   (num_rows + 3) * num_experts + (staged ? 2 * per_block : 0) words; clusters: 5 / 2 * num_experts more
+// shared   (num_rows + 3) * stride words, stride = num_experts + 1 rounded up to 4; in clusters of 16, 2 * per_block words
+//          more; in all clusters, (kCluster + 1) * 2 bytes more per expert, of which there are num_experts rounded up to 8
 //
 // Every cluster counts all ids, each of its blocks a kCluster-th of them, so no cluster waits for another and no
 // workspace outlives the launch; then each block places its own piece and a share of the padding. Counting
@@ -19,51 +20,35 @@
 // in i. All of it is fixed by the arguments.
 #include "align.cuh"
 
-// Sum up the counts of each bucket over the blocks of the cluster: totals[bucket] = {ids in the chunks of the blocks
-// before this one, ids in all}. Counts are 16 bits wide, since the way between SMs is narrow, and four lanes share
-// the loads of a pair of buckets. Begins with a barrier of the cluster and ends with one of the block.
-constexpr u32 kGatherLanes = 4;
-
+// Hand this block's counts, [stride] of 16 bits, to all blocks of the cluster: counts[rank] in each. What travels
+// between SMs is 16 bits wide, in 16-byte stores, since the way is narrow. Needs every block of the cluster to be
+// running, and ends with a barrier of the cluster, after which no block touches another's memory.
 template <u32 kCluster>
-__device__ __forceinline__ void sum_over_cluster(u32 num_experts, const u32* pairs, uint2* totals) {
-  const u32 rank = cluster_rank<kCluster>(), num_pairs = ceil_div(num_experts, 2), part = threadIdx.x % kGatherLanes;
+__device__ __forceinline__ void exchange_counts(const u16* mine, u16* counts, u32 stride) {
+  const u32 rank = cluster_rank<kCluster>(), num_vectors = stride / 8;
+  const uint4* from = reinterpret_cast<const uint4*>(mine);
+  uint4* to = reinterpret_cast<uint4*>(counts + rank * stride);
+#pragma unroll 1
+  for (u32 other = warp_id(); other < kCluster; other += blockDim.x / kWarpSize)
+#pragma unroll 1
+    for (u32 k = lane_id(); k < num_vectors; k += kWarpSize) store_to_cluster(to + k, other, from[k]);
   cluster_arrive<kCluster>();
   cluster_wait<kCluster>();
-#pragma unroll 1
-  for (u32 first = 0; first < num_pairs; first += blockDim.x / kGatherLanes) {
-    const u32 pair = first + threadIdx.x / kGatherLanes;
-    u32 sums[4] = {0, 0, 0, 0};  // before and in all, of the even and of the odd bucket
-    if (pair < num_pairs) {
-#pragma unroll
-      for (u32 k = 0; k < kCluster / kGatherLanes; ++k) {
-        const u32 other = part + k * kGatherLanes, counts = load_from_cluster(pairs + pair, other);
-        const u32 before = other < rank ? counts : 0;
-        sums[0] += before & 0xffff, sums[1] += counts & 0xffff;
-        sums[2] += before >> 16, sums[3] += counts >> 16;
-      }
-    }
-#pragma unroll
-    for (u32 k = 0; k < 4; ++k) {
-      sums[k] += __shfl_xor_sync(kFullWarp, sums[k], 1);
-      sums[k] += __shfl_xor_sync(kFullWarp, sums[k], 2);
-    }
-    const u32 bucket = 2 * pair + part;
-    if (part < 2 && bucket < num_experts)
-      totals[bucket] = part == 0 ? make_uint2(sums[0], sums[1]) : make_uint2(sums[2], sums[3]);
-  }
-  cluster_arrive<kCluster>();  // done with the other blocks' memory
-  __syncthreads();
 }
 
 template <typename Ids, u32 kCluster>
 __device__ __forceinline__ void align_shared(const AlignArgs& args) {
-  extern __shared__ uint2 memory[];
+  // Blocks of large clusters have the most ids to write.
+  constexpr bool kStaged = kCluster == 16;
+  extern __shared__ uint4 aligned_memory[];
+  uint2* memory = (uint2*)aligned_memory;
   __shared__ u32 warp_sums[2][kWarpSize];
-  uint2* staged = memory;                                          // [per_block], if staged
-  uint2* totals = staged + (args.staged ? args.per_block : 0);     // [E], if kCluster > 1
-  u32* table_memory = (u32*)(totals + (kCluster > 1 ? args.num_experts : 0));
-  const Table table(table_memory, args);
-  u16* chunk_counts = (u16*)(table_memory + table.words());        // [E], if kCluster > 1; others read it
+  const Table table((u32*)memory, args);
+  uint2* stage = memory + table.words() / 2;  // [per_block], if kStaged
+  // Clusters only: the counts of this block's chunk, and those of all blocks, in 16-byte vectors.
+  const u32 stride = (args.num_experts + 7) & ~7u;
+  u16* chunk_counts = (u16*)(stage + (kStaged ? args.per_block : 0));  // [stride]
+  u16* all_counts = chunk_counts + stride;                                 // [kCluster][stride]
 
   // Block `rank` of every cluster counts the same chunk; each cluster places another piece of it.
   const u32 rank = cluster_rank<kCluster>(), num_clusters = gridDim.x / kCluster;
@@ -71,23 +56,33 @@ __device__ __forceinline__ void align_shared(const AlignArgs& args) {
   const u32 chunk_begin = min_u32(args.num_ids, rank * num_clusters * args.per_block);
   const u32 chunk_end = min_u32(args.num_ids, chunk_begin + num_clusters * args.per_block);
   const u32 begin = piece.begin_of_warp(args, table), end = piece.end_of_warp(args, begin);
+  cluster_arrive_relaxed<kCluster>();  // this block is running
   const typename Ids::Id id = load_or_none<Ids>(args, begin + lane_id(), end);
-  count_ids<Ids>(args, chunk_begin, chunk_end, table_memory, table.words(),
+  count_ids<Ids>(args, chunk_begin, chunk_end, (u32*)memory, table.words(),
                  [&](u32 i) { return piece.row(args, table, i); });
 
   if (kCluster > 1) {
 #pragma unroll 1
     for (u32 bucket = threadIdx.x; bucket < args.num_experts; bucket += blockDim.x)
       chunk_counts[bucket] = (u16)scan_column(table, bucket);
-    sum_over_cluster<kCluster>(args.num_experts, (const u32*)chunk_counts, totals);
+    __syncthreads();
+    cluster_wait<kCluster>();  // all are running
+    exchange_counts<kCluster>(chunk_counts, all_counts, stride);
   }
   const Match match(args, begin + lane_id(), id);
-  const Slots slots = find_slots(args, table, warp_sums, [&](u32 bucket) {
-    return kCluster > 1 ? totals[bucket] : make_uint2(0, scan_column(table, bucket));
+  const Slots slots = find_slots<kStaged>(args, table, warp_sums, [&](u32 bucket) {
+    if (kCluster == 1) return make_uint2(0, scan_column(table, bucket));
+    uint2 sums = make_uint2(0, 0);
+#pragma unroll
+    for (u32 other = 0; other < kCluster; ++other) {
+      const u32 count = all_counts[other * stride + bucket];
+      sums.x += other < rank ? count : 0;
+      sums.y += count;
+    }
+    return sums;
   });
-  write_ids<Ids>(args, table, begin, end, match, staged, slots.num_mine);
+  write_ids<kStaged, Ids>(args, table, begin, end, match, stage, slots.num_mine);
   write_padding(args, table.after(), slots.post_pad);
-  cluster_wait<kCluster>();  // shared memory has to outlive its readers
 }
 
 #define ENTRY(name, Ids)                                            \
@@ -105,6 +100,6 @@ FOR_EACH_READER(ENTRY)
   }
 #define ENTRY8(name, Ids) CLUSTER_ENTRY(name, Ids, 8)
 #define ENTRY16(name, Ids) CLUSTER_ENTRY(name, Ids, 16)
-FOR_EACH_READER(ENTRY8)
-FOR_EACH_READER(ENTRY16)
+FOR_EACH_FAST_READER(ENTRY8)
+FOR_EACH_FAST_READER(ENTRY16)
 #endif

@@ -49,7 +49,7 @@ __device__ __forceinline__ void align_small(const AlignArgs& args) {
 
   // `lanes` neighbours share an id; id n stands for the end, since every bucket is smaller than its.
   const u32 i = thread >> (31 - __clz(lanes)), lane = thread & (lanes - 1);
-  const u32 bucket = i < n ? buckets[i] : kDropped;
+  const u32 bucket = i < n ? buckets[i] : args.num_experts;
   u32 counts = 0;  // earlier equal ids in the high half, all equal ids in the low half
 #pragma unroll 2
   for (u32 four = lane; four < num_fours; four += lanes) {
@@ -62,7 +62,7 @@ __device__ __forceinline__ void align_small(const AlignArgs& args) {
   }
   counts = group_sum(counts, lanes);
   const u32 rank = counts >> 16;
-  if (lane == 0 && rank == 0 && bucket != kDropped) widths[i] = args.block_size.round_up(counts & 0xffff);
+  if (lane == 0 && rank == 0 && bucket < args.num_experts) widths[i] = args.block_size.round_up(counts & 0xffff);
   __syncthreads();
 
   u32 begin = 0;
@@ -76,7 +76,7 @@ __device__ __forceinline__ void align_small(const AlignArgs& args) {
   }
   const u32 slot = group_sum(begin, lanes) + rank;
   if (lane != 0) return;
-  if (bucket != kDropped && slot_begin <= slot && slot < slot_end) {
+  if (bucket < args.num_experts && slot_begin <= slot && slot < slot_end) {
     args.sorted_token_ids[slot] = (int)i;
     name_block(args, bucket, slot);
   }
