@@ -12,17 +12,23 @@ if TYPE_CHECKING:
     from .align import aligned_sizes as aligned_sizes
     from .align import moe_align_block_size as moe_align_block_size
     from .align_batched import batched_moe_align_block_size as batched_moe_align_block_size
+    from .combine import moe_sum as moe_sum
     from .errors import CompileError as CompileError
     from .errors import ConfigError as ConfigError
     from .errors import CupyMoeError as CupyMoeError
     from .errors import DependencyError as DependencyError
     from .errors import KernelLoadError as KernelLoadError
     from .errors import KernelNotPrebuiltError as KernelNotPrebuiltError
+    from .gate import TopK as TopK
+    from .gate import grouped_topk as grouped_topk
+    from .gate import topk_sigmoid as topk_sigmoid
+    from .gate import topk_softmax as topk_softmax
     from .modules import warmup as warmup
 
 _MODULES = {
     "align": ("MoEAlignment", "aligned_sizes", "moe_align_block_size"),
     "align_batched": ("batched_moe_align_block_size",),
+    "combine": ("moe_sum",),
     "errors": (
         "CompileError",
         "ConfigError",
@@ -31,6 +37,7 @@ _MODULES = {
         "KernelLoadError",
         "KernelNotPrebuiltError",
     ),
+    "gate": ("TopK", "grouped_topk", "topk_sigmoid", "topk_softmax"),
     "modules": ("warmup",),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}

@@ -48,6 +48,95 @@ def moe_align_block_size(
     return sorted_token_ids, expert_ids, num_tokens_post_pad
 
 
+def moe_sum(
+    input: torch.Tensor,
+    topk_weights: torch.Tensor | None = None,
+    topk_ids: torch.Tensor | None = None,
+    expert_map: torch.Tensor | None = None,
+    routed_scaling_factor: float = 1.0,
+    shared_output: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """As `cupy_moe.moe_sum`, on the tensor's device; arguments are not checked."""
+    num_tokens, topk, hidden = input.shape
+    total = torch.zeros(num_tokens, hidden, dtype=torch.float32, device=input.device)
+    for k in range(topk):
+        slot = input[:, k].to(torch.float32)
+        if topk_weights is not None:
+            slot = topk_weights[:, k, None] * slot
+        if topk_ids is not None:
+            slot = torch.where(_is_read(topk_ids[:, k], expert_map)[:, None], slot, 0.0)
+        total += slot
+    total *= routed_scaling_factor
+    if shared_output is not None:
+        total += shared_output.to(torch.float32)
+    return total.to(input.dtype)
+
+
+def _is_read(ids: torch.Tensor, expert_map: torch.Tensor | None) -> torch.Tensor:
+    ids = ids.to(torch.int64)
+    if expert_map is None:
+        return (ids >= 0) & (ids < 2**31)
+    num_experts = len(expert_map)
+    if num_experts == 0:
+        return torch.zeros_like(ids, dtype=torch.bool)
+    local = expert_map.to(torch.int64)[ids.clamp(0, num_experts - 1)]
+    return (ids >= 0) & (ids < num_experts) & (local >= 0) & (local < num_experts)
+
+
+def gate(
+    gating_output: torch.Tensor,
+    topk: int,
+    scoring_func: str,
+    renormalize: bool = False,
+    e_score_correction_bias: torch.Tensor | None = None,
+    routed_scaling_factor: float = 1.0,
+    softcap: float = 0.0,
+    padding_mask: torch.Tensor | None = None,
+    num_expert_group: int = 1,
+    topk_group: int = 1,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `cupy_moe.topk_softmax`, `topk_sigmoid` and `grouped_topk`, with sorts; ids are int64, arguments are
+    not checked."""
+    logits = gating_output.to(torch.float32)
+    num_tokens = len(logits)
+    capped = softcap * torch.tanh(logits / softcap) if softcap else logits
+    scores = torch.softmax(capped, dim=1) if scoring_func == "softmax" else torch.sigmoid(capped)
+    finite = scores.isfinite()
+    scores = torch.where(finite, scores, 0.0)
+
+    # What selects. Softmax and sigmoid keep the order of the logits, which ties less often than scores do.
+    if e_score_correction_bias is not None:
+        choice = scores + e_score_correction_bias
+    elif scoring_func == "softmax":
+        choice = torch.where(finite.all(dim=1, keepdim=True), logits, 0.0)
+    else:
+        choice = logits
+    choice = torch.where(choice.isnan(), -torch.inf, choice)
+
+    order = torch.sort(choice, dim=1, descending=True, stable=True).indices
+    if num_expert_group > 1:
+        groups = choice.view(num_tokens, num_expert_group, -1)
+        num_best = min(2, groups.shape[2]) if e_score_correction_bias is not None else 1
+        group_scores = groups.topk(num_best, dim=2).values.sum(dim=2)
+        group_scores = torch.where(group_scores.isnan(), -torch.inf, group_scores)
+        ranking = torch.sort(group_scores, dim=1, descending=True, stable=True).indices
+        dropped = torch.ones_like(group_scores, dtype=torch.bool).scatter_(1, ranking[:, :topk_group], False)
+        dropped = dropped.repeat_interleave(groups.shape[2], dim=1)
+        last = torch.sort(dropped.gather(1, order).to(torch.int8), dim=1, stable=True).indices
+        order = order.gather(1, last)
+
+    ids = order[:, :topk]
+    weights = scores.gather(1, ids)
+    if renormalize:
+        total = weights.sum(dim=1, keepdim=True)
+        weights = torch.where(total >= torch.finfo(torch.float32).tiny, weights / total, weights)
+    weights = weights * routed_scaling_factor
+    if padding_mask is not None:
+        weights = torch.where(padding_mask[:, None], 0.0, weights)
+        ids = torch.where(padding_mask[:, None], -1, ids)
+    return weights, ids
+
+
 def batched_moe_align_block_size(
     max_tokens_per_batch: int, block_size: int, expert_num_tokens: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -16,6 +16,7 @@ struct GateArgs {
   u32 id_words;                // of topk_ids: 1 or 2
   u32 vectors;                 // logits may be loaded 16 bytes (or a whole lane's share) at a time
   u32 sigmoid, renormalize;
+  u32 lanes_per_row, row_shift;  // a power of two, and its logarithm
   float factor, softcap;  // softcap 0: none
 };
 
@@ -24,6 +25,7 @@ enum ElementType : u32 { kF32, kF16, kBF16 };
 // A key is a float as an unsigned integer of the same order; +NaN is above all and 0 below all. -0 counts as +0
 // and every NaN as +NaN, for which the addition sees.
 constexpr u32 kNone = 0, kZeroKey = 0x80000000u, kInfKey = 0xff800000u, kMinusInfKey = 0x007fffffu;
+#define kMinusInf __uint_as_float(0xff800000u)
 
 __device__ __forceinline__ u32 to_key(float value) {
   const u32 bits = __float_as_uint(__fadd_rn(value, 0.0f));
@@ -82,6 +84,11 @@ __device__ __forceinline__ float reciprocal(float x) {
 __device__ __forceinline__ float sigmoid(float x) {
   const float score = reciprocal(1.0f + expf(-x));
   return score == score ? score : 0.0f;
+}
+
+// A sum that fp32 has no normal number for is not divided by.
+__device__ __forceinline__ float renormalized(float weight, float sum) {
+  return sum >= 1.175494351e-38f ? weight * reciprocal(sum) : weight;
 }
 
 __device__ __forceinline__ float load_logit(const GateArgs& args, const char* row, u32 expert) {

@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-// topk_softmax, topk_sigmoid and grouped_topk with one warp a row, which stays in registers.
+// topk_softmax, topk_sigmoid and grouped_topk with a warp or a part of one for each row, which stays in registers.
 //
 // in       logits, bias, padding_mask                                                      (GateArgs, gate.cuh)
 // out      topk_weights [num_tokens, topk] fp32, topk_ids [num_tokens, topk] of 32 or 64 bits
-// grid     ceil(num_tokens / warps of a block) blocks; block: a multiple of 32 threads, up to kMaxThreads
-// limits   topk <= 32; groups <= 32; no softcap; the experts of a group have to fit its lanes (below)
+// grid     lanes_per_row * num_tokens threads or more; block: a multiple of 32 threads, up to kMaxThreads
+// limits   topk <= lanes_per_row; no softcap; up to 32 groups, with a warp a row; experts that fit the lanes (below)
 //
-// Lane i of the kLanes = 32 / (groups, rounded up to a power of two) lanes of a group holds the i-th piece of its
-// experts, kShare at most. So lower lanes hold lower ids, and the first lane wins a tie.
+// Each lane of a row holds up to kShare neighbouring experts. Groups have an equal power of two of lanes each, as
+// many as there are, and their experts are dealt evenly to these. So lower lanes hold lower ids, and the first lane
+// wins a tie.
 //
 //   1  load; turn what selects into keys (gate.cuh): the logits themselves, as softmax and sigmoid keep their
 //      order, or the scores plus the bias; keep them twice, in order of ids and sorted
@@ -89,7 +90,7 @@ __device__ __forceinline__ bool is_in_chosen_group(const GateArgs& args, u32 gro
   u32 score = best;
   if (args.bias != nullptr && second != kNone) score = to_choice(from_key(best) + from_key(second));
   u32 rank = 0;
-#pragma unroll 1
+#pragma unroll 4
   for (u32 other = 0; other < args.num_groups; ++other) {
     const u32 theirs = __shfl_sync(kFullWarp, score, other * lanes);
     rank += theirs > score || (theirs == score && other < group);
@@ -97,18 +98,52 @@ __device__ __forceinline__ bool is_in_chosen_group(const GateArgs& args, u32 gro
   return rank < args.topk_group;
 }
 
-// kFull: with a bias or groups. kShare: the most experts that a lane holds.
-template <u32 kShare, bool kFull>
+enum Mode {
+  kPlain,    // no bias, no groups; a row has a warp
+  kFull,     // a bias or groups or both; a row has a warp
+  kSeveral,  // a bias perhaps, no groups; a row has lanes_per_row lanes of a warp
+};
+
+constexpr u32 kSeveralMaxLanes = 8;  // of a row, in kSeveral
+
+// Over the lanes of a row, in all of them.
+template <Mode kMode>
+__device__ __forceinline__ u32 row_max(u32 value, u32 lanes_per_row) {
+  if (kMode != kSeveral) return warp_max(value);
+#pragma unroll
+  for (u32 distance = kSeveralMaxLanes / 2; distance > 0; distance /= 2) {
+    const u32 theirs = __shfl_xor_sync(kFullWarp, value, distance);
+    if (distance < lanes_per_row) value = max_u32(value, theirs);
+  }
+  return value;
+}
+
+template <Mode kMode>
+__device__ __forceinline__ float row_sum(float value, u32 lanes_per_row) {
+  if (kMode != kSeveral) return warp_sum(value);
+#pragma unroll
+  for (u32 distance = kSeveralMaxLanes / 2; distance > 0; distance /= 2) {
+    const float theirs = __shfl_xor_sync(kFullWarp, value, distance);
+    if (distance < lanes_per_row) value += theirs;
+  }
+  return value;
+}
+
+// kShare: the most experts that a lane holds.
+template <u32 kShare, Mode kMode>
 __device__ __forceinline__ void gate_warp(const GateArgs& args) {
-  // Warps past the last row do it once more, and write what is there already: the warp never diverges.
-  const u32 warps = blockDim.x / kWarpSize, lane = lane_id();
-  const u32 token = min_u32(args.num_tokens - 1, blockIdx.x * warps + warp_id());
+  // Rows past the last one are the last one once more, and write what is there already: no warp diverges.
+  const u32 lanes_per_row = kMode == kSeveral ? args.lanes_per_row : kWarpSize;
+  const u32 thread = blockIdx.x * blockDim.x + threadIdx.x, lane = lane_id() & (lanes_per_row - 1);
+  const u32 token = min_u32(args.num_tokens - 1, kMode == kSeveral ? thread >> args.row_shift : thread / kWarpSize);
+  const u32 row_lanes = kMode == kSeveral ? (kFullWarp >> (kWarpSize - lanes_per_row)) << (lane_id() - lane) : kFullWarp;
+  const u32 earlier_lanes = lanes_below() & row_lanes;
   const char* row = args.logits + token * args.row_stride;
-  const bool with_bias = kFull && args.bias != nullptr;
+  const bool with_bias = kMode != kPlain && args.bias != nullptr;
 
   // The experts [begin, begin + count) are this lane's.
   u32 lanes = kWarpSize, group = 0, begin = lane * kShare, end = args.num_experts, per_lane = kShare;
-  if (kFull && args.num_groups > 1) {
+  if (kMode == kFull && args.num_groups > 1) {
     lanes = kWarpSize >> (kWarpSize - __clz(args.num_groups - 1));
     group = lane / lanes;
     const u32 group_size = args.num_experts / args.num_groups;
@@ -125,46 +160,55 @@ __device__ __forceinline__ void gate_warp(const GateArgs& args) {
     load_share<u16>(row + begin * 2, count, args.vectors, bits);
   }
   const bool padded = args.padding_mask != nullptr && args.padding_mask[token] != 0;
-  float scores[kShare];  // at first the logits; -Inf past the last
+  float bias[kShare];  // -Inf past the last expert
+  if (with_bias) {
+#pragma unroll
+    for (u32 j = 0; j < kShare; ++j) bias[j] = j < count ? args.bias[begin + j] : kMinusInf;
+  }
+  float logits[kShare];  // likewise
 #pragma unroll
   for (u32 j = 0; j < kShare; ++j) {
-    float logit = __uint_as_float(bits[j]);
-    if (args.element != kF32) logit = args.element == kF16 ? F16::to_float((u16)bits[j]) : BF16::to_float((u16)bits[j]);
-    scores[j] = j < count ? logit : -__uint_as_float(0x7f800000u);
+    logits[j] = __uint_as_float(bits[j]);
+    if (args.element == kF16) logits[j] = F16::to_float((u16)bits[j]);
+    if (args.element == kBF16) logits[j] = BF16::to_float((u16)bits[j]);
   }
-  u32 keys[kShare];
+  if (per_lane * lanes_per_row != args.num_experts) {
 #pragma unroll
-  for (u32 j = 0; j < kShare; ++j) keys[j] = to_key(scores[j]);
+    for (u32 j = 0; j < kShare; ++j) logits[j] = j < count ? logits[j] : kMinusInf;
+  }
 
   float greatest = 0, scale = 1;
   bool no_scores = false;  // softmax of a row that is not finite: all count as 0
-  if (!args.sigmoid) {
-    u32 best = keys[0];
+  const auto sum_up = [&] {
+    float sum = 0;
 #pragma unroll
-    for (u32 j = 1; j < kShare; ++j) best = max_u32(best, keys[j]);
-    greatest = from_key(warp_max(best));
-    no_scores = !is_finite(greatest);
-    if (!args.renormalize || with_bias) {
-      float sum = 0;
+    for (u32 j = 0; j < kShare; ++j) sum += exp_of_summand(logits[j] - greatest);
+    scale = reciprocal(row_sum<kMode>(sum, lanes_per_row));
+  };
+  u32 keys[kShare];
 #pragma unroll
-      for (u32 j = 0; j < kShare; ++j) sum += exp_of_summand(scores[j] - greatest);
-      scale = reciprocal(warp_sum(sum));
-    }
-  }
+  for (u32 j = 0; j < kShare; ++j) keys[j] = to_key(logits[j]);
   if (with_bias) {
+    if (!args.sigmoid) {
+      u32 best = keys[0];
+#pragma unroll
+      for (u32 j = 1; j < kShare; ++j) best = max_u32(best, keys[j]);
+      greatest = from_key(row_max<kMode>(best, lanes_per_row));
+      no_scores = !is_finite(greatest);
+      sum_up();
+    }
 #pragma unroll
     for (u32 j = 0; j < kShare; ++j) {
-      const float power = exp_of_summand(args.sigmoid ? -scores[j] : scores[j] - greatest);
+      const float power = exp_of_summand(args.sigmoid ? -logits[j] : logits[j] - greatest);
       const float score = args.sigmoid ? reciprocal(1.0f + power) : power * scale;
-      const float bias = j < count ? args.bias[begin + j] : 0.0f;
-      keys[j] = to_choice((score == score && !no_scores ? score : 0.0f) + bias);
+      keys[j] = to_choice((score == score && !no_scores ? score : 0.0f) + bias[j]);
     }
-  } else if (no_scores || args.sigmoid) {
+  } else if (args.sigmoid) {
 #pragma unroll
-    for (u32 j = 0; j < kShare; ++j) keys[j] = no_scores ? kZeroKey : keys[j] > kInfKey ? kMinusInfKey : keys[j];
+    for (u32 j = 0; j < kShare; ++j) keys[j] = keys[j] > kInfKey ? kMinusInfKey : keys[j];
   }
   // Without groups what is past the last expert never wins: it is the last of the least.
-  if (kFull) {
+  if (kMode == kFull) {
 #pragma unroll
     for (u32 j = 0; j < kShare; ++j) keys[j] = j < count ? keys[j] : kNone;
   }
@@ -173,26 +217,44 @@ __device__ __forceinline__ void gate_warp(const GateArgs& args) {
 #pragma unroll
   for (u32 j = 0; j < kShare; ++j) sorted[j] = keys[j];
   sort_descending(sorted);
-  if (kFull && args.num_groups > 1) {
+  u32 best = row_max<kMode>(sorted[0], lanes_per_row);
+  if (!with_bias && !args.sigmoid) {
+    greatest = from_key(best);
+    no_scores = !is_finite(greatest);
+    if (no_scores) {
+      best = kZeroKey;
+#pragma unroll
+      for (u32 j = 0; j < kShare; ++j) {
+        keys[j] = keys[j] == kNone ? kNone : kZeroKey;
+        sorted[j] = sorted[j] == kNone ? kNone : kZeroKey;
+      }
+    }
+    if (!args.renormalize) sum_up();
+  }
+  if (kMode == kFull && args.num_groups > 1) {
     const bool chosen = is_in_chosen_group(args, group, lanes, sorted[0], sorted[1]);
 #pragma unroll
     for (u32 j = 0; j < kShare; ++j) sorted[j] = chosen ? sorted[j] : kNone;
+    best = row_max<kMode>(sorted[0], lanes_per_row);
   }
 
-  u32 winner = kNone, owner = 0;
+  u32 winner = kNone, holders = 1;
 #pragma unroll 1
-  for (u32 k = 0; k < args.topk; ++k) {
-    const u32 best = warp_max(sorted[0]);
-    const u32 first = __ffs(__ballot_sync(kFullWarp, sorted[0] == best)) - 1;
-    if (lane == k) winner = best, owner = first;
-    if (lane == first) {
+  for (u32 k = 0;;) {
+    const bool holds = sorted[0] == best;
+    const u32 all_holders = __ballot_sync(kFullWarp, holds);
+    if (lane == k) winner = best, holders = all_holders;
+    if (++k == args.topk) break;
+    if (holds && (all_holders & earlier_lanes) == 0) {
 #pragma unroll
       for (u32 j = 0; j + 1 < kShare; ++j) sorted[j] = sorted[j + 1];
       sorted[kShare - 1] = kNone;
     }
+    best = row_max<kMode>(sorted[0], lanes_per_row);
   }
 
   // Equal winners of one lane are neighbours; the n-th of them is the n-th such key of that lane.
+  const u32 owner = __ffs(holders & row_lanes) - 1;
   u32 matches = 0;
 #pragma unroll
   for (u32 j = 0; j < kShare; ++j) {
@@ -213,20 +275,19 @@ __device__ __forceinline__ void gate_warp(const GateArgs& args) {
   if (with_bias && lane < args.topk) logit = load_logit(args, row, id);
   float weight = args.sigmoid ? sigmoid(logit) : expf(logit - greatest) * scale;
   if (no_scores || lane >= args.topk) weight = 0;
-  if (args.renormalize) {
-    const float sum = warp_sum(weight);
-    weight = weight / (sum > 0 ? sum : 1.0f);
-  }
+  if (args.renormalize) weight = renormalized(weight, row_sum<kMode>(weight, lanes_per_row));
   if (lane < args.topk) write_result(args, token, lane, padded ? 0.0f : weight * args.factor, padded ? ~0u : id);
 }
 
-#define ENTRY(name, kShare, kFull)                                          \
-  extern "C" __global__ void __launch_bounds__(kMaxThreads, 8)              \
-      gate_warp##name##_##kShare(const __grid_constant__ GateArgs args) {   \
-    gate_warp<kShare, kFull>(args);                                         \
+#define ENTRY(name, kShare, kMode, kMinBlocks)                          \
+  extern "C" __global__ void __launch_bounds__(kMaxThreads, kMinBlocks) \
+      gate_##name##_##kShare(const __grid_constant__ GateArgs args) {   \
+    gate_warp<kShare, kMode>(args);                                     \
   }
-#define ENTRIES(kShare) ENTRY(, kShare, false) ENTRY(_full, kShare, true)
-ENTRIES(2)
-ENTRIES(4)
-ENTRIES(8)
-ENTRIES(16)
+ENTRY(several, 4, kSeveral, 8)
+ENTRY(several, 8, kSeveral, 8)
+ENTRY(plain, 4, kPlain, 8)
+ENTRY(plain, 8, kPlain, 8)
+ENTRY(plain, 16, kPlain, 8)
+ENTRY(full, 8, kFull, 8)
+ENTRY(full, 16, kFull, 6)

@@ -80,7 +80,7 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads) gate_wide(const __grid
     for (u32 expert = thread; expert < num_experts; expert += threads) {
       sum += expf(capped(load_logit(args, row, expert), args.softcap) - greatest);
     }
-    scale = 1.0f / block_sum(sum, sums);
+    scale = reciprocal(block_sum(sum, sums));
   }
 
   const auto score_of = [&](u32 expert) {
@@ -151,9 +151,9 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads) gate_wide(const __grid
 #pragma unroll 1
   for (u32 k = lane_id(); k < args.topk; k += kWarpSize) sum += weights[k] = score_of(winners[k]);
   sum = warp_sum(sum);
-  const float divisor = args.renormalize && sum > 0 ? sum : 1.0f;
 #pragma unroll 1
   for (u32 k = lane_id(); k < args.topk; k += kWarpSize) {
-    write_result(args, token, k, padded ? 0.0f : weights[k] / divisor * args.factor, padded ? ~0u : winners[k]);
+    const float weight = args.renormalize ? renormalized(weights[k], sum) : weights[k];
+    write_result(args, token, k, padded ? 0.0f : weight * args.factor, padded ? ~0u : winners[k]);
   }
 }

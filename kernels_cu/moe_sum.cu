@@ -8,9 +8,10 @@
 // out      output [T, H] of Element
 // grid     threads that together cover num_units; block: up to kMaxThreads threads
 //
-// One thread makes one unit of the output: 16 bytes (sum, sum_ext), or one element where strides or alignment do
-// not allow that (sum_any). It asks for kInFlight slots before it adds the first, so memory is never waited for
-// one slot at a time. `sum` is `sum_ext` without weights, ids, shared output and factor.
+// One thread makes one unit of the output: 16 bytes (2, 4, 8, ext), or one element where strides or alignment do
+// not allow that (any). It asks for kInFlight slots before it adds the first, so memory is never waited for one
+// slot at a time; more than topk would only take registers. The kernels with a number are without weights, ids,
+// shared output and factor.
 //
 // Slots whose id is negative, past the map, or mapped outside [0, num_experts) are not read.
 // Order: k ascending, in fp32; products and sums are rounded one by one (no fma), as on the CPU.
@@ -33,13 +34,18 @@ struct SumArgs {
 
 constexpr u32 kMaxThreads = 256;
 
-// 16 bytes that nobody will read again soon.
-__device__ __forceinline__ uint4 load_streaming(const char* address) {
+// 16 bytes at a time. Stores say that nothing here will read them again (.cs), which leaves more of the L2 to loads.
+__device__ __forceinline__ uint4 load_vector(const char* address) {
   uint4 v;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+  asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
                : "l"(address));
   return v;
+}
+
+__device__ __forceinline__ void store_vector(char* address, uint4 v) {
+  asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+               : "memory");
 }
 
 // What a thread holds of one slot, and its sum in fp32.
@@ -47,7 +53,7 @@ template <typename Element>
 struct Vector {
   static constexpr u32 kBytes = 16, kElements = 16 / Element::kBytes;
   uint4 words;
-  __device__ __forceinline__ void load(const char* address) { words = load_streaming(address); }
+  __device__ __forceinline__ void load(const char* address) { words = load_vector(address); }
   __device__ __forceinline__ void unpack(float* values) const {
     Element::unpack(words.x, values);
     Element::unpack(words.y, values + Element::kPerWord);
@@ -60,7 +66,7 @@ struct Vector {
     words.y = Element::pack(values + Element::kPerWord);
     words.z = Element::pack(values + 2 * Element::kPerWord);
     words.w = Element::pack(values + 3 * Element::kPerWord);
-    *reinterpret_cast<uint4*>(address) = words;
+    store_vector(address, words);
   }
 };
 
@@ -92,6 +98,41 @@ __device__ __forceinline__ void find_reads(const SumArgs& args, u32 token, u32 f
   }
 }
 
+// Adds the slots [first, first + kInFlight) of a token, which there all are (kAll) or perhaps not.
+template <typename Unit, bool kExtended, u32 kInFlight, bool kAll>
+__device__ __forceinline__ void add_slots(
+    const SumArgs& args, u32 token, u32 first, const char* input, float (&sum)[Unit::kElements]) {
+  bool reads[kInFlight];
+#pragma unroll
+  for (u32 i = 0; i < kInFlight; ++i) reads[i] = kAll || first + i < args.topk;
+  if (kExtended && args.ids != nullptr) find_reads(args, token, first, reads);
+  float weights[kInFlight];
+#pragma unroll
+  for (u32 i = 0; i < kInFlight; ++i) weights[i] = 1;
+  if (kExtended && args.weights != nullptr) {
+    const float* begin = args.weights + (i64)token * args.topk + first;
+#pragma unroll
+    for (u32 i = 0; i < kInFlight; ++i) {
+      if (kAll || first + i < args.topk) weights[i] = begin[i];
+    }
+  }
+  Unit slots[kInFlight];
+#pragma unroll
+  for (u32 i = 0; i < kInFlight; ++i, input += args.slot_stride) {
+    if (reads[i]) slots[i].load(input);
+  }
+#pragma unroll
+  for (u32 i = 0; i < kInFlight; ++i) {
+    if (!reads[i]) continue;
+    float values[Unit::kElements];
+    slots[i].unpack(values);
+#pragma unroll
+    for (u32 e = 0; e < Unit::kElements; ++e) {
+      sum[e] = __fadd_rn(sum[e], kExtended ? __fmul_rn(weights[i], values[e]) : values[e]);
+    }
+  }
+}
+
 template <typename Unit, bool kExtended, u32 kInFlight>
 __device__ __forceinline__ void moe_sum(const SumArgs& args) {
   const u32 unit = blockIdx.x * blockDim.x + threadIdx.x;
@@ -106,37 +147,16 @@ __device__ __forceinline__ void moe_sum(const SumArgs& args) {
     shared.load(args.shared + token * args.shared_stride + (i64)place * Unit::kBytes);
   }
   float sum[Unit::kElements] = {};
+  u32 first = 0;
 #pragma unroll 1
-  for (u32 first = 0; first < args.topk; first += kInFlight) {
-    Unit slots[kInFlight];
-    bool reads[kInFlight];
-#pragma unroll
-    for (u32 i = 0; i < kInFlight; ++i) reads[i] = first + i < args.topk;
-    if (kExtended && args.ids != nullptr) find_reads(args, token, first, reads);
-    float weights[kInFlight];
-#pragma unroll
-    for (u32 i = 0; i < kInFlight; ++i) weights[i] = 1;
-    if (kExtended && args.weights != nullptr) {
-      const float* begin = args.weights + (i64)token * args.topk + first;
-#pragma unroll
-      for (u32 i = 0; i < kInFlight; ++i) {
-        if (first + i < args.topk) weights[i] = begin[i];
-      }
-    }
-#pragma unroll
-    for (u32 i = 0; i < kInFlight; ++i, input += args.slot_stride) {
-      if (reads[i]) slots[i].load(input);
-    }
-#pragma unroll
-    for (u32 i = 0; i < kInFlight; ++i) {
-      if (!reads[i]) continue;
-      float values[Unit::kElements];
-      slots[i].unpack(values);
-#pragma unroll
-      for (u32 e = 0; e < Unit::kElements; ++e) {
-        sum[e] = __fadd_rn(sum[e], kExtended ? __fmul_rn(weights[i], values[e]) : values[e]);
-      }
-    }
+  for (; !kExtended && first + kInFlight <= args.topk; first += kInFlight) {
+    add_slots<Unit, kExtended, kInFlight, true>(args, token, first, input, sum);
+    input += kInFlight * args.slot_stride;
+  }
+#pragma unroll 1
+  for (; first < args.topk; first += kInFlight) {
+    add_slots<Unit, kExtended, kInFlight, false>(args, token, first, input, sum);
+    input += kInFlight * args.slot_stride;
   }
   if (kExtended) {
 #pragma unroll
@@ -151,14 +171,17 @@ __device__ __forceinline__ void moe_sum(const SumArgs& args) {
   Unit::store(args.output + token * args.output_stride + (i64)place * Unit::kBytes, sum);
 }
 
-#define ENTRY(name, Unit, kExtended, kInFlight)                                                         \
-  extern "C" __global__ void __launch_bounds__(kMaxThreads) name(const __grid_constant__ SumArgs args) { \
-    moe_sum<Unit, kExtended, kInFlight>(args);                                                          \
+#define ENTRY(name, Unit, kExtended, kInFlight, kMinBlocks)                      \
+  extern "C" __global__ void __launch_bounds__(kMaxThreads, kMinBlocks)          \
+      moe_sum_##name(const __grid_constant__ SumArgs args) {                     \
+    moe_sum<Unit, kExtended, kInFlight>(args);                                   \
   }
-#define ENTRIES(type, Element)                        \
-  ENTRY(moe_sum_##type, Vector<Element>, false, 8)    \
-  ENTRY(moe_sum_ext_##type, Vector<Element>, true, 4) \
-  ENTRY(moe_sum_any_##type, Scalar<Element>, true, 4)
+#define ENTRIES(type, Element)                      \
+  ENTRY(2_##type, Vector<Element>, false, 2, 4)     \
+  ENTRY(4_##type, Vector<Element>, false, 4, 4)     \
+  ENTRY(8_##type, Vector<Element>, false, 8, 4)     \
+  ENTRY(ext_##type, Vector<Element>, true, 4, 3)    \
+  ENTRY(any_##type, Scalar<Element>, true, 4, 3)
 ENTRIES(f32, F32)
 ENTRIES(f16, F16)
 ENTRIES(bf16, BF16)

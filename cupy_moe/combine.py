@@ -1,0 +1,237 @@
+"""moe_sum: what the experts made of a token, added up."""
+
+from __future__ import annotations
+
+import functools
+import struct
+from typing import Any, NamedTuple
+
+import torch
+
+from . import arrays, cpu, library
+from .launch import device_limits, launch
+from .plan import LaunchPlan, divisor, plan_sum
+
+__all__ = ["moe_sum"]
+
+_is_compiling = torch.compiler.is_dynamo_compiling
+_ARGUMENTS = struct.Struct("@6P5q4If3I")  # SumArgs in moe_sum.cu
+_ELEMENTS = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
+_ID_TYPES = (torch.int32, torch.int64, torch.uint32)
+# Without a map, ids from here on are no experts: they are negative, or unsigned and stand for -1.
+_NO_MAP = 2**31
+
+
+def moe_sum(
+    input: torch.Tensor,
+    out: torch.Tensor | None = None,
+    *,
+    topk_weights: torch.Tensor | None = None,
+    topk_ids: torch.Tensor | None = None,
+    expert_map: torch.Tensor | None = None,
+    routed_scaling_factor: float = 1.0,
+    shared_output: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Add up the outputs of the experts of each token: the end of a MoE layer, in one launch.
+
+    out[t] = routed_scaling_factor * sum over k of topk_weights[t, k] * input[t, k], plus shared_output[t]
+
+    input                   [T, K, H]   fp32, fp16, bf16    of the k-th expert of token t; any strides
+    out                     [T, H]      as input            written instead of allocated
+    topk_weights            [T, K]      fp32                without them, all are 1
+    topk_ids                [T, K]      int32, 64, uint32   expert of each slot; decides what is read
+    expert_map              [E]         int32               this rank's id of each expert, -1: on another rank
+    routed_scaling_factor                                   multiplies the sum, but not `shared_output`
+    shared_output           [T, H]      as input            added at the end
+
+    Returns [T, H] of the type of `input`; it is `out`, if that is given.
+
+    A slot is not read, and so may hold anything, NaN too, where its id is negative or, with an `expert_map`,
+    where the id is outside [0, E) or mapped outside [0, E). `expert_map` means nothing without `topk_ids`.
+
+    All is added in fp32, k ascending, each product and sum rounded by itself, and rounded to the type of the
+    output once. So the result is the same to the last bit at every call, on every GPU and on the CPU.
+
+    >>> input = torch.tensor([[[1.0, 2.0], [10.0, 20.0]], [[3.0, 4.0], [torch.nan, torch.nan]]])
+    >>> moe_sum(
+    ...     input,
+    ...     topk_weights=torch.tensor([[1.0, 0.5], [1.0, 0.5]]),
+    ...     topk_ids=torch.tensor([[0, 3], [2, -1]]),
+    ...     shared_output=torch.tensor([[100.0, 100.0], [200.0, 200.0]]),
+    ... ).tolist()
+    [[106.0, 112.0], [203.0, 204.0]]
+
+    Cost: one launch on torch's current stream, no synchronisation, and the output as the only allocation;
+    every used slot is read once. Where rows are no multiples of 16 bytes, not aligned to them, or H is
+    strided, elements are loaded one by one. Weights, ids and shared outputs that are not contiguous are
+    copied first. Arrays with `__dlpack__` (cupy, jax, numpy) are accepted, and give arrays of their kind.
+
+    Raises TypeError and ValueError for wrong arguments, before anything is launched; and what loading a
+    kernel for the first time raises. Semantics: vLLM's `moe_sum`, with the weights, the factor and the shared
+    experts that other engines add in further launches.
+    """
+    if type(input) is not torch.Tensor or _is_compiling():
+        return _indirectly(
+            input, out, topk_weights, topk_ids, expert_map, routed_scaling_factor, shared_output
+        )
+    if input.dim() != 3:
+        raise ValueError(f"input: expected [tokens, topk, hidden], got {list(input.shape)}")
+    num_tokens, topk, hidden = input.shape
+    device = input.device
+    weights = ids = shared = 0
+    if topk_weights is not None:
+        topk_weights = _check("topk_weights", topk_weights, (torch.float32,), (num_tokens, topk), device)
+        weights = topk_weights.data_ptr()
+    if topk_ids is not None:
+        topk_ids = _check("topk_ids", topk_ids, _ID_TYPES, (num_tokens, topk), device)
+        ids = topk_ids.data_ptr()
+    if expert_map is not None:
+        expert_map = _check("expert_map", expert_map, (torch.int32,), None, device)
+    if shared_output is not None:
+        shared_output = _check("shared_output", shared_output, (input.dtype,), (num_tokens, hidden), device)
+        shared = shared_output.data_ptr()
+    if out is None:
+        out = torch.empty((num_tokens, hidden), dtype=input.dtype, device=device)
+    else:
+        _check_out(out, input)
+
+    source, target = input.data_ptr(), out.data_ptr()
+    call = _prepare(
+        input.shape, input.stride(), out.stride(), input.dtype, device, (source | target | shared) % 16 == 0,
+        bool(shared or weights or ids), routed_scaling_factor,
+        None if topk_ids is None else topk_ids.dtype, _NO_MAP if expert_map is None else len(expert_map),
+    )  # fmt: skip
+    if call.launches is None:
+        result = cpu.moe_sum(input, topk_weights, topk_ids, expert_map, routed_scaling_factor, shared_output)
+        return out.copy_(result)
+    for first, launch_plan, constants in call.launches:
+        launch(
+            launch_plan, device.index, _ARGUMENTS,
+            source + first * call.strides[0], target + first * call.strides[3],
+            shared and shared + first * call.strides[4], weights and weights + first * topk * 4,
+            ids and ids + first * topk * call.id_bytes,
+            0 if expert_map is None else expert_map.data_ptr(), *call.strides, *constants,
+        )  # fmt: skip
+    return out
+
+
+class _Call(NamedTuple):
+    """All that follows from sizes, types and flags: worked out and checked once, looked up later."""
+
+    launches: (
+        tuple[tuple[int, LaunchPlan, tuple[Any, ...]], ...] | None
+    )  # with the first token; None: on the CPU
+    strides: tuple[int, ...] = ()  # of SumArgs
+    id_bytes: int = 4
+
+
+@functools.lru_cache(maxsize=65_536)
+def _prepare(
+    shape: torch.Size,
+    strides: tuple[int, ...],
+    out_strides: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    aligned: bool,
+    extended: bool,
+    factor: float,
+    id_type: torch.dtype | None,
+    map_length: int,
+) -> _Call:
+    if dtype not in _ELEMENTS:
+        raise TypeError(f"input: expected torch.float32, float16 or bfloat16, got {dtype}; cast it")
+    if device.type == "cpu":
+        return _Call(None)
+    if device.type != "cuda":
+        raise ValueError(f"input: expected a CUDA or CPU tensor, got one on {device}")
+    num_tokens, topk, hidden = shape
+    if num_tokens == 0 or hidden == 0:
+        return _Call(())
+    size = dtype.itemsize
+    # Strides of dimensions of length 1 mean nothing.
+    in_bytes = [stride * size if length > 1 else 0 for length, stride in zip(shape, strides, strict=True)]
+    out_bytes = out_strides[0] * size if num_tokens > 1 else 0
+    row_bytes = hidden * size
+    rows_aligned = (in_bytes[0] | in_bytes[1] | out_bytes | row_bytes) % 16 == 0
+    vectors = aligned and rows_aligned and in_bytes[2] in (0, size)
+    id_bytes = 8 if id_type is torch.int64 else 4
+    limits, element = device_limits(device.index), _ELEMENTS[dtype]
+    launches, first = [], 0
+    while first < num_tokens:
+        plan = plan_sum(
+            num_tokens - first, topk, hidden, element, size, vectors, extended or factor != 1, limits
+        )
+        constants = (
+            plan.num_tokens * plan.units_per_token, topk, map_length, id_bytes // 4, factor,
+            *divisor(plan.units_per_token),
+        )  # fmt: skip
+        launches.append((first, plan.launch, constants))
+        first += plan.num_tokens
+    return _Call(tuple(launches), (*in_bytes, out_bytes, row_bytes), id_bytes)
+
+
+def _check(
+    name: str,
+    tensor: torch.Tensor,
+    dtypes: tuple[torch.dtype, ...],
+    shape: tuple[int, ...] | None,
+    device: torch.device,
+) -> torch.Tensor:
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name}: expected a tensor or None, got {type(tensor).__name__}")
+    if tensor.dtype not in dtypes:
+        raise TypeError(f"{name}: expected {' or '.join(map(str, dtypes))}, got {tensor.dtype}; cast it")
+    if tensor.shape != shape and (shape is not None or tensor.dim() != 1):
+        expected = "[experts]" if shape is None else f"{list(shape)}"
+        raise ValueError(f"{name}: expected shape {expected}, got {list(tensor.shape)}")
+    if tensor.device != device:
+        raise ValueError(f"{name}: expected it beside input on {device}, got {tensor.device}")
+    return tensor if tensor.is_contiguous() else tensor.contiguous()
+
+
+def _check_out(out: torch.Tensor, input: torch.Tensor) -> None:
+    if not isinstance(out, torch.Tensor):
+        raise TypeError(f"out: expected a tensor or None, got {type(out).__name__}")
+    if out.dtype is not input.dtype:
+        raise TypeError(f"out: expected {input.dtype} as input, got {out.dtype}")
+    num_tokens, _, hidden = input.shape
+    if out.shape != (num_tokens, hidden) or out.device != input.device or (hidden > 1 and out.stride(1) != 1):
+        raise ValueError(
+            f"out: expected shape [{num_tokens}, {hidden}] with rows of neighbouring elements on"
+            f" {input.device}, got {list(out.shape)} with strides {list(out.stride())} on {out.device}"
+        )
+
+
+def _indirectly(input: Any, out: Any, *others: Any) -> Any:
+    """What is not a plain tensor: one that is traced, one of a subclass, or an array of another library."""
+    names = "topk_weights", "topk_ids", "expert_map", "routed_scaling_factor", "shared_output"
+    options = dict(zip(names, others, strict=True))
+    if not isinstance(input, torch.Tensor):
+        for name in ("topk_weights", "topk_ids", "expert_map", "shared_output"):
+            if options[name] is not None:
+                options[name] = arrays.from_array(name, options[name])
+        target = None if out is None else arrays.from_array("out", out)
+        result = moe_sum(arrays.from_array("input", input), target, **options)
+        return arrays.like(input)(result) if out is None else out
+    if not library.is_traced(input):
+        return moe_sum(input.as_subclass(torch.Tensor), out, **options)
+    if out is None:
+        return torch.ops.cupy_moe.moe_sum(input, **options)
+    torch.ops.cupy_moe.moe_sum.out(input, **options, out=out)
+    return out
+
+
+def _fill_out(input: torch.Tensor, *, out: torch.Tensor, **options: Any) -> None:
+    moe_sum(input, out, **options)
+
+
+def _fake(input: torch.Tensor, **options: Any) -> torch.Tensor:
+    return input.new_empty((input.shape[0], input.shape[2]))
+
+
+_SCHEMA = (
+    "(Tensor input, *, Tensor? topk_weights=None, Tensor? topk_ids=None, Tensor? expert_map=None,"
+    " float routed_scaling_factor=1.0, Tensor? shared_output=None"
+)
+library.register(f"moe_sum{_SCHEMA}) -> Tensor", moe_sum, _fake)
+library.register(f"moe_sum.out{_SCHEMA}, Tensor(a!) out) -> ()", _fill_out, lambda *_, **__: None)

@@ -1,0 +1,412 @@
+"""topk_softmax, topk_sigmoid, grouped_topk: against loops and float64, GPU against CPU; every wrong call.
+
+Grids: those of vLLM's and SGLang's tests and more, looped so that a few tests hold thousands of cases.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from cache_helpers import Everything, everything
+
+from cupy_moe import cpu, gate, grouped_topk, plan, topk_sigmoid, topk_softmax
+from cupy_moe.plan import DeviceLimits, plan_gate
+
+__all__ = ["everything"]  # a fixture
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+ID_TYPES = (torch.int32, torch.int64, torch.uint32)
+H200 = DeviceLimits((9, 0), 132, 232_448)
+
+
+def naive(
+    logits: list[float],
+    topk: int,
+    scoring: str,
+    renormalize: bool = False,
+    bias: list[float] | None = None,
+    factor: float = 1.0,
+    softcap: float = 0.0,
+    num_groups: int = 1,
+    topk_group: int = 1,
+) -> tuple[list[float], list[int]]:
+    """One row, in Python's floats."""
+    capped = [softcap * math.tanh(x / softcap) for x in logits] if softcap else logits
+    if scoring == "sigmoid":
+        scores = [1 / (1 + math.exp(-x)) if x > -80 else 0.0 for x in capped]  # 0 for NaN
+    elif not math.isfinite(max(capped)) or any(map(math.isnan, capped)):
+        scores = [0.0] * len(capped)
+    else:
+        powers = [math.exp(x - max(capped)) for x in capped]
+        scores = [power / sum(powers) for power in powers]
+    if bias is not None:
+        choice = [score + b for score, b in zip(scores, bias, strict=True)]
+    else:
+        choice = logits if scoring == "sigmoid" or any(scores) else scores
+    choice = [-math.inf if math.isnan(c) else c for c in choice]
+    size = len(choice) // num_groups
+    parts = [sorted(choice[g * size : (g + 1) * size], reverse=True) for g in range(num_groups)]
+    best = [sum(part[: 1 if bias is None else 2]) for part in parts]
+    groups = sorted(range(num_groups), key=lambda g: (-best[g], g))[:topk_group]
+    experts = [e for e in range(len(choice)) if e // size in groups]
+    ids = sorted(experts, key=lambda e: (-choice[e], e))[:topk]
+    weights = [scores[e] for e in ids]
+    if renormalize and sum(weights) > 0:
+        weights = [w / sum(weights) for w in weights]
+    return [w * factor for w in weights], ids
+
+
+def make(case: int, tokens: int, num_experts: int, dtype: torch.dtype) -> torch.Tensor:
+    """Random logits, some with many ties; in the first rows those that are no numbers or not finite."""
+    x = torch.randn(tokens, num_experts, generator=torch.Generator().manual_seed(case)) * 3
+    x = (x.round() if case % 4 == 1 else x).to(dtype)
+    if tokens > 5:
+        x[0], x[4], x[5] = 0, -torch.inf, torch.nan
+        x[1, -1], x[2, 0], x[3, num_experts // 2] = torch.inf, -torch.inf, torch.nan
+    return x
+
+
+def test_agrees_with_loops() -> None:
+    sizes = itertools.product((1, 2, 6, 8, 16, 60), (1, 3, 4, 8), ("softmax", "sigmoid"), DTYPES)
+    for case, (num_experts, topk, scoring, dtype) in enumerate(sizes):
+        if topk > num_experts:
+            continue
+        x = make(case, 12, num_experts, dtype)
+        bias = (
+            torch.randn(num_experts, generator=torch.Generator().manual_seed(case)) if case % 3 == 1 else None
+        )
+        factor, softcap = (2.5, 0.0) if case % 2 else (1.0, 30.0 if case % 5 == 2 else 0.0)
+        divisors = [g for g in (2, 3, 4) if num_experts % g == 0 and topk <= num_experts // g and not softcap]
+        groups = (divisors[case % len(divisors)], 1 + case % 2) if divisors and case % 7 > 3 else (1, 1)
+        options = (case % 2 == 1, bias, factor, softcap, None, *groups)
+        weights, ids = cpu.gate(x, topk, scoring, *options)
+        rel = 1e-5 if softcap else 2e-6
+        for row in range(len(x)):
+            expected = naive(
+                x[row].tolist(), topk, scoring, options[0], None if bias is None else bias.tolist(), factor,
+                softcap, *groups,
+            )  # fmt: skip
+            assert ids[row].tolist() == expected[1], (case, row)
+            assert weights[row].tolist() == pytest.approx(expected[0], rel=rel, abs=1e-37), (case, row)
+
+
+def test_padding_rows_and_types() -> None:
+    x, mask = torch.randn(4, 8), torch.tensor([True, False, True, False])
+    plain = topk_softmax(x, 3)
+    assert plain.topk_ids.dtype is torch.int32
+    for ids_dtype in ID_TYPES:
+        for function in (topk_softmax, topk_sigmoid):
+            weights, ids = function(x, 3, padding_mask=mask, ids_dtype=ids_dtype)
+            assert ids.dtype is ids_dtype
+            signed = ids.view(torch.int32) if ids_dtype is torch.uint32 else ids
+            assert (signed[mask] == -1).all()
+            assert (weights[mask] == 0).all()
+            assert (signed[~mask] == plain.topk_ids[~mask]).all()
+    _, ids = grouped_topk(x, 3, False, 2, 1, padding_mask=mask)
+    assert (ids[mask] == -1).all()
+
+
+def test_bias_selects_but_does_not_weigh() -> None:
+    x = torch.tensor([[2.0, 1.0, 0.0]])
+    weights, ids = topk_softmax(x, 1, e_score_correction_bias=torch.tensor([0.0, 0.0, 5.0]))
+    assert ids.tolist() == [[2]]
+    assert weights[0, 0] == pytest.approx(torch.softmax(x, 1)[0, 2].item(), rel=1e-6)
+    masked = torch.tensor([-torch.inf, torch.nan, 0.0])
+    assert topk_sigmoid(x, 3, e_score_correction_bias=masked).topk_ids.tolist() == [[2, 0, 1]]
+
+
+def test_out_numpy_and_no_tokens() -> None:
+    x = torch.randn(4, 8)
+    out = torch.empty(4, 2), torch.empty(4, 2, dtype=torch.int64)
+    result = topk_softmax(x, 2, out=out)
+    assert result.topk_weights is out[0]
+    assert result.topk_ids is out[1]
+    assert torch.equal(out[0], topk_softmax(x, 2)[0])
+    array: Any = x.numpy()
+    weights, ids = topk_softmax(array, 2)
+    assert isinstance(weights, np.ndarray)
+    assert (ids == out[1].numpy()).all()
+    assert topk_softmax(x[:0], 2).topk_ids.shape == (0, 2)
+    assert torch.equal(topk_softmax(x.T.contiguous().T, 2)[1], out[1].int())
+
+
+X = torch.randn(4, 8)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"gating_output": 3}, TypeError, "gating_output: expected a torch.Tensor or an array"),
+        ({"gating_output": X[0]}, ValueError, "gating_output: expected .tokens, experts., got .8."),
+        ({"gating_output": X.double()}, TypeError, "gating_output: expected torch.float32, .* torch.float64"),
+        ({"gating_output": X.to("meta")}, ValueError, "gating_output: expected a CUDA or CPU tensor"),
+        ({"gating_output": X[:, :0]}, ValueError, "number of experts: expected 1 to 65536, got 0"),
+        ({"topk": 0}, ValueError, "topk: expected 1 to 8, got 0"),
+        ({"topk": 9}, ValueError, "topk: expected 1 to 8, got 9"),
+        ({"gating_output": torch.ones(1, 100), "topk": 65}, ValueError, "topk: expected 1 to 64, got 65"),
+        ({"topk": 2.5}, TypeError, "topk: expected an int, got float"),
+        ({"softcap": -1.0}, ValueError, "softcap: expected 0"),
+        ({"ids_dtype": torch.int16}, TypeError, "ids_dtype: expected torch.int32, int64 or uint32"),
+        ({"e_score_correction_bias": torch.ones(7)}, ValueError, r"e_score_correction_bias: .* shape \[8\]"),
+        (
+            {"e_score_correction_bias": X[0].half()},
+            TypeError,
+            "e_score_correction_bias: expected torch.float32",
+        ),
+        ({"e_score_correction_bias": [1.0] * 8}, TypeError, "e_score_correction_bias: .* got list"),
+        ({"padding_mask": torch.ones(4)}, TypeError, "padding_mask: expected torch.bool"),
+        (
+            {"padding_mask": torch.ones(4, dtype=torch.bool, device="meta")},
+            ValueError,
+            "padding_mask: .* beside",
+        ),
+        ({"out": 3}, TypeError, "out: expected the two tensors topk_weights, topk_ids, got int"),
+        ({"out": (1, 2)}, TypeError, "out: expected a tensor for topk_weights, got int"),
+        (
+            {"out": (torch.ones(4, 2), torch.ones(4, 2))},
+            TypeError,
+            "out: expected torch.int32 or .* for topk_ids",
+        ),
+        ({"out": (torch.ones(4, 3), torch.ones(4, 2).int())}, ValueError, r"topk_weights of shape \[4, 2\]"),
+    ],
+)
+def test_wrong_arguments(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    for function in (topk_softmax, topk_sigmoid):
+        with pytest.raises(error, match=message):
+            function(**{"gating_output": X, "topk": 2, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((2, False, 3, 1), "num_expert_group: expected a divisor of 8 experts, got 3"),
+        ((2, False, 9, 1), "num_expert_group: expected 1 to 8, got 9"),
+        ((2, False, 4, 5), "topk_group: expected 1 to 4, got 5"),
+        ((3, False, 4, 1), "topk: expected 1 to 2, got 3"),
+        ((2, False, 4, 1, "tanh"), "scoring_func: expected 'softmax' or 'sigmoid', got 'tanh'"),
+    ],
+)
+def test_wrong_groups(arguments: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        grouped_topk(X, *arguments)
+
+
+def test_operator_of_torch() -> None:
+    topk_softmax(X, 2)  # registers it
+    options = X, 2, True, "softmax", 1, 1, None, 1.0, 0.0, None
+    out = {"topk_weights": torch.empty(4, 2), "topk_ids": torch.empty(4, 2, dtype=torch.int64)}
+    torch.library.opcheck(torch.ops.cupy_moe.gate.default, (*options, torch.int64))
+    torch.library.opcheck(torch.ops.cupy_moe.gate.out, options, out)
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def compiled(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        weights, ids = grouped_topk(x, 2, True, 4, 2)
+        return weights * 2, ids
+
+    weights, ids = compiled(X)
+    expected = grouped_topk(X, 2, True, 4, 2)
+    assert torch.equal(weights, expected[0] * 2)
+    assert torch.equal(ids, expected[1])
+
+
+@pytest.mark.parametrize(
+    ("size", "kernel"),
+    [
+        ((1, 256, 8, 1, 4, False, False), "gate_warp/gate_plain_8"),
+        ((1, 128, 8, 1, 4, False, False), "gate_warp/gate_plain_4"),
+        ((1, 129, 8, 1, 4, False, False), "gate_warp/gate_plain_8"),
+        ((1, 257, 8, 1, 4, False, False), "gate_warp/gate_plain_16"),
+        ((1, 512, 32, 1, 4, False, False), "gate_warp/gate_plain_16"),
+        ((1, 513, 8, 1, 4, False, False), "gate_wide/gate_wide"),
+        ((1, 512, 33, 1, 4, False, False), "gate_wide/gate_wide"),
+        ((1, 8, 2, 1, 4, False, True), "gate_wide/gate_wide"),
+        ((1, 64, 2, 1, 4, True, False), "gate_warp/gate_full_8"),
+        ((1, 256, 8, 8, 4, False, False), "gate_warp/gate_full_8"),
+        ((1, 160, 6, 8, 4, True, False), "gate_warp/gate_full_8"),
+        ((1, 264, 8, 33, 4, True, False), "gate_wide/gate_wide"),
+        ((1023, 8, 2, 1, 4, False, False), "gate_warp/gate_plain_4"),
+        ((1024, 8, 2, 1, 4, False, False), "gate_warp/gate_several_4"),
+        ((1024, 64, 8, 1, 4, True, False), "gate_warp/gate_several_8"),
+        ((1024, 65, 8, 1, 4, False, False), "gate_warp/gate_plain_4"),
+        ((1024, 64, 9, 1, 4, False, False), "gate_warp/gate_plain_4"),
+    ],
+)
+def test_plan(size: Any, kernel: str) -> None:
+    chosen = plan_gate(*size, H200)
+    assert chosen.launch.kernel == kernel
+    rows = chosen.launch.grid * chosen.launch.block // chosen.lanes_per_row
+    assert rows >= size[0] or chosen.launch.grid == size[0]
+
+
+def test_plan_refuses() -> None:
+    for kernel, size in (
+        ("plain", (1, 513, 8, 1, 4, False, False)),
+        ("plain", (1, 8, 2, 1, 4, True, False)),
+        ("plain", (1, 8, 2, 2, 4, False, False)),
+        ("full", (1, 8, 2, 1, 4, False, True)),
+        ("several", (1, 65, 2, 1, 4, False, False)),
+        ("several", (1, 64, 9, 1, 4, False, False)),
+    ):
+        with pytest.raises(ValueError, match="cannot do this"):
+            plan_gate(*size, H200, kernel)
+    with pytest.raises(ValueError, match="expected one of plain, full, several, wide"):
+        plan_gate(1, 8, 2, 1, 4, False, False, H200, "other")
+    with pytest.raises(ValueError, match="65000 experts need 260020 bytes of shared memory"):
+        plan_gate(1, 65_000, 2, 1, 4, False, False, H200)
+
+
+def test_kernels_exist(everything: Everything) -> None:
+    names = {f"gate_{mode}_{share}" for mode, shares in plan.GATE_SHARES.items() for share in shares}
+    for result in everything.results:
+        if result.unit in ("gate_warp", "gate_wide"):
+            assert set(result.kernels) == (names if result.unit == "gate_warp" else {"gate_wide"}), (
+                result.target
+            )
+
+
+def check(x: torch.Tensor, topk: int, options: tuple[Any, ...], ids_dtype: torch.dtype, kernel: Any) -> bool:
+    """One case on the GPU, if the kernel can do it. `options` are those of cpu.gate from scoring_func on."""
+    scoring, renormalize, bias, factor, softcap, mask, num_groups, topk_group = options
+    tokens = len(x)
+    buffers = [
+        torch.full((tokens + 2, topk), -77, device="cuda", dtype=torch.float32),
+        torch.full((tokens + 2, topk), 77, device="cuda", dtype=torch.int64).to(ids_dtype),
+    ]
+    out = buffers[0][1:-1], buffers[1][1:-1]
+    try:
+        gate._gate(
+            x,
+            topk,
+            renormalize,
+            scoring,
+            num_groups,
+            topk_group,
+            bias,
+            factor,
+            softcap,
+            mask,
+            ids_dtype,
+            out,
+            kernel,
+        )
+    except ValueError:
+        assert kernel not in (None, "wide")
+        return False
+    on_cpu: list[Any] = [option.cpu() if isinstance(option, torch.Tensor) else option for option in options]
+    weights, ids = cpu.gate(x.cpu(), topk, *on_cpu)
+    ours = out[1].cpu()
+    ours = ours.view(torch.int32).long() if ids_dtype is torch.uint32 else ours.long()
+    what = f"{list(x.shape)} {x.dtype} {topk=} {options=} {kernel=}"
+    assert (buffers[0][[0, -1]] == -77).all(), what
+    assert (buffers[1][[0, -1]].long() == 77).all(), what
+    same = ours == ids
+    if bias is None:
+        assert same.all(), what
+    else:  # scores within rounding of each other may change places, and no others
+        assert same.float().mean() > 0.98, what
+        valid = ids >= 0
+        for row in (~same).any(1).nonzero().flatten().tolist():
+            assert sorted(ours[row].tolist()) == sorted(set(ours[row].tolist())), what
+        assert ((ours >= 0) == valid).all(), what
+    error = (out[0].cpu() - weights).abs() / weights.abs().clamp(min=1e-30)
+    error = error[same & (weights > 1e-35)]
+    assert not len(error) or error.max() < (4e-6 if softcap else 1.5e-6), f"{what}: {error.max()}"
+    return True
+
+
+@pytest.mark.gpu
+def test_gpu_agrees_with_the_cpu() -> None:
+    experts = (1, 2, 6, 8, 16, 60, 64, 72, 128, 160, 192, 256, 320, 384, 512, 576, 1000, 4096, 5000)
+    count = 0
+    sizes = itertools.product((1, 33, 300), experts, (1, 2, 5, 8, 22, 32, 64), DTYPES)
+    for case, (tokens, num_experts, topk, dtype) in enumerate(sizes):
+        if topk > num_experts:
+            continue
+        x = make(case, tokens, num_experts, dtype).cuda()
+        if case % 7 == 3:  # strided rows, aligned or not
+            x = torch.cat([x, x[:, :1].expand(-1, 5 if case % 2 else 8)], 1)[:, :num_experts]
+        bias = torch.randn(num_experts, device="cuda") * 0.3 if case // 2 % 3 == 1 else None
+        mask = torch.rand(tokens, device="cuda") < 0.2 if case % 5 == 0 else None
+        softcap = 30.0 if case % 13 == 0 else 0.0
+        groups = [
+            (g, chosen)
+            for g, chosen in itertools.product((2, 3, 5, 8, 16, 32, 64), (1, 2, 3, 4))
+            if num_experts % g == 0 and chosen <= g and topk <= chosen * (num_experts // g) and not softcap
+        ]
+        grouping = groups[case % len(groups)] if groups and case % 3 == 0 else (1, 1)
+        scoring, factor = ("softmax", "sigmoid")[case % 2], 2.5 if case % 6 == 0 else 1.0
+        options = (scoring, case // 3 % 2 == 1, bias, factor, softcap, mask, *grouping)
+        for kernel in (None, *plan.GATE_KERNELS):
+            count += check(x, topk, options, ID_TYPES[case % 3], kernel)
+    assert count > 2000
+
+
+@pytest.mark.gpu
+def test_gpu_many_rows() -> None:
+    for tokens, num_experts, topk in (
+        (5000, 8, 2),
+        (3000, 64, 6),
+        (2049, 128, 8),
+        (1025, 256, 8),
+        (1025, 60, 4),
+    ):
+        x = make(tokens, tokens, num_experts, torch.float32).cuda()
+        bias = torch.randn(num_experts, device="cuda") * 0.1
+        for scoring, with_bias in itertools.product(("softmax", "sigmoid"), (None, bias)):
+            options = scoring, True, with_bias, 1.0, 0.0, None, 1, 1
+            for kernel in (None, "several"):
+                check(x, topk, options, torch.int32, kernel)
+
+
+@pytest.mark.gpu
+def test_gpu_weights_are_exact() -> None:
+    """Against float64, for all kernels: every weight within 1e-6, however the logits are spread."""
+    for num_experts, scale in itertools.product((8, 64, 256, 512, 4096), (0.0, 0.1, 1.0, 4.0, 20.0)):
+        x = torch.randn(500, num_experts, device="cuda") * scale
+        x[:, 0] = scale + 5  # one far above many equals: the worst case for a sum of approximate exponentials
+        for renormalize, scoring in itertools.product((False, True), ("softmax", "sigmoid")):
+            scores = torch.softmax(x.double(), 1) if scoring == "softmax" else torch.sigmoid(x.double())
+            function = topk_softmax if scoring == "softmax" else topk_sigmoid
+            for kernel in (None, "several", "wide"):
+                try:
+                    weights, ids = function(x, 8, renormalize, kernel=kernel)
+                except ValueError:
+                    continue
+                expected = scores.gather(1, ids.long())
+                expected = expected / expected.sum(1, keepdim=True) if renormalize else expected
+                error = ((weights - expected).abs() / expected)[expected > 1e-30].max().item()
+                assert error < 1e-6, (num_experts, scale, renormalize, scoring, kernel, error)
+
+
+@pytest.mark.gpu
+def test_gpu_beyond_31_bits() -> None:
+    tokens, num_experts = 4_200_000, 512
+    if torch.cuda.mem_get_info()[0] < 12 * 2**30:
+        pytest.skip("needs 12 GiB of GPU memory")
+    x = torch.empty((tokens, num_experts), dtype=torch.bfloat16, device="cuda").normal_()
+    weights, ids = topk_softmax(x, 8, True)
+    rows = slice(tokens - 100, tokens)
+    expected = topk_softmax(x[rows].cpu(), 8, True)
+    assert torch.equal(ids[rows].cpu(), expected.topk_ids)
+    torch.testing.assert_close(weights[rows].cpu(), expected.topk_weights, rtol=1e-6, atol=0)
+
+
+@pytest.mark.gpu
+def test_gpu_repeats_itself_in_a_graph() -> None:
+    x = torch.randn(700, 256, device="cuda")
+    out = torch.empty(700, 8, device="cuda"), torch.empty(700, 8, dtype=torch.int32, device="cuda")
+    first = topk_softmax(x, 8, True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        topk_softmax(x, 8, True, out=out)
+    for _ in range(3):
+        graph.replay()
+        assert torch.equal(out[0], first[0])
+        assert torch.equal(out[1], first[1])
+    assert topk_softmax(x[:0], 8).topk_ids.shape == (0, 8)
+    assert topk_softmax(x.T.contiguous().T, 8, True).topk_ids.equal(first[1])
