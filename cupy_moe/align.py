@@ -25,7 +25,8 @@ _is_compiling = torch.compiler.is_dynamo_compiling
 
 __all__ = ["MoEAlignment", "aligned_sizes", "moe_align_block_size"]
 
-_ARGUMENTS = struct.Struct("@6P2q15I")  # AlignArgs in align.cuh
+# AlignArgs in align.cuh: what changes with every call, and what follows from sizes, types and flags.
+_ARGUMENTS, _CONSTANTS = struct.Struct("@6P2qI"), struct.Struct("@14I")
 _NO_MAP, _MAP_BLOCKS, _MAP_IDS = 0, 1, 2
 # IdType in align.cuh. Ids of 2^31 and more are no experts, so u32 is read as i32: the same ids are dropped.
 _ID_TYPES = {
@@ -64,20 +65,20 @@ def moe_align_block_size(
     With n = topk_ids.numel(), E = num_experts, B = block_size and M, the number of slots, as told by
     `aligned_sizes(n, E, B, pad_sorted_ids)`:
 
-    topk_ids                any shape and strides   any integer   expert of each (token, k) pair
-    block_size              1 to 65 536                           rows that the consumer takes at a time
-    num_experts             1 to 65 536                           with `expert_map`, of all ranks together
-    expert_map              [E]                     int32         this rank's id of each expert, -1: on another rank
-    pad_sorted_ids                                                round M up to whole blocks
-    ignore_invalid_experts                                        see below; means nothing without `expert_map`
-    out                     the three results                     written instead of allocated
-    kernel                  a name in plan.ALIGN_KERNELS          forces one, for tests and benchmarks
+    topk_ids                any shape, strides  any integer   expert of each (token, k) pair
+    block_size              1 to 65 536                       rows that the consumer takes at a time
+    num_experts             1 to 65 536                       with `expert_map`, of all ranks together
+    expert_map              [E]                 int32         this rank's id of each expert, -1: another rank's
+    pad_sorted_ids                                            round M up to whole blocks
+    ignore_invalid_experts                                    see below; nothing without `expert_map`
+    out                     the three results                 written instead of allocated
+    kernel                  of plan.ALIGN_KERNELS             forces one, for tests and benchmarks
 
     Returns MoEAlignment of
-    sorted_token_ids        [M]                     int32         indices into topk_ids.view(-1), by expert, ascending
-                                                                  inside each; n in padding slots and in the tail
-    expert_ids              [ceil(M / B)]           int32         expert of each block; -1 past the last
-    num_tokens_post_pad     [1]                     int32         slots in use, a multiple of B
+    sorted_token_ids        [M]                 int32         indices into topk_ids.view(-1), by expert and
+                                                              ascending; n in padding slots and the tail
+    expert_ids              [ceil(M / B)]       int32         expert of each block; -1 past the last
+    num_tokens_post_pad     [1]                 int32         slots in use, a multiple of B
 
     Ids outside [0, E) are dropped, and so nothing that `topk_ids` holds can make it fail. With an `expert_map`,
     either all experts get their blocks and `expert_ids` is mapped afterwards, those of other ranks to -1; or,
@@ -106,13 +107,13 @@ def moe_align_block_size(
             topk_ids, block_size, num_experts, expert_map, pad_sorted_ids, ignore_invalid_experts, out, kernel
         )
     device = topk_ids.device
-    num_ids = topk_ids.numel()
     if expert_map is not None:
         _check_expert_map(expert_map, num_experts, device)
+    ids = topk_ids.data_ptr()
     call = _prepare(
-        num_ids, topk_ids.dtype, topk_ids.is_contiguous() and topk_ids.data_ptr() % 16 == 0, device, block_size, num_experts,
-        0 if expert_map is None else _MAP_IDS if ignore_invalid_experts else _MAP_BLOCKS,
-        bool(pad_sorted_ids), kernel,
+        topk_ids.numel(), topk_ids.dtype, ids % 16 == 0 and topk_ids.is_contiguous(), device,
+        block_size, num_experts, pad_sorted_ids,
+        0 if expert_map is None else _MAP_IDS if ignore_invalid_experts else _MAP_BLOCKS, kernel,
     )  # fmt: skip
     if out is None:
         sorted_token_ids = torch.empty(call.num_slots, dtype=torch.int32, device=device)
@@ -123,7 +124,7 @@ def moe_align_block_size(
             out, call.num_slots, call.num_blocks, device
         )
     if call.plan is None:
-        block_size, num_experts = call.constants  # ints, where the arguments may be equal to them
+        block_size, num_experts = call.sizes
         results = cpu.moe_align_block_size(
             topk_ids, block_size, num_experts, expert_map, pad_sorted_ids, ignore_invalid_experts
         )
@@ -135,16 +136,16 @@ def moe_align_block_size(
     row_stride = col_stride = num_cols = 1
     if not call.vectors:
         topk_ids, num_cols, row_stride, col_stride = _as_rows(topk_ids)
+        ids = topk_ids.data_ptr()
     scratch = 0
     if call.plan.scratch_words:
         workspace = torch.empty(call.plan.scratch_words, dtype=torch.int32, device=device)
         scratch = workspace.data_ptr()
     for launch_plan in call.plan.launches:
         launch(
-            launch_plan, device.index, _ARGUMENTS,
-            topk_ids.data_ptr(), 0 if expert_map is None else expert_map.data_ptr(),
+            launch_plan, device.index, _ARGUMENTS, ids, 0 if expert_map is None else expert_map.data_ptr(),
             sorted_token_ids.data_ptr(), expert_ids.data_ptr(), num_tokens_post_pad.data_ptr(), scratch,
-            row_stride, col_stride, num_cols, *call.constants,
+            row_stride, col_stride, num_cols, constants=call.constants,
         )  # fmt: skip
     return MoEAlignment(sorted_token_ids, expert_ids, num_tokens_post_pad)
 
@@ -156,7 +157,8 @@ class _Call(NamedTuple):
     num_blocks: int
     vectors: bool  # contiguous ids, aligned to 16 bytes
     plan: AlignPlan | None  # None: on the CPU
-    constants: tuple[int, ...]  # the fields of AlignArgs from id_type on; on the CPU the two sizes
+    constants: bytes  # the fields of AlignArgs from id_type on
+    sizes: tuple[int, int]  # block_size and num_experts as ints, where the arguments may be equal to them
 
 
 @functools.lru_cache(maxsize=65_536)
@@ -167,8 +169,8 @@ def _prepare(
     device: torch.device,
     block_size: int,
     num_experts: int,
-    map_mode: int,
     pad_sorted_ids: bool,
+    map_mode: int,
     kernel: str | None,
 ) -> _Call:
     if dtype not in _ID_TYPES:
@@ -177,7 +179,7 @@ def _prepare(
     _check_int("num_experts", num_experts, MAX_EXPERTS)
     num_slots, num_blocks = aligned_sizes(num_ids, num_experts, block_size, pad_sorted_ids)
     if device.type == "cpu":
-        return _Call(num_slots, num_blocks, vectors, None, (block_size, num_experts))
+        return _Call(num_slots, num_blocks, vectors, None, b"", (block_size, num_experts))
     if device.type != "cuda":
         raise ValueError(f"topk_ids: expected a CUDA or CPU tensor, got one on {device}")
     id_type = _ID_TYPES[dtype]
@@ -185,11 +187,11 @@ def _prepare(
     plan = plan_align(
         num_ids, num_experts, num_slots, block_size, reader, device_limits(device.index), kernel
     )
-    constants = (
+    constants = _CONSTANTS.pack(
         id_type, num_ids, num_experts, num_slots, num_blocks, map_mode, *divisor(block_size),
         plan.per_block, *divisor(plan.per_row), plan.num_rows,
     )  # fmt: skip
-    return _Call(num_slots, num_blocks, vectors, plan, constants)
+    return _Call(num_slots, num_blocks, vectors, plan, constants, (block_size, num_experts))
 
 
 def _check_int(name: str, value: int, most: int) -> None:
@@ -226,16 +228,19 @@ def _check_out(
     num_blocks: int,
     device: torch.device,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    index = -1 if device.index is None else device.index  # as get_device() tells
     try:
-        sorted_token_ids, expert_ids, num_tokens_post_pad = out
-        if (
-            sorted_token_ids.dtype is expert_ids.dtype is num_tokens_post_pad.dtype is torch.int32
-            and sorted_token_ids.shape == (num_slots,)
-            and expert_ids.shape == (num_blocks,)
-            and num_tokens_post_pad.shape == (1,)
-            and sorted_token_ids.device == expert_ids.device == num_tokens_post_pad.device == device
-            and sorted_token_ids.is_contiguous()
-            and expert_ids.is_contiguous()
+        first, second, third = out
+        if (  # the cheapest calls of each kind: this runs with every launch
+            first.dtype is second.dtype is third.dtype is torch.int32
+            and first.numel() == num_slots
+            and second.numel() == num_blocks
+            and third.numel() == 1
+            and first.dim() == second.dim() == third.dim() == 1
+            and first.get_device() == second.get_device() == third.get_device() == index
+            and (index >= 0 or first.device == second.device == third.device == device)
+            and first.is_contiguous()
+            and second.is_contiguous()
         ):
             return out
     except (AttributeError, TypeError, ValueError):

@@ -34,36 +34,40 @@ _current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.
 
 
 class _Arguments(threading.local):
-    """The calling thread's argument buffer, and the array of one pointer to it that the driver wants."""
+    """The calling thread's argument buffer, and the address of an array of one pointer to it."""
 
     def __init__(self) -> None:
         # cuLaunchKernel needs a current context, which a new thread gets from its first runtime call.
         torch.cuda.set_device(torch.cuda.current_device())
-        self.buffer = ctypes.create_string_buffer(MAX_ARGUMENT_BYTES)
-        self.pointers = (ctypes.c_void_p * 1)(ctypes.addressof(self.buffer))
-        self.address = ctypes.addressof(self.pointers)
+        buffer = ctypes.create_string_buffer(MAX_ARGUMENT_BYTES)
+        self.pointers = (ctypes.c_void_p * 1)(ctypes.addressof(buffer))
+        # One attribute, since each look-up in a thread's own dictionary takes a while.
+        self.buffer_and_address = memoryview(buffer).cast("B"), ctypes.addressof(self.pointers)
 
 
 _arguments: _Arguments  # made with the first load: it needs a GPU
 
 
-def launch(plan: LaunchPlan, device: int, layout: struct.Struct, *values: int) -> None:
+def launch(
+    plan: LaunchPlan, device: int, layout: struct.Struct, *values: int, constants: bytes = b""
+) -> None:
     """Launch a kernel on a device, whatever the current device is.
 
-    `values` are the fields of the kernel's argument struct, in the order of `layout`. A few microseconds; the
-    first call of a kernel on a device loads it, and compiles it where no cubin is found. Raises what
-    `modules.kernel` raises.
+    `values` are the fields of the kernel's argument struct, in the order of `layout`; `constants` are those
+    after them, packed beforehand. A few microseconds; the first call of a kernel on a device loads it, and
+    compiles it where no cubin is found. Raises what `modules.kernel` raises.
     """
     if _current_device() != device:
         with torch.cuda.device(device):
-            launch(plan, device, layout, *values)
+            launch(plan, device, layout, *values, constants=constants)
         return
-    function = _functions.get((device, plan.kernel)) or _load(device, plan.kernel)
-    layout.pack_into(_arguments.buffer, 0, *values)
-    _launch_kernel(
-        function, plan.grid, 1, 1, plan.block, 1, 1, plan.shared_bytes,
-        _current_stream(device), _arguments.address, 0,
-    )  # fmt: skip
+    kernel, grid, block, shared_bytes = plan
+    function = _functions.get((device, kernel)) or _load(device, kernel)
+    buffer, address = _arguments.buffer_and_address
+    layout.pack_into(buffer, 0, *values)
+    if constants:
+        buffer[layout.size : layout.size + len(constants)] = constants
+    _launch_kernel(function, grid, 1, 1, block, 1, 1, shared_bytes, _current_stream(device), address, 0)
 
 
 @functools.cache
