@@ -68,7 +68,7 @@ def moe_align_block_size(
     topk_ids                any shape, strides  any integer   expert of each (token, k) pair
     block_size              1 to 65 536                       rows that the consumer takes at a time
     num_experts             1 to 65 536                       with `expert_map`, of all ranks together
-    expert_map              [E]                 int32         this rank's id of each expert, -1: another rank's
+    expert_map              [E]                 int32         this rank's id of each, -1: another rank's
     pad_sorted_ids                                            round M up to whole blocks
     ignore_invalid_experts                                    see below; nothing without `expert_map`
     out                     the three results                 written instead of allocated
@@ -80,7 +80,7 @@ def moe_align_block_size(
     expert_ids              [ceil(M / B)]       int32         expert of each block; -1 past the last
     num_tokens_post_pad     [1]                 int32         slots in use, a multiple of B
 
-    Ids outside [0, E) are dropped, and so nothing that `topk_ids` holds can make it fail. With an `expert_map`,
+    Ids outside [0, E) are dropped, so nothing that `topk_ids` holds can make it fail. With an `expert_map`,
     either all experts get their blocks and `expert_ids` is mapped afterwards, those of other ranks to -1; or,
     with `ignore_invalid_experts`, pairs of other ranks are dropped and experts are numbered and ordered as on
     this rank. A map entry outside [-1, E) counts as -1.
