@@ -8,10 +8,15 @@ from __future__ import annotations
 
 import functools
 import itertools
+import os
 import random
+import subprocess
+import sys
 import threading
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,7 +25,14 @@ import torch
 from align_cases import ID_TYPES, kernel_of, layouts
 
 import cupy_moe.align
-from cupy_moe import MoEAlignment, aligned_sizes, cpu, moe_align_block_size, plan
+from cupy_moe import (
+    MoEAlignment,
+    aligned_sizes,
+    batched_moe_align_block_size,
+    cpu,
+    moe_align_block_size,
+    plan,
+)
 from cupy_moe.launch import device_limits
 from cupy_moe.plan import ALIGN_KERNELS
 
@@ -70,6 +82,7 @@ def check(
     pad: bool = False,
     ignore: bool = False,
     *,
+    every_kernel: bool = False,
     kernels: tuple[str | None, ...] = (None,),
     runs: int = 1,
     offset: int = 0,
@@ -77,6 +90,8 @@ def check(
 ) -> None:
     expected = cpu.moe_align_block_size(topk_ids, block_size, num_experts, expert_map, pad, ignore)
     outputs = Outputs((*aligned_sizes(topk_ids.numel(), num_experts, block_size, pad), 1), offset)
+    if every_kernel:
+        kernels = None, *possible(topk_ids, num_experts, block_size)
     for kernel in kernels:
         for run in range(runs):
             case = (
@@ -90,13 +105,12 @@ def check(
             outputs.check(expected, case)
 
 
-def possible(num_ids: int, num_experts: int) -> tuple[str, ...]:
-    """The kernels that can take this many ids and experts here: few ids, little memory, no clusters."""
+def possible(topk_ids: torch.Tensor, num_experts: int, block_size: int = 16) -> tuple[str, ...]:
+    """The kernels that can do it here, as plan.py says, whose reasons test_plan.py looks at."""
 
     def is_possible(kernel: str) -> bool:
-        topk_ids = torch.zeros(num_ids, dtype=torch.int32, device="cuda")
         try:
-            moe_align_block_size(topk_ids, 16, num_experts, kernel=kernel)
+            moe_align_block_size(topk_ids, block_size, num_experts, kernel=kernel)
         except ValueError:
             return False
         return True
@@ -124,6 +138,10 @@ def half_local(num_experts: int, garbage: bool = False) -> torch.Tensor:
         wild = torch.tensor([-(2**31), -2, num_experts, 2**31 - 1, num_experts + 31], dtype=torch.int32)
         local[1::3] = wild.repeat(num_experts)[: len(local[1::3])].cuda()
     return local
+
+
+def equal(results: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
 
 
 @pytest.fixture
@@ -157,8 +175,7 @@ def test_routings(name: str) -> None:
     for tokens, topk, num_experts in (
         (16, 8, 256), (128, 2, 64), (512, 8, 128), (1024, 8, 256), (4096, 2, 64), (8192, 8, 256)
     ):  # fmt: skip
-        kernels = (None, *possible(tokens * topk, num_experts))
-        check(make(name, tokens, topk, num_experts), 128, num_experts, kernels=kernels, note=name)
+        check(make(name, tokens, topk, num_experts), 128, num_experts, every_kernel=True, note=name)
 
 
 def test_invalid_ids() -> None:
@@ -168,7 +185,6 @@ def test_invalid_ids() -> None:
         (8, 4, 80, 8),
         (3000, 8, 64, 16),
     ):
-        kernels = (None, *possible(tokens * topk, num_experts))
         for dtype, mapped, ignore in itertools.product(
             (torch.int32, torch.int64), (False, True), (False, True)
         ):
@@ -182,21 +198,20 @@ def test_invalid_ids() -> None:
             some = torch.where(drawn((tokens, topk), 0, 3) == 0, spoiled, ids).to(dtype)
             expert_map = half_local(num_experts) if mapped else None
             for topk_ids in (some, spoiled.to(dtype)):
-                check(topk_ids, block_size, num_experts, expert_map, ignore=ignore, kernels=kernels)
+                check(topk_ids, block_size, num_experts, expert_map, ignore=ignore, every_kernel=True)
 
 
 def test_ids_beyond_32_bits() -> None:
     """Ids whose low 32 bits would be an expert."""
     ids = drawn((500, 4), 0, 8, torch.int64) + (drawn((500, 4), -2, 3, torch.int64) << 32)
     for view in layouts(ids).values():
-        check(view, 16, 8, kernels=(None, *possible(2000, 8)))
+        check(view, 16, 8, every_kernel=True)
     check(ids[:8], 16, 8, kernels=("small",))
 
 
 def test_expert_maps() -> None:
     for tokens, topk, num_experts in itertools.product((16, 32, 2048, 8192), (2, 4), (8, 64, 257)):
         ids = make("with_invalid", tokens, topk, num_experts)
-        kernels = (None, *possible(ids.numel(), num_experts))
         none = torch.full((num_experts,), -1, dtype=torch.int32, device="cuda")
         every = torch.arange(num_experts, dtype=torch.int32, device="cuda")
         maps = {
@@ -204,7 +219,7 @@ def test_expert_maps() -> None:
             "identity": every, "reversed": every.flip(0), "all the same": every * 0 + 1,
         }  # fmt: skip
         for (note, expert_map), ignore in itertools.product(maps.items(), (False, True)):
-            check(ids, 64, num_experts, expert_map, ignore=ignore, kernels=kernels, note=note)
+            check(ids, 64, num_experts, expert_map, ignore=ignore, every_kernel=True, note=note)
 
 
 def test_tiny_grid_of_sglang() -> None:
@@ -223,29 +238,21 @@ def test_many_experts() -> None:
         (1025, 2048, 4095, 8191, 9000, 20_000, 65_535, 65_536), (1, 8, 32, 256, 3000)
     ):
         ids = drawn((tokens, 8), -1, num_experts + 2)
-        kernels = (None, *possible(ids.numel(), num_experts))
-        check(ids, 64, num_experts, kernels=kernels)
+        check(ids, 64, num_experts, every_kernel=True)
         if tokens in (8, 256):
             for ignore in (False, True):
-                check(
-                    ids,
-                    16,
-                    num_experts,
-                    half_local(num_experts, garbage=True),
-                    ignore=ignore,
-                    kernels=kernels,
-                )
+                expert_map = half_local(num_experts, garbage=True)
+                check(ids, 16, num_experts, expert_map, ignore=ignore, every_kernel=True)
 
 
 def test_any_block_size() -> None:
     for block_size in (1, 2, 3, 7, 48, 100, 127, 129, 1000, 4099, 32_768, 65_535, 65_536):
         for num_ids, num_experts in ((1, 1), (60, 8), (1000, 64), (20_000, 33)):
             ids = drawn((num_ids,), -1, num_experts)
-            kernels = (None, *possible(num_ids, num_experts))
             for pad in (False, True):
-                check(ids, block_size, num_experts, pad=pad, kernels=kernels)
+                check(ids, block_size, num_experts, pad=pad, every_kernel=True)
     for num_ids in (1, 3000):
-        check(drawn((num_ids,), 0, 2), 65_536, 2, kernels=(None, *possible(num_ids, 2)))
+        check(drawn((num_ids,), 0, 2), 65_536, 2, every_kernel=True)
     check(drawn((300,), 0, 65_536), 65_536, 65_536, kernels=(None, "global_large"))
 
 
@@ -264,14 +271,14 @@ def test_slots_close_to_the_limit_of_int32() -> None:
 def test_a_million_ids() -> None:
     for name, num_experts in (("uniform", 8), ("skewed", 256), ("all_to_one", 64), ("with_invalid", 512)):
         ids = make(name, 131_072, 8, num_experts)
-        check(ids, 128, num_experts, kernels=(None, *possible(ids.numel(), num_experts)), note=name)
+        check(ids, 128, num_experts, every_kernel=True, note=name)
     check(drawn((1_000_003,), 0, 65_536, torch.int64), 16, 65_536)
 
 
 def test_no_ids() -> None:
     for shape, num_experts in itertools.product(((0,), (0, 8), (5, 0)), (1, 64, 65_536)):
         ids = torch.empty(shape, dtype=torch.int32, device="cuda")
-        for kernel in (None, *possible(0, num_experts)):
+        for kernel in (None, *possible(ids, num_experts)):
             aligned = moe_align_block_size(ids, 16, num_experts, kernel=kernel)
             assert [result.tolist() for result in aligned] == [[], [], [0]], (
                 f"{shape=} {num_experts=} {kernel=}"
@@ -282,47 +289,49 @@ def test_no_ids() -> None:
 
 
 def test_every_kernel_at_every_threshold() -> None:
-    limits = (plan.SMALL_MAX_IDS, plan.SHARED_MAX_IDS, plan.CLUSTER8_MAX_IDS)
+    limits = (plan.SMALL_FAST_IDS, plan.SMALL_MAX_IDS, plan.SHARED_FAST_IDS, plan.CLUSTER8_FAST_IDS)
     sizes = {0, 1, 2, 31, 32, 33, 255, 256, 257, 1023, 1024, 1025, 4095, 4096, 4097, 100_003}
     sizes |= {limit + step for limit in limits for step in (-1, 0, 1)}
     for num_ids, num_experts in itertools.product(sorted(sizes), (1, 8, 257, 1500)):
         ids = drawn((num_ids,), -1, num_experts + 1)
-        check(ids, 16, num_experts, kernels=(None, *possible(num_ids, num_experts)), runs=2)
+        check(ids, 16, num_experts, every_kernel=True, runs=2)
 
 
 def test_the_kernel_that_is_planned_is_the_one_that_runs(launched: list[str]) -> None:
     limits = device_limits(torch.cuda.current_device())
-    bounds = (plan.SMALL_MAX_IDS, plan.SHARED_MAX_IDS, plan.CLUSTER8_MAX_IDS)
+    clusters = limits.capability >= (9, 0)
     seen = set()
-    for num_ids in (bound + step for bound in bounds for step in (-1, 0, 1)):
-        for num_experts in (64, 65_536):
+    for bound, below, above in (
+        (plan.SMALL_FAST_IDS, "small", "shared"),
+        (plan.SHARED_FAST_IDS, "shared", "cluster8" if clusters else "shared"),
+        (plan.CLUSTER8_FAST_IDS, "cluster8" if clusters else "shared", "cluster16" if clusters else "global"),
+    ):
+        for num_ids, expected in ((bound - 1, below), (bound, below), (bound + 1, above)):
             launched.clear()
-            moe_align_block_size(drawn((num_ids,), 0, num_experts), 16, num_experts)
-            if num_ids <= plan.SMALL_MAX_IDS:
-                expected = "align_small/align_small_i32"
-            elif num_experts > 60_000:
-                expected = "align_global/align_count_large_i32"
-            elif num_ids <= plan.SHARED_MAX_IDS:
-                expected = "align_shared/align_shared_i32"
-            elif limits.capability < (9, 0):
-                expected = "align_global/align_count_i32"
-            else:
-                cluster = 8 if num_ids <= plan.CLUSTER8_MAX_IDS else 16
-                expected = f"align_shared/align_shared_cluster{cluster}_i32"
-            assert launched[0] == expected, f"{num_ids=} {num_experts=}"
-            assert len(launched) == (2 if "global" in expected else 1)
+            moe_align_block_size(drawn((num_ids,), 0, 64), 16, 64)
+            assert kernel_of(as_plan(launched)) == expected, f"{num_ids=}"
             seen.add(expected)
-    assert len(seen) >= 4
+            num_slots, _ = aligned_sizes(num_ids, 64, 16)
+            planned = plan.plan_align(num_ids, 64, num_slots, 16, "i32", limits)
+            assert launched == [launch.kernel for launch in planned.launches]
+    launched.clear()
+    moe_align_block_size(drawn((1000,), 0, 65_536), 16, 65_536)
+    assert kernel_of(as_plan(launched)) == "global_large"
+    assert len(seen) == (4 if clusters else 3)
+
+
+def as_plan(launched: list[str]) -> plan.AlignPlan:
+    launches = tuple(plan.LaunchPlan(name, 1, 32, 0) for name in launched)
+    return plan.AlignPlan(launches, per_block=1, num_rows=1)
 
 
 def test_a_forced_kernel_is_the_one_that_runs(launched: list[str]) -> None:
     ids = drawn((100,), 0, 64)
-    for kernel in possible(100, 64):
+    for kernel in possible(ids, 64):
         launched.clear()
         moe_align_block_size(ids, 16, 64, kernel=kernel)
-        launches = tuple(plan.LaunchPlan(name, 1, 32, 0) for name in launched)
-        assert kernel_of(plan.AlignPlan(launches, *[0] * (len(plan.AlignPlan._fields) - 1))) == kernel
-    assert len(possible(100, 64)) == (6 if torch.cuda.get_device_capability() >= (9, 0) else 4)
+        assert kernel_of(as_plan(launched)) == kernel
+    assert len(possible(ids, 64)) == (6 if torch.cuda.get_device_capability() >= (9, 0) else 4)
 
 
 def test_one_reader_for_each_kind_of_ids(launched: list[str]) -> None:
@@ -339,31 +348,33 @@ def test_one_reader_for_each_kind_of_ids(launched: list[str]) -> None:
 
 
 def test_every_type_and_layout() -> None:
-    for dtype, (tokens, topk) in itertools.product(ID_TYPES, ((1, 1), (12, 3), (600, 4), (4100, 5))):
-        num_experts = 100
-        ids = make("with_invalid", tokens, topk, num_experts).to(torch.int64)
-        ids = ids.clamp(torch.iinfo(dtype).min, torch.iinfo(dtype).max).to(dtype)
-        kernels = (None, *possible(ids.numel(), num_experts))
+    # With 300 experts 255 is one and -1 is not, with 65,536 so are 65,535 and -1.
+    for dtype, (tokens, topk), num_experts in itertools.product(
+        ID_TYPES, ((1, 1), (12, 3), (600, 4), (4100, 5)), (100, 300, 65_536)
+    ):
+        limits = torch.iinfo(dtype)
+        low, high = max(limits.min, -3), min(limits.max, num_experts + 2)
+        ids = drawn((tokens, topk), low, high + 1, torch.int64)
+        ids[0, 0], ids[-1, -1] = limits.min, limits.max
+        ids = ids.to(dtype)
         for note, view in layouts(ids).items():
-            check(view, 16, num_experts, kernels=kernels, note=note)
+            check(view, 16, num_experts, every_kernel=True, note=note)
     expanded = drawn((700, 1), 0, 9).expand(700, 6)
-    check(expanded, 16, 9, kernels=(None, *possible(4200, 9)), note="expanded")
+    check(expanded, 16, 9, every_kernel=True, note="expanded")
 
 
 def test_outputs_and_ids_at_any_address() -> None:
     for dtype, start, offset in itertools.product((torch.int32, torch.int64), (0, 1, 2, 3), (0, 1, 2, 3)):
         for num_ids in (50, 3000, 20_000):
             ids = drawn((num_ids + start,), 0, 64, dtype)[start:]
-            check(
-                ids, 13, 64, kernels=(None, *possible(num_ids, 64)), offset=offset, note=f"{start=} {offset=}"
-            )
+            check(ids, 13, 64, every_kernel=True, offset=offset, note=f"{start=} {offset=}")
 
 
 def test_five_runs_give_the_same_bits() -> None:
     for tokens, topk, block_size, num_experts in ((128, 2, 32, 64), (4097, 16, 128, 256), (2048, 8, 128, 64)):
         ids = make("with_invalid", tokens, topk, num_experts)
-        kernels = possible(ids.numel(), num_experts)
-        check(ids, block_size, num_experts, kernels=(None, *kernels), runs=5)
+        kernels = possible(ids, num_experts, block_size)
+        check(ids, block_size, num_experts, every_kernel=True, runs=5)
         first = moe_align_block_size(ids, block_size, num_experts)
         for kernel in (*kernels, *kernels):
             for a, b in zip(
@@ -380,7 +391,7 @@ def test_random_calls() -> None:
         block_size = int(2 ** chance.uniform(0, 9))
         ids = drawn((num_ids,), -1, num_experts + 1, chance.choice((torch.int32, torch.int64, torch.int16)))
         expert_map = chance.choice((None, half_local(num_experts, garbage=True)))
-        kernel = chance.choice((None, *possible(num_ids, num_experts)))
+        kernel = chance.choice((None, *possible(ids, num_experts, block_size)))
         pad, ignore = chance.random() < 0.5, chance.random() < 0.5
         check(
             ids,
@@ -397,13 +408,12 @@ def test_random_calls() -> None:
 def test_sanitize_every_kernel() -> None:
     """Small enough for compute-sanitizer, which scripts/sanitize runs this under."""
     for num_ids, num_experts in ((0, 5), (1, 5), (100, 7), (1500, 300), (9000, 20), (300, 20_000)):
-        kernels = possible(num_ids, num_experts)
         for dtype, mapped, ignore in (
             (torch.int32, False, False), (torch.int64, True, False), (torch.int16, True, True)
         ):  # fmt: skip
             expert_map = half_local(num_experts, garbage=True) if mapped else None
             ids = drawn((num_ids,), -1, num_experts + 1, dtype)
-            for kernel in kernels:
+            for kernel in possible(ids, num_experts, 7):
                 moe_align_block_size(ids, 7, num_experts, expert_map, False, ignore, kernel=kernel)
     torch.cuda.synchronize()
 
@@ -414,7 +424,7 @@ def test_sanitize_every_kernel() -> None:
 def graph_cases() -> Iterator[tuple[str | None, int, int, list[torch.Tensor]]]:
     for num_ids, num_experts in ((64, 64), (4096, 64), (10_000, 128), (60_000, 128)):
         batches = [drawn((num_ids,), -1, num_experts + low) for low in range(3)]
-        for kernel in (None, *possible(num_ids, num_experts)):
+        for kernel in (None, *possible(batches[0], num_experts)):
             yield kernel, num_ids, num_experts, batches
 
 
@@ -432,14 +442,14 @@ def test_graph_replayed_with_other_ids() -> None:
             graph.replay()
             expected = cpu.moe_align_block_size(batch, 16, num_experts)
             outputs.check(expected, f"{kernel=} {num_ids=} batch {index}")
-            assert all(torch.equal(a, b) for a, b in zip(allocated, expected, strict=True)), f"{kernel=}"
+            assert equal(allocated, expected), f"{kernel=}"
 
 
 def test_two_graphs_replayed_at_once() -> None:
     num_experts, streams = 64, [torch.cuda.Stream(), torch.cuda.Stream()]
     for num_ids in (100, 4096, 40_000):
-        for kernel in (None, *possible(num_ids, num_experts)):
-            batches = [drawn((num_ids,), -1, num_experts + low) for low in (0, 1)]
+        batches = [drawn((num_ids,), -1, num_experts + low) for low in (0, 1)]
+        for kernel in (None, *possible(batches[0], num_experts)):
             graphs, results = [], []
             for batch in batches:
                 graph = torch.cuda.CUDAGraph()
@@ -454,14 +464,14 @@ def test_two_graphs_replayed_at_once() -> None:
             torch.cuda.synchronize()
             for batch, result in zip(batches, results, strict=True):
                 expected = cpu.moe_align_block_size(batch, 16, num_experts)
-                assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True)), f"{kernel=}"
+                assert equal(result, expected), f"{kernel=}"
 
 
 def test_two_streams_at_once() -> None:
     num_experts, streams = 64, [torch.cuda.Stream(), torch.cuda.Stream()]
     for num_ids in (100, 4096, 40_000):
-        for kernel in (None, *possible(num_ids, num_experts)):
-            batches = [drawn((num_ids,), -1, num_experts + low) for low in (0, 1)]
+        batches = [drawn((num_ids,), -1, num_experts + low) for low in (0, 1)]
+        for kernel in (None, *possible(batches[0], num_experts)):
             outs = [Outputs((*aligned_sizes(num_ids, num_experts, 16), 1)) for _ in batches]
             torch.cuda.synchronize()
             for _ in range(20):
@@ -478,7 +488,7 @@ def test_it_runs_on_the_current_stream() -> None:
     """The ids arrive late, on a stream of their own: any other stream would read the ones before."""
     late, before = drawn((4096,), 0, 64), drawn((4096,), 0, 7)
     expected = cpu.moe_align_block_size(late, 16, 64)
-    for kernel in (None, *possible(4096, 64)):
+    for kernel in (None, *possible(late, 64)):
         ids, stream = before.clone(), torch.cuda.Stream()
         moe_align_block_size(ids, 16, 64, kernel=kernel)  # loaded before the race starts
         torch.cuda.synchronize()
@@ -488,7 +498,7 @@ def test_it_runs_on_the_current_stream() -> None:
             result = moe_align_block_size(ids, 16, 64, kernel=kernel)
             assert not stream.query(), "the call waited for its stream"
         stream.synchronize()
-        assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True)), f"{kernel=}"
+        assert equal(result, expected), f"{kernel=}"
 
 
 def test_eight_threads() -> None:
@@ -504,7 +514,7 @@ def test_eight_threads() -> None:
             with torch.cuda.stream(torch.cuda.Stream()):
                 for run in range(50):
                     result = moe_align_block_size(batches[index], 16, 64)
-                    if not all(torch.equal(a, b) for a, b in zip(result, expected[index], strict=True)):
+                    if not equal(result, expected[index]):
                         failures.append(f"thread {index}, {run=}")
         except Exception as error:
             failures.append(f"thread {index}: {error!r}")
@@ -518,9 +528,37 @@ def test_eight_threads() -> None:
     assert not any(thread.is_alive() for thread in threads)
 
 
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_in_worker_processes(method: str, tmp_path: Path) -> None:
+    """A parent that has used the CPU path, and no GPU yet, starts workers that do."""
+    script = tmp_path / "parent.py"
+    script.write_text(
+        "import multiprocessing, torch, cupy_moe\n"
+        "def work(seed):\n"
+        "    ids = torch.randint(-1, 9, (500, 4), generator=torch.Generator().manual_seed(seed))\n"
+        "    expected = cupy_moe.moe_align_block_size(ids, 16, 8)\n"
+        "    aligned = cupy_moe.moe_align_block_size(ids.cuda(), 16, 8)\n"
+        "    return all(torch.equal(a.cpu(), b) for a, b in zip(aligned, expected))\n"
+        "if __name__ == '__main__':\n"
+        "    cupy_moe.moe_align_block_size(torch.tensor([1, 0]), 2, 2)\n"
+        f"    with multiprocessing.get_context({method!r}).Pool(2) as pool:\n"
+        "        print(pool.map(work, range(4)))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.stdout.strip() == "[True, True, True, True]", done.stderr
+
+
 def test_the_call_does_not_synchronize() -> None:
     ids, expert_map = drawn((4096,), 0, 64), half_local(64)
-    kernels = possible(4096, 64)
+    kernels, transposed = possible(ids, 64), ids.view(1024, 4).t()
+    others = possible(transposed, 64)
     for ignore in (False, True):
         moe_align_block_size(ids, 16, 64, expert_map, ignore_invalid_experts=ignore)
     with warnings.catch_warnings():
@@ -531,7 +569,8 @@ def test_the_call_does_not_synchronize() -> None:
             ids.max().item()
         for kernel in (None, *kernels):
             moe_align_block_size(ids, 16, 64, expert_map, kernel=kernel)
-            moe_align_block_size(ids.view(1024, 4).t(), 16, 64, kernel=kernel)
+        for kernel in (None, *others):
+            moe_align_block_size(transposed, 16, 64, kernel=kernel)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -590,12 +629,14 @@ def test_cupy_arrays_of_another_stream() -> None:
     expected = cpu.moe_align_block_size(torch.from_dlpack(late), 16, 64)
     ids = before.copy()
     torch.cuda.synchronize()
-    with cupy.cuda.Stream(non_blocking=True):
+    with cupy.cuda.Stream(non_blocking=True) as stream:
         with torch.cuda.stream(torch.cuda.ExternalStream(cupy.cuda.get_current_stream().ptr)):
             torch.cuda._sleep(20_000_000)
         ids[...] = late
         aligned: Any = moe_align_block_size(ids, 16, 64)
         copies = [result.copy() for result in aligned]
+        assert not stream.done, "the call waited for its stream"
+    stream.synchronize()
     assert all((a.get() == b.cpu().numpy()).all() for a, b in zip(copies, expected, strict=True))
 
 
@@ -613,16 +654,54 @@ def test_jax_arrays() -> None:
         assert result.tolist() == wanted.tolist()
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+on_two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+
+
+@on_two_gpus
 def test_on_the_device_of_the_ids() -> None:
     ids = drawn((4096,), 0, 64).to("cuda:1")
+    counts = drawn((64,), 0, 33).to("cuda:1")
     expected = cpu.moe_align_block_size(ids, 16, 64)
-    for kernel in (None, *possible(4096, 64)):
+    expected_batched = cpu.batched_moe_align_block_size(32, 16, counts)
+    for kernel in (None, *possible(ids, 64)):
         for current in (0, 1):
             with torch.cuda.device(current):
                 aligned = moe_align_block_size(ids, 16, 64, kernel=kernel)
                 assert all(result.device == ids.device for result in aligned)
-                assert all(torch.equal(a, b) for a, b in zip(aligned, expected, strict=True)), f"{kernel=}"
+                assert equal(aligned, expected), f"{kernel=} {current=}"
+                assert equal(torch.ops.cupy_moe.moe_align_block_size(ids, 16, 64), expected)
+                assert equal(batched_moe_align_block_size(32, 16, counts), expected_batched)
                 assert torch.cuda.current_device() == current
     with pytest.raises(ValueError, match="expert_map: expected it beside topk_ids on cuda:1, got cuda:0"):
         moe_align_block_size(ids, 16, 64, half_local(64))
+    with pytest.raises(ValueError, match="out: expected sorted_token_ids .* on cuda:1.* on cuda:0"):
+        moe_align_block_size(ids, 16, 64, out=tuple(r.to("cuda:0") for r in expected))  # type: ignore[arg-type]
+
+
+@on_two_gpus
+def test_on_the_current_stream_of_the_other_device() -> None:
+    late, before = drawn((4096,), 0, 64).to("cuda:1"), drawn((4096,), 0, 7).to("cuda:1")
+    expected = cpu.moe_align_block_size(late, 16, 64)
+    ids, stream = before.clone(), torch.cuda.Stream("cuda:1")
+    torch.cuda.synchronize("cuda:1")
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(20_000_000)
+        ids.copy_(late)
+        with torch.cuda.device(0):
+            result = moe_align_block_size(ids, 16, 64)
+        assert not stream.query(), "the call waited for its stream"
+    stream.synchronize()
+    assert equal(result, expected)
+
+
+@on_two_gpus
+def test_threads_on_two_devices() -> None:
+    batches = [drawn((3000 + index,), -1, 65).to(f"cuda:{index % 2}") for index in range(4)]
+    expected = [cpu.moe_align_block_size(batch, 16, 64) for batch in batches]
+
+    def work(index: int) -> bool:
+        results = [moe_align_block_size(batches[index], 16, 64) for _ in range(50)]
+        return all(equal(result, expected[index]) for result in results)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(work, range(4))) == [True] * 4

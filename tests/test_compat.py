@@ -88,7 +88,7 @@ def test_scatter_idx_of_vllm() -> None:
     results = vllm.moe_align_block_size(ids, 4, 5, expert_map, False, True, True)
     assert results[3].tolist() == [[0], [-1], [-1], [-1], [4], [5]]
     out = poisoned(*aligned_sizes(6, 5, 4), 1, 6)
-    vllm.moe_align_block_size_into(ids, 5, 4, *out[:3], expert_map, out[3].view(6, 1))
+    vllm_align(ids, 5, 4, *out[:3], expert_map, out[3].view(6, 1))
     assert as_lists(out[:3]) == naive(ids.flatten().tolist(), 4, 5, expert_map.tolist(), False, True)
     assert out[3].tolist() == [0, -1, -1, -1, 4, 5]
 
@@ -97,7 +97,7 @@ def test_buffers_of_vllm() -> None:
     sorted_token_ids, expert_ids, post_pad = naive(FLAT, 4, 5)
     for more in (0, 1, 13):  # engines may bring more room than is needed
         out = poisoned(27 + more, 7 + more, 1)
-        vllm.moe_align_block_size_into(IDS, 5, 4, *out)
+        vllm_align(IDS, 5, 4, *out)
         assert as_lists(out) == (sorted_token_ids + [12] * more, expert_ids + [-1] * more, post_pad)
     with pytest.raises(ValueError, match=r"sorted_token_ids: expected at least 27 elements .* got 26"):
         vllm.moe_align_block_size_into(IDS, 5, 4, *poisoned(26, 7, 1))

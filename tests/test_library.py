@@ -99,25 +99,28 @@ def pipeline(ids: torch.Tensor, expert_map: torch.Tensor) -> tuple[torch.Tensor,
     return tokens, aligned.expert_ids + 1, aligned.num_tokens_post_pad * 2
 
 
+def bare(ids: torch.Tensor, expert_map: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return tuple(moe_align_block_size(ids, 16, 8, expert_map, pad_sorted_ids=True))
+
+
 def with_out(ids: torch.Tensor, out: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> torch.Tensor:
     moe_align_block_size(ids, 16, 8, out=out)
-    return out[0] + out[2]
+    return out[0].view(-1)
 
 
 @on_each_device
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
 def test_compiled(device: str, backend: str) -> None:
-    slow = backend == "inductor"  # seconds a compile
-    if slow and device == "cpu":
-        require_cpp_compiler()
+    slow = backend == "inductor"  # half a minute for C++ code, so none is asked for
+    function = bare if slow and device == "cpu" else pipeline
     for dynamic in (True,) if slow else (True, False):
         torch.compiler.reset()
-        compiled = torch.compile(pipeline, fullgraph=True, dynamic=dynamic, backend=backend)
+        compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend=backend)
         for tokens in (4, 40, 41, 700):  # fewer ids than experts, and more
             for dtype in (torch.int32,) if slow else (torch.int32, torch.int64):
                 ids = make_ids(tokens, device, dtype)
                 case = f"{dynamic=} {tokens=} {dtype=}"
-                assert equal(compiled(ids, make_map(device)), pipeline(ids, make_map(device))), case
+                assert equal(compiled(ids, make_map(device)), function(ids, make_map(device))), case
 
 
 @on_each_device
@@ -139,8 +142,6 @@ def test_one_graph_for_all_sizes(device: str) -> None:
 @on_each_device
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled_with_out(device: str, backend: str) -> None:
-    if backend == "inductor" and device == "cpu":
-        require_cpp_compiler()
     ids = make_ids(300, device)
     out = MoEAlignment(*map(torch.zeros_like, moe_align_block_size(ids, 16, 8)))
     expected = with_out(ids, out)
@@ -207,10 +208,3 @@ def test_operators_exist_once_they_have_been_looked_up() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[1, 2, 0, 2]"
-
-
-def require_cpp_compiler() -> None:
-    import shutil
-
-    if not (shutil.which("g++") or shutil.which("clang++")):
-        pytest.skip("inductor needs a C++ compiler on the CPU")
