@@ -674,7 +674,7 @@ def test_on_the_device_of_the_ids() -> None:
                 assert torch.cuda.current_device() == current
     with pytest.raises(ValueError, match="expert_map: expected it beside topk_ids on cuda:1, got cuda:0"):
         moe_align_block_size(ids, 16, 64, half_local(64))
-    with pytest.raises(ValueError, match="out: expected sorted_token_ids .* on cuda:1.* on cuda:0"):
+    with pytest.raises(ValueError, match=r"out: expected sorted_token_ids .* on cuda:1.* on cuda:0"):
         moe_align_block_size(ids, 16, 64, out=tuple(r.to("cuda:0") for r in expected))  # type: ignore[arg-type]
 
 
