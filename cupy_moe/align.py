@@ -26,7 +26,7 @@ _is_compiling = torch.compiler.is_dynamo_compiling
 __all__ = ["MoEAlignment", "aligned_sizes", "moe_align_block_size"]
 
 # AlignArgs in align.cuh: what changes with every call, and what follows from sizes, types and flags.
-_ARGUMENTS, _CONSTANTS = struct.Struct("@6P2qI"), struct.Struct("@14I")
+_ARGUMENTS, _STRIDES, _CONSTANTS = struct.Struct("@6P"), struct.Struct("@2qI"), struct.Struct("@14I")
 _NO_MAP, _MAP_BLOCKS, _MAP_IDS = 0, 1, 2
 # IdType in align.cuh. Ids of 2^31 and more are no experts, so u32 is read as i32: the same ids are dropped.
 _ID_TYPES = {
@@ -133,10 +133,10 @@ def moe_align_block_size(
         num_tokens_post_pad.copy_(results[2])
         return MoEAlignment(sorted_token_ids, expert_ids, num_tokens_post_pad)
 
-    row_stride = col_stride = num_cols = 1
+    constants = call.constants
     if not call.vectors:
-        topk_ids, num_cols, row_stride, col_stride = _as_rows(topk_ids)
-        ids = topk_ids.data_ptr()
+        topk_ids, *strides = _as_rows(topk_ids)
+        ids, constants = topk_ids.data_ptr(), _STRIDES.pack(*strides) + constants[_STRIDES.size :]
     scratch = 0
     if call.plan.scratch_words:
         workspace = torch.empty(call.plan.scratch_words, dtype=torch.int32, device=device)
@@ -145,7 +145,7 @@ def moe_align_block_size(
         launch(
             launch_plan, device.index, _ARGUMENTS, ids, 0 if expert_map is None else expert_map.data_ptr(),
             sorted_token_ids.data_ptr(), expert_ids.data_ptr(), num_tokens_post_pad.data_ptr(), scratch,
-            row_stride, col_stride, num_cols, constants=call.constants,
+            constants=constants,
         )  # fmt: skip
     return MoEAlignment(sorted_token_ids, expert_ids, num_tokens_post_pad)
 
@@ -157,7 +157,7 @@ class _Call(NamedTuple):
     num_blocks: int
     vectors: bool  # contiguous ids, aligned to 16 bytes
     plan: AlignPlan | None  # None: on the CPU
-    constants: bytes  # the fields of AlignArgs from id_type on
+    constants: bytes  # the fields of AlignArgs from row_stride on
     sizes: tuple[int, int]  # block_size and num_experts as ints, where the arguments may be equal to them
 
 
@@ -187,7 +187,7 @@ def _prepare(
     plan = plan_align(
         num_ids, num_experts, num_slots, block_size, reader, device_limits(device.index), kernel
     )
-    constants = _CONSTANTS.pack(
+    constants = _STRIDES.pack(1, 1, 1) + _CONSTANTS.pack(
         id_type, num_ids, num_experts, num_slots, num_blocks, map_mode, *divisor(block_size),
         plan.per_block, *divisor(plan.per_row), plan.num_rows,
     )  # fmt: skip
@@ -270,7 +270,7 @@ def _explain_out(out: Any, num_slots: int, num_blocks: int, device: torch.device
 
 
 def _as_rows(topk_ids: torch.Tensor) -> tuple[torch.Tensor, int, int, int]:
-    """View as [rows, columns] with one stride each, copying only if no two strides describe it."""
+    """The ids, row_stride, col_stride and num_cols of AlignArgs; a copy if no two strides describe them."""
     shape, strides = list(topk_ids.shape), list(topk_ids.stride())
     merged: list[tuple[int, int]] = []  # (size, stride), outermost first
     for size, stride in zip(shape, strides, strict=True):
@@ -283,7 +283,7 @@ def _as_rows(topk_ids: torch.Tensor) -> tuple[torch.Tensor, int, int, int]:
     if len(merged) > 2:
         return topk_ids.contiguous(), 1, 1, 1
     (_, row_stride), (num_cols, col_stride) = ([(1, 1), (1, 1), *merged])[-2:]
-    return topk_ids, num_cols, row_stride, col_stride
+    return topk_ids, row_stride, col_stride, num_cols
 
 
 def _indirectly(

@@ -41,7 +41,7 @@ struct AlignArgs {
 template <typename Unsigned>
 struct Contiguous {  // 16-byte loads: topk_ids is aligned to 16 bytes
   using Id = Unsigned;
-  static constexpr u32 kPerLoad = 16 / sizeof(Id), kLoads = 4;
+  static constexpr u32 kPerLoad = 16 / sizeof(Id);
   struct alignas(16) Vector {
     Id ids[kPerLoad];
   };
@@ -56,7 +56,7 @@ struct Contiguous {  // 16-byte loads: topk_ids is aligned to 16 bytes
 
 struct Any {  // one by one, whatever their type and strides are
   using Id = u64;
-  static constexpr u32 kPerLoad = 1, kLoads = 1;
+  static constexpr u32 kPerLoad = 1;
   struct Vector {
     Id ids[1];
   };
@@ -166,10 +166,11 @@ struct Piece {
 // Clear the counters, a multiple of 4 words, then row_of(i)[bucket of id i] += 1 for the ids [begin, end). Ends with
 // a barrier. The atomics have no use for their results, so the hardware merges the equal addresses of a warp, and a
 // skewed routing costs no more than a uniform one.
-template <typename Ids, typename RowOf>
+template <typename Ids, u32 kMaxLoads, typename RowOf>
 __device__ __forceinline__ void count_ids(const AlignArgs& args, u32 begin, u32 end, u32* counters, u32 num_counters,
                                           RowOf row_of) {
-  constexpr u32 kLoads = Ids::kLoads;  // in flight, the first of them while the counters are cleared
+  // In flight at once, the first of them while the counters are cleared.
+  constexpr u32 kLoads = Ids::kPerLoad == 1 ? 1 : kMaxLoads;
   typename Ids::Vector vectors[kLoads];
   const u32 vectors_end = end - (end - begin) % Ids::kPerLoad;
   const u32 distance = blockDim.x * Ids::kPerLoad;
@@ -206,7 +207,7 @@ __device__ __forceinline__ void count_ids(const AlignArgs& args, u32 begin, u32 
 // Turn a column of counts into counts of the rows before; returns the sum.
 __device__ __forceinline__ u32 scan_column(const Table& table, u32 bucket) {
   u32 sum = 0;
-#pragma unroll 8
+#pragma unroll 4
   for (u32 row = 0; row < table.num_rows + 2; ++row) {
     u32& count = table.rows[row * table.stride + bucket];
     const u32 mine = count;

@@ -28,7 +28,7 @@ __device__ __forceinline__ void align_count(const AlignArgs& args) {
   const u32 stride = Table(nullptr, args).stride;
   u32* result = args.scratch + (u64)blockIdx.x * stride;
   u32* counts = kSharedTable ? (u32*)memory : result;
-  count_ids<Ids>(args, piece.begin, piece.end, counts, stride, [&](u32) { return counts; });
+  count_ids<Ids, 4>(args, piece.begin, piece.end, counts, stride, [&](u32) { return counts; });
   if (!kSharedTable) return;
 #pragma unroll 1
   for (u32 bucket = threadIdx.x; bucket < args.num_experts; bucket += blockDim.x) result[bucket] = counts[bucket];
@@ -46,7 +46,7 @@ __device__ __forceinline__ void align_scatter(const AlignArgs& args) {
   const Piece piece(args, blockIdx.x);
   const u32 begin = piece.begin_of_warp(args, table), end = piece.end_of_warp(args, begin);
   const typename Ids::Id id = load_or_none<Ids>(args, begin + lane_id(), end);
-  count_ids<Ids>(args, piece.begin, piece.end, table_memory, table.words(),
+  count_ids<Ids, 4>(args, piece.begin, piece.end, table_memory, table.words(),
                  [&](u32 i) { return piece.row(args, table, i); });
 
   // Several threads an expert, so that the loads of a column overlap.

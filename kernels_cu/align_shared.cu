@@ -58,7 +58,8 @@ __device__ __forceinline__ void align_shared(const AlignArgs& args) {
   const u32 begin = piece.begin_of_warp(args, table), end = piece.end_of_warp(args, begin);
   cluster_arrive_relaxed<kCluster>();  // this block is running
   const typename Ids::Id id = load_or_none<Ids>(args, begin + lane_id(), end);
-  count_ids<Ids>(args, chunk_begin, chunk_end, (u32*)memory, table.words(),
+  constexpr u32 kMaxLoads = kCluster == 1 ? 2 : 4;  // a cluster has more ids to count
+  count_ids<Ids, kMaxLoads>(args, chunk_begin, chunk_end, (u32*)memory, table.words(),
                  [&](u32 i) { return piece.row(args, table, i); });
 
   if (kCluster > 1) {
