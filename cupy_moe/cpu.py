@@ -1,4 +1,4 @@
-"""The operators in plain PyTorch: what runs for CPU tensors, and the specification that tests compare with."""
+"""The operators in plain PyTorch: what runs for CPU tensors, and the specification that tests use."""
 
 from __future__ import annotations
 
@@ -100,7 +100,9 @@ def gate(
     logits = gating_output.to(torch.float32)
     num_tokens = len(logits)
     capped = softcap * torch.tanh(logits / softcap) if softcap else logits
-    scores = torch.softmax(capped, dim=1) if scoring_func == "softmax" else torch.sigmoid(capped)
+    scores = capped
+    if scoring_func != "none":
+        scores = torch.softmax(capped, dim=1) if scoring_func == "softmax" else torch.sigmoid(capped)
     finite = scores.isfinite()
     scores = torch.where(finite, scores, 0.0)
 

@@ -18,7 +18,7 @@ _is_compiling = torch.compiler.is_dynamo_compiling
 _ARGUMENTS = struct.Struct("@5Pq12I2f")  # GateArgs in gate.cuh
 _ELEMENTS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # ElementType in gate.cuh
 _ID_TYPES = (torch.int32, torch.int64, torch.uint32)
-_SCORING = ("softmax", "sigmoid")
+_SCORING = {"softmax": 0, "sigmoid": 1, "none": 2}  # Scoring in gate.cuh
 
 
 class TopK(NamedTuple):
@@ -133,7 +133,7 @@ def grouped_topk(
     topk                    1 to 64, and at most topk_group * E / num_expert_group
     num_expert_group        a divisor of E                neighbouring experts form groups of equal size
     topk_group              1 to num_expert_group         how many groups take part, by score
-    scoring_func            "softmax" or "sigmoid"
+    scoring_func            "softmax", "sigmoid", or "none" where `gating_output` holds scores already
 
     The score of a group is that of its best expert; with a bias, the sum of the best two of its experts'
     scores plus bias (of the one, in groups of one). Of equal groups the lower comes first. All else is as in
@@ -246,7 +246,7 @@ def _prepare(
     if ids_dtype not in _ID_TYPES:
         raise TypeError(f"ids_dtype: expected torch.int32, int64 or uint32, got {ids_dtype}")
     if scoring_func not in _SCORING:
-        raise ValueError(f"scoring_func: expected 'softmax' or 'sigmoid', got {scoring_func!r}")
+        raise ValueError(f"scoring_func: expected 'softmax', 'sigmoid' or 'none', got {scoring_func!r}")
     if not softcap >= 0:
         raise ValueError(f"softcap: expected 0 (none) or more, got {softcap}")
     num_tokens, num_experts = shape
@@ -273,7 +273,7 @@ def _prepare(
         ids_dtype.itemsize // 4,
     )  # fmt: skip
     lanes = plan.lanes_per_row
-    after = (scoring_func == "sigmoid", renormalize, lanes, lanes.bit_length() - 1, factor, softcap)
+    after = (_SCORING[scoring_func], renormalize, lanes, lanes.bit_length() - 1, factor, softcap)
     return _Call(topk, plan.launch, copies, (*before, vectors, *after), (*before, False, *after))
 
 

@@ -256,13 +256,12 @@ def _plan_global(num_ids: int, num_experts: int, reader: str, limits: DeviceLimi
 
 # ---- moe_sum ----------------------------------------------------------------------------------------------
 
-# What an SM holds at once of threads with 64 registers.
-SUM_THREADS_PER_SM = 1024
-# Beyond that, blocks that leave no thread idle at the usual hidden sizes, multiples of 1024 16-bit elements.
+# Blocks that leave no thread idle at the usual hidden sizes, multiples of 1024 16-bit elements. Where SMs get
+# no more than one, blocks of half the size reach twice as many.
 SUM_THREADS = 128
-SUM_MIN_THREADS, SUM_MAX_THREADS = 64, 256  # kMaxThreads in moe_sum.cu
-# From 16 times that on, memory is the limit, and more threads with fewer loads each in flight get closer to it.
-SUM_MANY_UNITS = 16 * SUM_THREADS_PER_SM
+# From 16 rounds of 1024 threads an SM on, memory is the limit. More threads with 4 loads each in flight are
+# closer to it by half a percent than fewer with 8.
+SUM_MANY_UNITS = 16 * 1024
 
 
 class SumPlan(NamedTuple):
@@ -291,15 +290,10 @@ def plan_sum(
     num_tokens = min(num_tokens, INT32_MAX // per_token)
     num_units = num_tokens * per_token
     per_sm = ceil_div(num_units, limits.num_sms)
-    if per_sm <= SUM_THREADS_PER_SM:  # all at once, so every SM has to get the same
-        threads = round_up(ceil_div(per_sm, ceil_div(per_sm, SUM_MAX_THREADS)), WARP)
-        threads = max(SUM_MIN_THREADS, threads)
-    else:
-        threads = SUM_THREADS
-    # As many slots at a time as there are: registers for more would keep threads off the SM.
-    most = 4 if per_sm >= SUM_MANY_UNITS else 8
-    slots = next(n for n in (2, 4, 8) if n >= min(topk, most))
-    kind = "any" if not vectors else "ext" if extended else str(slots)
+    threads = SUM_THREADS // 2 if per_sm <= SUM_THREADS else SUM_THREADS
+    sizes = (4, 2) if per_sm >= SUM_MANY_UNITS else (8, 4, 2)
+    exact = [slots for slots in sizes if topk % slots == 0 and topk <= 2 * slots]
+    kind = "any" if not vectors else "ext" if extended else str(exact[0]) if exact else "n"
     launch = LaunchPlan(f"moe_sum/moe_sum_{kind}_{element}", ceil_div(num_units, threads), threads, 0)
     return SumPlan(launch, per_token, num_tokens)
 

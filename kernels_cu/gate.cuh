@@ -15,12 +15,14 @@ struct GateArgs {
   u32 element;                 // an ElementType
   u32 id_words;                // of topk_ids: 1 or 2
   u32 vectors;                 // logits may be loaded 16 bytes (or a whole lane's share) at a time
-  u32 sigmoid, renormalize;
+  u32 scoring;                 // a Scoring
+  u32 renormalize;
   u32 lanes_per_row, row_shift;  // a power of two, and its logarithm
   float factor, softcap;  // softcap 0: none
 };
 
 enum ElementType : u32 { kF32, kF16, kBF16 };
+enum Scoring : u32 { kSoftmax, kSigmoid, kAsIs };
 
 // A key is a float as an unsigned integer of the same order; +NaN is above all and 0 below all. -0 counts as +0
 // and every NaN as +NaN, for which the addition sees.
@@ -80,10 +82,19 @@ __device__ __forceinline__ float reciprocal(float x) {
   return result;
 }
 
-// Not for softmax's NaN and Inf, of which a row has either none or only such scores.
-__device__ __forceinline__ float sigmoid(float x) {
-  const float score = reciprocal(1.0f + expf(-x));
-  return score == score ? score : 0.0f;
+// The score of one expert; for softmax with the greatest logit of the row, and 1 / the sum of e^(logit - greatest).
+__device__ __forceinline__ float score_of(const GateArgs& args, float logit, float greatest, float scale) {
+  float score = logit;
+  if (args.scoring == kSigmoid) {
+    score = reciprocal(1.0f + expf(-logit));
+  } else if (args.scoring == kSoftmax) {
+    // What rounding the difference costs would be all of the error of a small score; it is d + rest exactly.
+    const float d = __fsub_rn(logit, greatest), back = __fsub_rn(logit, d);
+    const float rest = __fadd_rn(__fsub_rn(logit, __fadd_rn(d, back)), __fsub_rn(back, greatest));
+    const float power = expf(d);
+    score = fmaf(power, rest, power) * scale;
+  }
+  return is_finite(score) ? score : 0.0f;
 }
 
 // A sum that fp32 has no normal number for is not divided by.

@@ -162,8 +162,11 @@ __device__ __forceinline__ void gate_warp(const GateArgs& args) {
   const bool padded = args.padding_mask != nullptr && args.padding_mask[token] != 0;
   float bias[kShare];  // -Inf past the last expert
   if (with_bias) {
+    u32 bias_bits[kShare];
+    const bool vectors = args.vectors && reinterpret_cast<u64>(args.bias) % 16 == 0;
+    load_share<u32>(reinterpret_cast<const char*>(args.bias + begin), count, vectors, bias_bits);
 #pragma unroll
-    for (u32 j = 0; j < kShare; ++j) bias[j] = j < count ? args.bias[begin + j] : kMinusInf;
+    for (u32 j = 0; j < kShare; ++j) bias[j] = j < count ? __uint_as_float(bias_bits[j]) : kMinusInf;
   }
   float logits[kShare];  // likewise
 #pragma unroll
@@ -172,7 +175,7 @@ __device__ __forceinline__ void gate_warp(const GateArgs& args) {
     if (args.element == kF16) logits[j] = F16::to_float((u16)bits[j]);
     if (args.element == kBF16) logits[j] = BF16::to_float((u16)bits[j]);
   }
-  if (per_lane * lanes_per_row != args.num_experts) {
+  if (kShare * lanes_per_row != args.num_experts) {
 #pragma unroll
     for (u32 j = 0; j < kShare; ++j) logits[j] = j < count ? logits[j] : kMinusInf;
   }
@@ -189,7 +192,7 @@ __device__ __forceinline__ void gate_warp(const GateArgs& args) {
 #pragma unroll
   for (u32 j = 0; j < kShare; ++j) keys[j] = to_key(logits[j]);
   if (with_bias) {
-    if (!args.sigmoid) {
+    if (args.scoring == kSoftmax) {
       u32 best = keys[0];
 #pragma unroll
       for (u32 j = 1; j < kShare; ++j) best = max_u32(best, keys[j]);
@@ -199,11 +202,14 @@ __device__ __forceinline__ void gate_warp(const GateArgs& args) {
     }
 #pragma unroll
     for (u32 j = 0; j < kShare; ++j) {
-      const float power = exp_of_summand(args.sigmoid ? -logits[j] : logits[j] - greatest);
-      const float score = args.sigmoid ? reciprocal(1.0f + power) : power * scale;
-      keys[j] = to_choice((score == score && !no_scores ? score : 0.0f) + bias[j]);
+      float score = logits[j];
+      if (args.scoring != kAsIs) {
+        const float power = exp_of_summand(args.scoring == kSigmoid ? -logits[j] : logits[j] - greatest);
+        score = args.scoring == kSigmoid ? reciprocal(1.0f + power) : power * scale;
+      }
+      keys[j] = to_choice((is_finite(score) && !no_scores ? score : 0.0f) + bias[j]);
     }
-  } else if (args.sigmoid) {
+  } else if (args.scoring != kSoftmax) {
 #pragma unroll
     for (u32 j = 0; j < kShare; ++j) keys[j] = keys[j] > kInfKey ? kMinusInfKey : keys[j];
   }
@@ -218,7 +224,7 @@ __device__ __forceinline__ void gate_warp(const GateArgs& args) {
   for (u32 j = 0; j < kShare; ++j) sorted[j] = keys[j];
   sort_descending(sorted);
   u32 best = row_max<kMode>(sorted[0], lanes_per_row);
-  if (!with_bias && !args.sigmoid) {
+  if (!with_bias && args.scoring == kSoftmax) {
     greatest = from_key(best);
     no_scores = !is_finite(greatest);
     if (no_scores) {
@@ -273,7 +279,7 @@ __device__ __forceinline__ void gate_warp(const GateArgs& args) {
 
   float logit = from_key(winner);
   if (with_bias && lane < args.topk) logit = load_logit(args, row, id);
-  float weight = args.sigmoid ? sigmoid(logit) : expf(logit - greatest) * scale;
+  float weight = score_of(args, logit, greatest, scale);
   if (no_scores || lane >= args.topk) weight = 0;
   if (args.renormalize) weight = renormalized(weight, row_sum<kMode>(weight, lanes_per_row));
   if (lane < args.topk) write_result(args, token, lane, padded ? 0.0f : weight * args.factor, padded ? ~0u : id);

@@ -67,7 +67,7 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads) gate_wide(const __grid
 
   float greatest = 0, scale = 1;
   bool no_scores = false;
-  if (!args.sigmoid) {
+  if (args.scoring == kSoftmax) {
     u32 best = kNone;
 #pragma unroll 1
     for (u32 expert = thread; expert < num_experts; expert += threads) {
@@ -83,14 +83,14 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads) gate_wide(const __grid
     scale = reciprocal(block_sum(sum, sums));
   }
 
-  const auto score_of = [&](u32 expert) {
+  const auto score = [&](u32 expert) {
     const float logit = capped(load_logit(args, row, expert), args.softcap);
-    return no_scores ? 0.0f : args.sigmoid ? sigmoid(logit) : expf(logit - greatest) * scale;
+    return no_scores ? 0.0f : score_of(args, logit, greatest, scale);
   };
 #pragma unroll 1
   for (u32 expert = thread; expert < num_experts; expert += threads) {
     const float logit = load_logit(args, row, expert);
-    keys[expert] = to_choice(args.bias != nullptr ? score_of(expert) + args.bias[expert] : no_scores ? 0.0f : logit);
+    keys[expert] = to_choice(args.bias != nullptr ? score(expert) + args.bias[expert] : no_scores ? 0.0f : logit);
   }
   __syncthreads();
 
@@ -149,7 +149,7 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads) gate_wide(const __grid
   if (warp_id() != 0) return;
   float sum = 0;
 #pragma unroll 1
-  for (u32 k = lane_id(); k < args.topk; k += kWarpSize) sum += weights[k] = score_of(winners[k]);
+  for (u32 k = lane_id(); k < args.topk; k += kWarpSize) sum += weights[k] = score(winners[k]);
   sum = warp_sum(sum);
 #pragma unroll 1
   for (u32 k = lane_id(); k < args.topk; k += kWarpSize) {

@@ -8,10 +8,10 @@
 // out      output [T, H] of Element
 // grid     threads that together cover num_units; block: up to kMaxThreads threads
 //
-// One thread makes one unit of the output: 16 bytes (2, 4, 8, ext), or one element where strides or alignment do
-// not allow that (any). It asks for kInFlight slots before it adds the first, so memory is never waited for one
-// slot at a time; more than topk would only take registers. The kernels with a number are without weights, ids,
-// shared output and factor.
+// One thread makes one unit of the output: 16 bytes, or one element where strides or alignment do not allow that
+// (any). It asks for kInFlight slots before it adds the first, so memory is never waited for one slot at a time;
+// more than topk would only take registers. 2, 4 and 8 are for multiples of that, n is for any topk; these four are
+// without weights, ids, shared output and factor, which ext and any have.
 //
 // Slots whose id is negative, past the map, or mapped outside [0, num_experts) are not read.
 // Order: k ascending, in fp32; products and sums are rounded one by one (no fma), as on the CPU.
@@ -32,7 +32,7 @@ struct SumArgs {
   Divisor units_per_token;
 };
 
-constexpr u32 kMaxThreads = 256;
+constexpr u32 kMaxThreads = 128;
 
 // 16 bytes at a time. Stores say that nothing here will read them again (.cs), which leaves more of the L2 to loads.
 __device__ __forceinline__ uint4 load_vector(const char* address) {
@@ -98,13 +98,13 @@ __device__ __forceinline__ void find_reads(const SumArgs& args, u32 token, u32 f
   }
 }
 
-// Adds the slots [first, first + kInFlight) of a token, which there all are (kAll) or perhaps not.
-template <typename Unit, bool kExtended, u32 kInFlight, bool kAll>
+// Adds the slots [first, first + kInFlight) of a token, which there all are (kExact) or perhaps not.
+template <typename Unit, bool kExtended, u32 kInFlight, bool kExact>
 __device__ __forceinline__ void add_slots(
     const SumArgs& args, u32 token, u32 first, const char* input, float (&sum)[Unit::kElements]) {
   bool reads[kInFlight];
 #pragma unroll
-  for (u32 i = 0; i < kInFlight; ++i) reads[i] = kAll || first + i < args.topk;
+  for (u32 i = 0; i < kInFlight; ++i) reads[i] = kExact || first + i < args.topk;
   if (kExtended && args.ids != nullptr) find_reads(args, token, first, reads);
   float weights[kInFlight];
 #pragma unroll
@@ -113,7 +113,7 @@ __device__ __forceinline__ void add_slots(
     const float* begin = args.weights + (i64)token * args.topk + first;
 #pragma unroll
     for (u32 i = 0; i < kInFlight; ++i) {
-      if (kAll || first + i < args.topk) weights[i] = begin[i];
+      if (kExact || first + i < args.topk) weights[i] = begin[i];
     }
   }
   Unit slots[kInFlight];
@@ -133,7 +133,7 @@ __device__ __forceinline__ void add_slots(
   }
 }
 
-template <typename Unit, bool kExtended, u32 kInFlight>
+template <typename Unit, bool kExtended, u32 kInFlight, bool kExact>
 __device__ __forceinline__ void moe_sum(const SumArgs& args) {
   const u32 unit = blockIdx.x * blockDim.x + threadIdx.x;
   if (unit >= args.num_units) return;
@@ -147,15 +147,9 @@ __device__ __forceinline__ void moe_sum(const SumArgs& args) {
     shared.load(args.shared + token * args.shared_stride + (i64)place * Unit::kBytes);
   }
   float sum[Unit::kElements] = {};
-  u32 first = 0;
 #pragma unroll 1
-  for (; !kExtended && first + kInFlight <= args.topk; first += kInFlight) {
-    add_slots<Unit, kExtended, kInFlight, true>(args, token, first, input, sum);
-    input += kInFlight * args.slot_stride;
-  }
-#pragma unroll 1
-  for (; first < args.topk; first += kInFlight) {
-    add_slots<Unit, kExtended, kInFlight, false>(args, token, first, input, sum);
+  for (u32 first = 0; first < args.topk; first += kInFlight) {
+    add_slots<Unit, kExtended, kInFlight, kExact>(args, token, first, input, sum);
     input += kInFlight * args.slot_stride;
   }
   if (kExtended) {
@@ -171,17 +165,18 @@ __device__ __forceinline__ void moe_sum(const SumArgs& args) {
   Unit::store(args.output + token * args.output_stride + (i64)place * Unit::kBytes, sum);
 }
 
-#define ENTRY(name, Unit, kExtended, kInFlight, kMinBlocks)                      \
-  extern "C" __global__ void __launch_bounds__(kMaxThreads, kMinBlocks)          \
-      moe_sum_##name(const __grid_constant__ SumArgs args) {                     \
-    moe_sum<Unit, kExtended, kInFlight>(args);                                   \
+#define ENTRY(name, Unit, kExtended, kInFlight, kExact, kMinBlocks)     \
+  extern "C" __global__ void __launch_bounds__(kMaxThreads, kMinBlocks) \
+      moe_sum_##name(const __grid_constant__ SumArgs args) {            \
+    moe_sum<Unit, kExtended, kInFlight, kExact>(args);                  \
   }
-#define ENTRIES(type, Element)                      \
-  ENTRY(2_##type, Vector<Element>, false, 2, 4)     \
-  ENTRY(4_##type, Vector<Element>, false, 4, 4)     \
-  ENTRY(8_##type, Vector<Element>, false, 8, 4)     \
-  ENTRY(ext_##type, Vector<Element>, true, 4, 3)    \
-  ENTRY(any_##type, Scalar<Element>, true, 4, 3)
+#define ENTRIES(type, Element)                          \
+  ENTRY(2_##type, Vector<Element>, false, 2, true, 8)   \
+  ENTRY(4_##type, Vector<Element>, false, 4, true, 8)   \
+  ENTRY(8_##type, Vector<Element>, false, 8, true, 8)   \
+  ENTRY(n_##type, Vector<Element>, false, 8, false, 8)  \
+  ENTRY(ext_##type, Vector<Element>, true, 4, false, 6) \
+  ENTRY(any_##type, Scalar<Element>, true, 4, false, 6)
 ENTRIES(f32, F32)
 ENTRIES(f16, F16)
 ENTRIES(bf16, BF16)

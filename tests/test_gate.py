@@ -21,6 +21,7 @@ __all__ = ["everything"]  # a fixture
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ID_TYPES = (torch.int32, torch.int64, torch.uint32)
+SIGNED = {torch.uint32: torch.int32}  # few functions of torch take unsigned tensors
 H200 = DeviceLimits((9, 0), 132, 232_448)
 
 
@@ -37,7 +38,9 @@ def naive(
 ) -> tuple[list[float], list[int]]:
     """One row, in Python's floats."""
     capped = [softcap * math.tanh(x / softcap) for x in logits] if softcap else logits
-    if scoring == "sigmoid":
+    if scoring == "none":
+        scores = [x if math.isfinite(x) else 0.0 for x in capped]
+    elif scoring == "sigmoid":
         scores = [1 / (1 + math.exp(-x)) if x > -80 else 0.0 for x in capped]  # 0 for NaN
     elif not math.isfinite(max(capped)) or any(map(math.isnan, capped)):
         scores = [0.0] * len(capped)
@@ -47,7 +50,7 @@ def naive(
     if bias is not None:
         choice = [score + b for score, b in zip(scores, bias, strict=True)]
     else:
-        choice = logits if scoring == "sigmoid" or any(scores) else scores
+        choice = logits if scoring != "softmax" or any(scores) else scores
     choice = [-math.inf if math.isnan(c) else c for c in choice]
     size = len(choice) // num_groups
     parts = [sorted(choice[g * size : (g + 1) * size], reverse=True) for g in range(num_groups)]
@@ -72,7 +75,7 @@ def make(case: int, tokens: int, num_experts: int, dtype: torch.dtype) -> torch.
 
 
 def test_agrees_with_loops() -> None:
-    sizes = itertools.product((1, 2, 6, 8, 16, 60), (1, 3, 4, 8), ("softmax", "sigmoid"), DTYPES)
+    sizes = itertools.product((1, 2, 6, 8, 16, 60), (1, 3, 4, 8), ("softmax", "sigmoid", "none"), DTYPES)
     for case, (num_experts, topk, scoring, dtype) in enumerate(sizes):
         if topk > num_experts:
             continue
@@ -188,7 +191,7 @@ def test_wrong_arguments(arguments: dict[str, Any], error: type[Exception], mess
         ((2, False, 9, 1), "num_expert_group: expected 1 to 8, got 9"),
         ((2, False, 4, 5), "topk_group: expected 1 to 4, got 5"),
         ((3, False, 4, 1), "topk: expected 1 to 2, got 3"),
-        ((2, False, 4, 1, "tanh"), "scoring_func: expected 'softmax' or 'sigmoid', got 'tanh'"),
+        ((2, False, 4, 1, "tanh"), "scoring_func: expected 'softmax', 'sigmoid' or 'none', got 'tanh'"),
     ],
 )
 def test_wrong_groups(arguments: Any, message: str) -> None:
@@ -275,9 +278,9 @@ def check(x: torch.Tensor, topk: int, options: tuple[Any, ...], ids_dtype: torch
     tokens = len(x)
     buffers = [
         torch.full((tokens + 2, topk), -77, device="cuda", dtype=torch.float32),
-        torch.full((tokens + 2, topk), 77, device="cuda", dtype=torch.int64).to(ids_dtype),
+        torch.full((tokens + 2, topk), 77, device="cuda", dtype=SIGNED.get(ids_dtype, ids_dtype)),
     ]
-    out = buffers[0][1:-1], buffers[1][1:-1]
+    out = buffers[0][1:-1], buffers[1][1:-1].view(ids_dtype)
     try:
         gate._gate(
             x,
@@ -299,11 +302,10 @@ def check(x: torch.Tensor, topk: int, options: tuple[Any, ...], ids_dtype: torch
         return False
     on_cpu: list[Any] = [option.cpu() if isinstance(option, torch.Tensor) else option for option in options]
     weights, ids = cpu.gate(x.cpu(), topk, *on_cpu)
-    ours = out[1].cpu()
-    ours = ours.view(torch.int32).long() if ids_dtype is torch.uint32 else ours.long()
+    ours = buffers[1][1:-1].cpu().long()
     what = f"{list(x.shape)} {x.dtype} {topk=} {options=} {kernel=}"
     assert (buffers[0][[0, -1]] == -77).all(), what
-    assert (buffers[1][[0, -1]].long() == 77).all(), what
+    assert (buffers[1][[0, -1]] == 77).all(), what
     same = ours == ids
     if bias is None:
         assert same.all(), what
@@ -315,7 +317,7 @@ def check(x: torch.Tensor, topk: int, options: tuple[Any, ...], ids_dtype: torch
         assert ((ours >= 0) == valid).all(), what
     error = (out[0].cpu() - weights).abs() / weights.abs().clamp(min=1e-30)
     error = error[same & (weights > 1e-35)]
-    assert not len(error) or error.max() < (4e-6 if softcap else 1.5e-6), f"{what}: {error.max()}"
+    assert not len(error) or error.max() < (6e-6 if softcap else 3e-6), f"{what}: {error.max()}"
     return True
 
 
@@ -339,7 +341,10 @@ def test_gpu_agrees_with_the_cpu() -> None:
             if num_experts % g == 0 and chosen <= g and topk <= chosen * (num_experts // g) and not softcap
         ]
         grouping = groups[case % len(groups)] if groups and case % 3 == 0 else (1, 1)
-        scoring, factor = ("softmax", "sigmoid")[case % 2], 2.5 if case % 6 == 0 else 1.0
+        scoring, factor = (
+            ("softmax", "sigmoid", "none", "sigmoid", "softmax")[case % 5],
+            2.5 if case % 6 == 0 else 1.0,
+        )
         options = (scoring, case // 3 % 2 == 1, bias, factor, softcap, mask, *grouping)
         for kernel in (None, *plan.GATE_KERNELS):
             count += check(x, topk, options, ID_TYPES[case % 3], kernel)

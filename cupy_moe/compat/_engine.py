@@ -38,7 +38,7 @@ class Switch:
                 continue
             if original is ours:  # found under another name before
                 continue
-            for module in [m for m in sys.modules.values() if self._belongs(m)]:
+            for module in [m for m in list(sys.modules.values()) if self._belongs(m)]:
                 for attribute in [key for key, value in vars(module).items() if value is original]:
                     setattr(module, attribute, ours)
                     self._replaced.append((module, attribute, original, ours))

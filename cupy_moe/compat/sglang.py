@@ -1,9 +1,9 @@
-"""SGLang's MoE alignment, with SGLang's signature.
+"""SGLang's MoE alignment, gating and sum, with SGLang's signatures.
 
     import cupy_moe.compat.sglang
     cupy_moe.compat.sglang.enable()
 
-puts it in the place of `sgl_kernel.moe_align_block_size`, in every module of SGLang that has imported that.
+puts them in the place of those in `sgl_kernel`, in every module of SGLang that has imported these.
 Results are SGLang's, but for what SGLang leaves open: the order inside an expert is ascending, blocks past
 the last hold -1, and slots past the last hold the number of ids, with `pad_sorted_token_ids` and without.
 """
@@ -13,6 +13,10 @@ from __future__ import annotations
 import torch
 
 from ..align import moe_align_block_size as _align
+from ..combine import moe_sum as _sum
+from ..gate import grouped_topk as _grouped_topk
+from ..gate import topk_sigmoid as _topk_sigmoid
+from ..gate import topk_softmax as _topk_softmax
 from ._engine import Switch, heads
 
 
@@ -42,11 +46,74 @@ def moe_align_block_size(
         _align(topk_ids + 1, block_size, num_experts, experts, out=out)
 
 
+def moe_sum_reduce(input: torch.Tensor, output: torch.Tensor, routed_scaling_factor: float = 0.0) -> None:
+    """As in sgl_kernel."""
+    _sum(input, output, routed_scaling_factor=routed_scaling_factor)
+
+
+def topk_softmax(
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    gating_output: torch.Tensor,
+    renormalize: bool = False,
+    moe_softcapping: float = 0.0,
+    correction_bias: torch.Tensor | None = None,
+) -> None:
+    """As in sgl_kernel."""
+    _topk_softmax(
+        gating_output, topk_ids.shape[1], renormalize, e_score_correction_bias=correction_bias,
+        softcap=moe_softcapping, out=(topk_weights, topk_ids),
+    )  # fmt: skip
+
+
+def topk_sigmoid(
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    gating_output: torch.Tensor,
+    renormalize: bool = False,
+    correction_bias: torch.Tensor | None = None,
+) -> None:
+    """As in sgl_kernel."""
+    _topk_sigmoid(
+        gating_output, topk_ids.shape[1], renormalize, e_score_correction_bias=correction_bias,
+        out=(topk_weights, topk_ids),
+    )  # fmt: skip
+
+
+def moe_fused_gate(
+    input_tensor: torch.Tensor,
+    bias: torch.Tensor,
+    num_expert_group: int,
+    topk_group: int,
+    topk: int,
+    num_fused_shared_experts: int = 0,
+    routed_scaling_factor: float = 0.0,
+    apply_routed_scaling_factor_on_output: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As in sgl_kernel: sigmoid, renormalised. The last `num_fused_shared_experts` of the topk slots are for
+    shared experts, and take further launches."""
+    factor = routed_scaling_factor if apply_routed_scaling_factor_on_output else 1.0
+    weights, ids = _grouped_topk(
+        input_tensor, topk - num_fused_shared_experts, True, num_expert_group, topk_group, "sigmoid", factor,
+        bias.float(),
+    )  # fmt: skip
+    if num_fused_shared_experts:
+        shape = len(ids), num_fused_shared_experts
+        shared = torch.arange(num_fused_shared_experts, dtype=torch.int32, device=ids.device)
+        ids = torch.cat([ids, (shared + input_tensor.shape[1]).expand(shape)], 1)
+        weights = torch.cat([weights, weights.new_full(shape, factor / routed_scaling_factor)], 1)
+    return weights, ids
+
+
 _switch = Switch(
     "SGLang",
     {
         "sgl_kernel:moe_align_block_size": moe_align_block_size,
         "sglang.kernels.ops.moe:moe_align_block_size": moe_align_block_size,
+        "sgl_kernel:moe_sum_reduce": moe_sum_reduce,
+        "sgl_kernel:topk_softmax": topk_softmax,
+        "sgl_kernel:topk_sigmoid": topk_sigmoid,
+        "sgl_kernel:moe_fused_gate": moe_fused_gate,
     },
 )
 enable, disable, enabled = _switch.enable, _switch.disable, _switch.enabled

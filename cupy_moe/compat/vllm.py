@@ -1,10 +1,11 @@
-"""vLLM's MoE alignment, with vLLM's signatures.
+"""vLLM's MoE alignment, gating and sum, with vLLM's signatures.
 
     import cupy_moe.compat.vllm
     cupy_moe.compat.vllm.enable()
 
 puts these functions in the place of vLLM's, in every module of vLLM that has imported them. Results are
-vLLM's, but for the order inside an expert, which vLLM leaves open and which is ascending here.
+vLLM's, but for the order inside an expert, which vLLM leaves open and which is ascending here, and for scores
+that differ by rounding only.
 """
 
 from __future__ import annotations
@@ -13,6 +14,10 @@ import torch
 
 from ..align import moe_align_block_size as _align
 from ..align_batched import batched_moe_align_block_size as _align_batched
+from ..combine import moe_sum as _sum
+from ..gate import grouped_topk as _grouped_topk
+from ..gate import topk_sigmoid as _topk_sigmoid
+from ..gate import topk_softmax as _topk_softmax
 from ._engine import Switch, heads
 
 
@@ -86,6 +91,75 @@ def _fill_scatter_idx(
     scatter_idx.copy_(torch.where(placed, indices, -1).view_as(scatter_idx))
 
 
+def moe_sum(
+    input: torch.Tensor,
+    output: torch.Tensor,
+    topk_ids: torch.Tensor | None = None,
+    expert_map: torch.Tensor | None = None,
+) -> None:
+    """As in vllm._custom_ops."""
+    _sum(input, output, topk_ids=topk_ids, expert_map=expert_map)
+
+
+def topk_softmax(
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    token_expert_indices: torch.Tensor | None,
+    gating_output: torch.Tensor,
+    renormalize: bool = False,
+    e_score_correction_bias: torch.Tensor | None = None,
+) -> None:
+    """As in vllm._custom_ops. `token_expert_indices` takes two more launches, and None none."""
+    bias, out = e_score_correction_bias, (topk_weights, topk_ids)
+    _topk_softmax(gating_output, topk_ids.shape[1], renormalize, e_score_correction_bias=_fp32(bias), out=out)
+    _fill_source_rows(token_expert_indices)
+
+
+def topk_sigmoid(
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    token_expert_indices: torch.Tensor | None,
+    gating_output: torch.Tensor,
+    renormalize: bool = False,
+    e_score_correction_bias: torch.Tensor | None = None,
+    routed_scaling_factor: float = 1.0,
+) -> None:
+    """As in vllm._custom_ops. `token_expert_indices` takes two more launches, and None none."""
+    _topk_sigmoid(
+        gating_output, topk_ids.shape[1], renormalize, e_score_correction_bias=_fp32(e_score_correction_bias),
+        routed_scaling_factor=routed_scaling_factor, out=(topk_weights, topk_ids),
+    )  # fmt: skip
+    _fill_source_rows(token_expert_indices)
+
+
+def grouped_topk(
+    scores: torch.Tensor,
+    num_expert_group: int,
+    topk_group: int,
+    topk: int,
+    renormalize: bool,
+    routed_scaling_factor: float,
+    bias: torch.Tensor,
+    scoring_func: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As in vllm._custom_ops: `scoring_func` 0 takes `scores` as they are, 1 takes their sigmoid."""
+    scoring = ("none", "sigmoid")[scoring_func]
+    return _grouped_topk(
+        scores, topk, renormalize, num_expert_group, topk_group, scoring, routed_scaling_factor, _fp32(bias)
+    )
+
+
+def _fp32(bias: torch.Tensor | None) -> torch.Tensor | None:
+    return None if bias is None else bias.float()
+
+
+def _fill_source_rows(rows: torch.Tensor | None) -> None:
+    """Slot k of token t holds k * tokens + t."""
+    if rows is not None:
+        tokens, topk = rows.shape
+        rows.copy_(torch.arange(tokens * topk, device=rows.device).view(topk, tokens).T)
+
+
 _MODULE = "vllm.model_executor.layers.fused_moe.moe_align_block_size"
 _switch = Switch(
     "vLLM",
@@ -94,6 +168,10 @@ _switch = Switch(
         f"{_MODULE}:batched_moe_align_block_size": batched_moe_align_block_size,
         "vllm._custom_ops:moe_align_block_size": moe_align_block_size_into,
         "vllm._custom_ops:batched_moe_align_block_size": batched_moe_align_block_size_into,
+        "vllm._custom_ops:moe_sum": moe_sum,
+        "vllm._custom_ops:topk_softmax": topk_softmax,
+        "vllm._custom_ops:topk_sigmoid": topk_sigmoid,
+        "vllm._custom_ops:grouped_topk": grouped_topk,
     },
 )
 enable, disable, enabled = _switch.enable, _switch.disable, _switch.enabled

@@ -1,0 +1,123 @@
+"""Gating and sum with the signatures of vLLM and SGLang: on the CPU, and beside the real ones on a GPU."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from test_compat import require
+
+import cupy_moe.compat.sglang
+import cupy_moe.compat.vllm
+from cupy_moe import grouped_topk, moe_sum, topk_sigmoid, topk_softmax
+
+vllm: Any = cupy_moe.compat.vllm
+sglang: Any = cupy_moe.compat.sglang
+SIZES = ((1, 8, 2), (33, 64, 6), (300, 128, 8), (77, 256, 8), (65, 60, 4), (9, 512, 10))
+
+
+def outputs(tokens: int, topk: int, device: str = "cpu") -> Any:
+    """Weights, ids and source rows, poisoned."""
+    ids = torch.full((tokens, topk), 77, dtype=torch.int32, device=device)
+    return torch.full((tokens, topk), 77.0, device=device), ids, ids.clone()
+
+
+def test_vllm() -> None:
+    x, experts = torch.randn(5, 3, 8), torch.tensor([[0, -1, 2]] * 5)
+    out = torch.empty(5, 8)
+    vllm.moe_sum(x, out, experts)
+    assert torch.equal(out, moe_sum(x, topk_ids=experts))
+    logits, bias = torch.randn(5, 8), torch.randn(8)
+    for function, ours in ((vllm.topk_softmax, topk_softmax), (vllm.topk_sigmoid, topk_sigmoid)):
+        weights, ids, rows = outputs(5, 3)
+        function(weights, ids, rows, logits, True, bias)
+        expected = ours(logits, 3, True, e_score_correction_bias=bias)
+        assert torch.equal(weights, expected.topk_weights)
+        assert torch.equal(ids, expected.topk_ids)
+        assert rows.tolist() == [[t, 5 + t, 10 + t] for t in range(5)]
+    for scoring, name in ((0, "none"), (1, "sigmoid")):
+        result = vllm.grouped_topk(logits, 4, 2, 3, True, 2.5, bias, scoring)
+        assert torch.equal(result[1], grouped_topk(logits, 3, True, 4, 2, name, 2.5, bias).topk_ids)
+
+
+def test_sglang() -> None:
+    x, out = torch.randn(5, 3, 8), torch.empty(5, 8)
+    sglang.moe_sum_reduce(x, out, 2.5)
+    assert torch.equal(out, moe_sum(x, routed_scaling_factor=2.5))
+    logits, bias = torch.randn(5, 8), torch.randn(8)
+    weights, ids, _ = outputs(5, 3)
+    sglang.topk_softmax(weights, ids, logits, True, 30.0, bias)
+    assert torch.equal(ids, topk_softmax(logits, 3, softcap=30.0, e_score_correction_bias=bias).topk_ids)
+    sglang.topk_sigmoid(weights, ids, logits, True)
+    assert torch.equal(weights, topk_sigmoid(logits, 3, True).topk_weights)
+    routed = grouped_topk(logits, 2, True, 4, 2, "sigmoid", 2.5, bias)
+    weights, ids = sglang.moe_fused_gate(logits, bias, 4, 2, 3, 1, 2.5, True)
+    assert torch.equal(ids, torch.cat([routed.topk_ids, torch.full((5, 1), 8, dtype=torch.int32)], 1))
+    assert torch.equal(weights, torch.cat([routed.topk_weights, torch.ones(5, 1)], 1))
+
+
+def same(ours: Any, theirs: Any, case: str) -> None:
+    """Equal ids, but for a few whose scores differ by rounding, and weights that are as good as equal."""
+    (weights, ids), (their_weights, their_ids) = ours, theirs
+    assert (ids == their_ids).float().mean() > 0.995, case
+    torch.testing.assert_close(weights, their_weights, rtol=2e-5, atol=1e-6, msg=case)
+
+
+@pytest.mark.gpu
+def test_equal_to_vllm() -> None:
+    require("vllm")
+    ops = torch.ops._moe_C
+    for (tokens, topk, hidden), dtype in itertools.product(
+        ((1, 2, 128), (33, 6, 511), (222, 8, 1024)), (torch.float32, torch.bfloat16)
+    ):
+        x = torch.randn(tokens, topk, hidden, device="cuda").to(dtype)
+        ours, theirs = x.new_empty(tokens, hidden), x.new_empty(tokens, hidden)
+        vllm.moe_sum(x, ours)
+        ops.moe_sum(x, theirs, *[None] * (len(ops.moe_sum.default._schema.arguments) - 2))
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    for (tokens, num_experts, topk), renormalize in itertools.product(SIZES, (False, True)):
+        logits = torch.randn(tokens, num_experts, device="cuda")
+        ours, theirs = outputs(tokens, topk, "cuda"), outputs(tokens, topk, "cuda")
+        bias = torch.randn(num_experts, device="cuda")
+        for with_bias in (None, bias):
+            case = f"{tokens=} {num_experts=} {topk=} {renormalize=} bias={with_bias is not None}"
+            vllm.topk_softmax(*ours, logits, renormalize, with_bias)
+            ops.topk_softmax(*theirs, logits, renormalize, with_bias)
+            same(ours[:2], theirs[:2], case)
+            assert torch.equal(ours[2], theirs[2]), case
+            vllm.topk_sigmoid(*ours, logits, renormalize, with_bias, 2.5)
+            ops.topk_sigmoid(*theirs, logits, renormalize, with_bias, 2.5)
+            same(ours[:2], theirs[:2], case)
+    for tokens, num_experts, groups, chosen, topk in (
+        (1, 256, 8, 4, 8),
+        (64, 256, 8, 4, 8),
+        (33, 160, 8, 3, 6),
+    ):
+        logits, bias = torch.randn(tokens, num_experts, device="cuda"), torch.rand(num_experts, device="cuda")
+        arguments = logits, groups, chosen, topk, True, 2.5, bias, 1
+        same(vllm.grouped_topk(*arguments), ops.grouped_topk(*arguments), str(arguments[1:6]))
+
+
+@pytest.mark.gpu
+def test_equal_to_sglang() -> None:
+    require("sglang")
+    ops = torch.ops.sgl_kernel
+    for tokens, topk, hidden in ((1, 2, 128), (33, 6, 512), (222, 8, 1024), (1000, 8, 4096)):
+        x = torch.randn(tokens, topk, hidden, device="cuda", dtype=torch.bfloat16)
+        ours, theirs = x.new_empty(tokens, hidden), x.new_empty(tokens, hidden)
+        sglang.moe_sum_reduce(x, ours, 2.5)
+        ops.moe_sum_reduce(x, theirs, 2.5)
+        torch.testing.assert_close(ours, theirs)
+    for tokens, num_experts, topk in SIZES:
+        logits = torch.randn(tokens, num_experts, device="cuda")
+        ours, theirs = outputs(tokens, topk, "cuda")[:2], outputs(tokens, topk, "cuda")[:2]
+        for softcap in (0.0, 30.0):
+            sglang.topk_softmax(*ours, logits, True, softcap)
+            ops.topk_softmax(*theirs, logits, True, softcap, None)
+            same(ours, theirs, f"{tokens=} {num_experts=} {topk=} {softcap=}")
+    for apply in (False, True):
+        logits, bias = torch.randn(64, 256, device="cuda"), torch.rand(256, device="cuda")
+        arguments = logits, bias, 8, 4, 8, 0, 2.5, apply
+        same(sglang.moe_fused_gate(*arguments), ops.moe_fused_gate(*arguments), f"{apply=}")
