@@ -54,7 +54,7 @@ CLUSTER16_THREADS = 640
 GLOBAL_IDS_PER_BLOCK, GLOBAL_MAX_BLOCKS = 1024, 64
 # What one block writes in about the time of a barrier, as one SM takes a cycle or two a sector; and how many
 # blocks may count the same ids before that costs more than it saves.
-SHARED_SLOTS_PER_BLOCK = SHARED_IDS_PER_BLOCK = 256
+SHARED_SLOTS_PER_BLOCK, SHARED_IDS_PER_BLOCK = 256, 32
 SHARED_MAX_BLOCKS = 72
 CLUSTER_IDS_PER_BLOCK = 512
 # Each instruction of a block's common work is issued for each of its warps, so few ids want few threads.
