@@ -22,24 +22,23 @@
 
 constexpr u32 kMaxThreads = 128;
 
-// Orders keys descending; Batcher's network, all indices known at compile time.
-template <u32 kCount>
-__device__ __forceinline__ void sort_descending(u32 (&keys)[kCount]) {
+// Orders keys descending: Batcher's odd-even merge sort. A template for each step, as compilers take long to see
+// that a nest of loops does nothing else.
+template <u32 kSize, u32 kDistance, u32 kCount>
+__device__ __forceinline__ void sort_step(u32 (&keys)[kCount]) {
 #pragma unroll
-  for (u32 size = 1; size < kCount; size *= 2) {
-#pragma unroll
-    for (u32 distance = size; distance > 0; distance /= 2) {
-#pragma unroll
-      for (u32 i = 0; i + distance < kCount; ++i) {
-        const u32 first = distance % size;
-        const bool pair = i >= first && (i - first) % (2 * distance) < distance;
-        if (pair && i / (2 * size) == (i + distance) / (2 * size)) {
-          const u32 a = keys[i], b = keys[i + distance];
-          keys[i] = max_u32(a, b);
-          keys[i + distance] = min_u32(a, b);
-        }
-      }
+  for (u32 pair = 0; pair < kCount / 2; ++pair) {
+    const u32 i = kDistance % kSize + pair / kDistance * (2 * kDistance) + pair % kDistance;
+    if (i + kDistance < kCount && i / (2 * kSize) == (i + kDistance) / (2 * kSize)) {
+      const u32 a = keys[i], b = keys[i + kDistance];
+      keys[i] = max_u32(a, b);
+      keys[i + kDistance] = min_u32(a, b);
     }
+  }
+  if constexpr (kDistance > 1) {
+    sort_step<kSize, kDistance / 2>(keys);
+  } else if constexpr (2 * kSize < kCount) {
+    sort_step<2 * kSize, 2 * kSize>(keys);
   }
 }
 
@@ -222,7 +221,7 @@ __device__ __forceinline__ void gate_warp(const GateArgs& args) {
   u32 sorted[kShare];
 #pragma unroll
   for (u32 j = 0; j < kShare; ++j) sorted[j] = keys[j];
-  sort_descending(sorted);
+  sort_step<1, 1>(sorted);
   u32 best = row_max<kMode>(sorted[0], lanes_per_row);
   if (!with_bias && args.scoring == kSoftmax) {
     greatest = from_key(best);
