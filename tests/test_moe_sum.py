@@ -165,10 +165,11 @@ def test_plan() -> None:
             assert chosen.num_tokens * chosen.units_per_token < 2**31
     kinds = {1: "n", 2: "2", 3: "n", 4: "4", 5: "n", 6: "n", 8: "8", 9: "n", 10: "n", 16: "8", 24: "n"}
     for topk, kind in kinds.items():
-        assert plan_of(64, topk, 7168).launch.kernel == f"moe_sum/moe_sum_{kind}_bf16"
+        assert plan_of(300, topk, 7168).launch.kernel == f"moe_sum/moe_sum_{kind}_bf16"
+    for tokens, kind in {1: "8", 16: "8", 64: "4", 150: "4", 151: "8", 2000: "8", 16384: "4"}.items():
+        assert plan_of(tokens, 8, 7168).launch.kernel == f"moe_sum/moe_sum_{kind}_bf16"
     assert plan_of(64, 8, 7168, extended=True).launch.kernel == "moe_sum/moe_sum_ext_bf16"
     assert plan_of(64, 8, 7168, vectors=False, extended=True).launch.kernel == "moe_sum/moe_sum_any_bf16"
-    assert plan_of(16384, 8, 7168).launch.kernel == "moe_sum/moe_sum_4_bf16"
     assert plan_of(3_000_000, 1, 1001, vectors=False).num_tokens == (2**31 - 1) // 1001
     with pytest.raises(ValueError, match="hidden size"):
         plan_of(1, 1, 2**31, vectors=False)
