@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import linear, silu
 
-from cupy_moe import moe_align_block_size
+from cupy_moe import moe_align_block_size, moe_sum, topk_softmax
 
 
 def moe_layer(
@@ -29,10 +29,7 @@ def moe_layer(
     num_tokens, width = hidden.shape
 
     # Gate: topk experts for each token, and how much each counts.
-    scores = linear(hidden, router).softmax(-1, dtype=torch.float32)
-    topk_weights, topk_ids = scores.topk(topk)
-    if renormalize:
-        topk_weights = topk_weights / topk_weights.sum(-1, keepdim=True)
+    topk_weights, topk_ids = topk_softmax(linear(hidden, router), topk, renormalize)
 
     # Align: all (token, k) pairs by expert, in blocks of one expert each. Pair i is of token i // topk; the
     # number of pairs stands for "no pair", and so for token num_tokens, which is given a row of zeros.
@@ -49,8 +46,7 @@ def moe_layer(
     # Sum: back into the order of the pairs, with one more row for all that is no pair.
     by_pair = hidden.new_empty(num_tokens * topk + 1, width)
     by_pair[pairs] = outputs.view(-1, width)
-    by_pair = by_pair[:-1].view(num_tokens, topk, width)
-    return (by_pair * topk_weights.unsqueeze(-1)).sum(1).to(hidden.dtype)
+    return moe_sum(by_pair[:-1].view(num_tokens, topk, width), topk_weights=topk_weights)
 
 
 def loop_over_experts(

@@ -70,6 +70,15 @@ def test_as_in_transformers(name: str, device: str) -> None:
 
 
 @torch.no_grad()
+def test_compiled_for_any_number_of_tokens() -> None:
+    block = mixtral(8, 2)
+    compiled = torch.compile(ours, fullgraph=True, dynamic=True, backend="aot_eager")
+    for tokens in (1, 3, 200):
+        hidden = torch.randn(1, tokens, WIDTH, generator=torch.Generator().manual_seed(tokens))
+        torch.testing.assert_close(compiled(block, hidden, 2), block(hidden), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
 @pytest.mark.gpu
 def test_in_a_graph_and_compiled() -> None:
     block = mixtral(8, 2).to("cuda")
