@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -12,8 +13,11 @@ from shutil import copy, copytree
 from typing import Any
 
 import pytest
+from cache_helpers import Everything, copy_package, everything, run_python
 
-from cupy_moe import __version__, cli, config
+from cupy_moe import __version__, build, cli, config
+
+__all__ = ["everything"]  # a fixture
 
 ROOT = Path(__file__).parents[1]
 FAKE_CACHE = ("v1/sm_90/align-0123456789abcdef.cubin", "v1/sm_90/align-0123456789abcdef.json")
@@ -61,7 +65,7 @@ def wheel_names(tree: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> list[
 
 
 def test_wheel_carries_sources_and_cache(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    package = [f.relative_to(ROOT).as_posix() for f in (ROOT / "cupy_moe").glob("*.py")]
+    package = [f.relative_to(ROOT).as_posix() for f in (ROOT / "cupy_moe").rglob("*.py")]
     sources = [f"cupy_moe/kernels_cu/{f.name}" for f in (ROOT / "kernels_cu").glob("*.cu*")]
     assert sources
     wanted = [*package, "cupy_moe/py.typed", *sources, *(f"cupy_moe/cache/{n}" for n in FAKE_CACHE)]
@@ -75,6 +79,63 @@ def test_sdist_makes_the_same_wheel(tree: Path, tmp_path: Path, monkeypatch: pyt
         sdist.extractall(tmp_path, filter="data")
     unpacked = tmp_path / f"cupy_moe-{__version__}"
     assert wheel_names(unpacked, tmp_path, monkeypatch) == wheel_names(tree, tmp_path, monkeypatch)
+
+
+LOOK_UP = """
+import sys
+from cupy_moe import build, cache
+for target in (*build.TARGETS, "sm_130"):
+    for unit in build.units():
+        image = next(cache.candidates(unit, divmod(build.number(target), 10)))
+        print(image.origin, image.entry.target)
+assert not {"torch", "cupy"} & set(sys.modules)
+"""
+
+
+def test_wheel_with_every_kernel_is_small_and_compiles_nothing(
+    everything: Everything, tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkout = tmp_path / "checkout"
+    copytree(tree, checkout, ignore=lambda folder, _: ["v1"] if folder.endswith("/cache") else [])
+    copytree(everything.folder / "v1", checkout / "cache" / "v1")
+    wheel_names(checkout, tmp_path, monkeypatch)
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.stat().st_size <= 4_000_000
+    installed = tmp_path / "installed"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(installed)
+
+    verify = run_python(installed, "-m", "cupy_moe", "verify", "--strict", "cupy_moe/cache")
+    assert verify.returncode == 0, verify.stdout
+    targets = [*build.supported_targets(), build.PTX_TARGET]
+    assert f"{len(targets) * len(build.units())} images in 1 folders, 0 problems" in verify.stdout
+    if set(build.TARGETS) <= set(targets):
+        found = run_python(installed, "-c", LOOK_UP, env={"CUPY_MOE_DISABLE_JIT": "1"})
+        wanted = [f"package {target}" for target in (*build.TARGETS, build.PTX_TARGET) for _ in build.units()]
+        assert found.stdout.splitlines() == wanted, found.stderr
+
+
+def test_script_builds_a_wheel_that_holds_all(tmp_path: Path) -> None:
+    pytest.importorskip("hatchling.build")
+    if not set(build.TARGETS) <= set(build.supported_targets()):
+        pytest.skip(f"NVRTC {build.toolchain().nvrtc} does not know every target")
+    checkout = copy_package(tmp_path / "checkout")
+    for name in ("pyproject.toml", "README.md", "LICENSE", ".gitignore"):
+        copy(ROOT / name, checkout)
+    (checkout / "scripts").mkdir()
+    for name in ("_venv", "wheel"):
+        copy(ROOT / "scripts" / name, checkout / "scripts")
+    interpreter = os.path.relpath(sys.executable, checkout)  # it need not be an absolute path
+    environment = os.environ | {"CUPY_MOE_PYTHON": interpreter, "CUPY_MOE_NVRTC_FLAGS": "-lineinfo"}
+    run = subprocess.run(
+        ["scripts/wheel"], cwd=checkout, env=environment, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    assert f"{len(build.TARGETS) + 1} images in 1 folders, 0 problems" in run.stdout
+    with zipfile.ZipFile(checkout / f"dist/cupy_moe-{__version__}-py3-none-any.whl") as wheel:
+        names = wheel.namelist()
+    for target in build.TARGETS:
+        assert any(re.search(rf"/cache/v1/{target}/tiny-\w+\.cubin$", name) for name in names)
 
 
 def test_readme_names_every_command_and_variable() -> None:
