@@ -31,6 +31,7 @@ class AlignPlan(NamedTuple):
     per_block: int  # ids that one block places; align_small: slots that one block writes
     num_rows: int  # warps of a block that place ids; align_small: threads that share an id
     per_row: int = 1  # ids that one warp places
+    staged: bool = False  # align_global: a block has room to sort its ids in shared memory
     scratch_words: int = 0
 
 
@@ -235,7 +236,11 @@ def _plan_global(num_ids: int, num_experts: int, reader: str, limits: DeviceLimi
     most = LARGE_MAX_BLOCKS if large else min(GLOBAL_MAX_BLOCKS, limits.num_sms)
     grid = min(most, max(1, ceil_div(num_ids, GLOBAL_IDS_PER_BLOCK)))
     threads = 1024
-    pieces = _cut(num_ids, grid, num_experts, threads, limits.shared_bytes, 1, not large)
+    staged = not large
+    pieces = _cut(num_ids, grid, num_experts, threads, limits.shared_bytes, 1, staged)
+    if staged and pieces.shared_bytes + STATIC_SHARED > limits.shared_bytes:
+        staged = False  # too many ids to sort in shared memory; the table may fit all the same
+        pieces = _cut(num_ids, grid, num_experts, threads, limits.shared_bytes, 1, staged)
     table = _table_bytes(num_experts, pieces.num_rows)
     if large:
         pieces = pieces._replace(shared_bytes=0)
@@ -251,7 +256,7 @@ def _plan_global(num_ids: int, num_experts: int, reader: str, limits: DeviceLimi
         LaunchPlan(f"align_global/align_scatter_{suffix}", grid, threads, pieces.shared_bytes),
     )
     scratch_words = grid * (_stride(num_experts) + (table // 4 if large else 0))
-    return AlignPlan(launches, pieces.per_block, pieces.num_rows, pieces.per_row, scratch_words)
+    return AlignPlan(launches, pieces.per_block, pieces.num_rows, pieces.per_row, staged, scratch_words)
 
 
 # ---- moe_sum ----------------------------------------------------------------------------------------------

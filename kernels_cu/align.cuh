@@ -31,6 +31,7 @@ struct AlignArgs {
   Divisor block_size;
   u32 per_block;   // ids that one block places, a multiple of 32; in align_small: slots that one block writes
   Divisor per_row;  // consecutive ids that one warp places, a multiple of 32
+  u32 staged;      // align_global: whether shared memory has room for the ids of a block, to sort them there
   u32 num_rows;    // warps that place ids; in align_small: threads that share an id, a power of two up to 32
 };
 
@@ -290,8 +291,8 @@ __device__ __forceinline__ Slots find_slots(const AlignArgs& args, const Table& 
 }
 
 // Write the ids [begin, end) of each warp, of which `match` has the first 32. The warp's row holds how many ids of
-// a bucket come before them. Scattered writes cost a sector each; if kStaged, a block sorts its ids in shared memory
-// first, and writes neighbours together.
+// a bucket come before them. Scattered writes cost a sector each; if kStaged, and there is a stage, a block sorts its
+// ids in shared memory first, and writes neighbours together.
 template <bool kStaged, typename Ids>
 __device__ __forceinline__ void write_ids(const AlignArgs& args, const Table& table, u32 begin, u32 end, Match match,
                                           uint2* stage, u32 num_mine) {
@@ -306,7 +307,7 @@ __device__ __forceinline__ void write_ids(const AlignArgs& args, const Table& ta
     if (match.peers) {
       earlier = row[bucket];
       const u32 slot = table.base[bucket] + earlier + rank;
-      if (kStaged) stage[table.before()[bucket] + earlier + rank] = make_uint2(match.i, slot);
+      if (kStaged && stage) stage[table.before()[bucket] + earlier + rank] = make_uint2(match.i, slot);
       else args.sorted_token_ids[slot] = (int)match.i;
       name_block(args, bucket, slot);
     }
@@ -316,7 +317,7 @@ __device__ __forceinline__ void write_ids(const AlignArgs& args, const Table& ta
     match = Match(args, next, next_id);
     __syncwarp();
   }
-  if (!kStaged) return;
+  if (!kStaged || !stage) return;
   __syncthreads();
 #pragma unroll 2
   for (u32 k = threadIdx.x; k < num_mine; k += blockDim.x) args.sorted_token_ids[stage[k].y] = (int)stage[k].x;

@@ -7,7 +7,7 @@
 // scratch  counts [grid][stride] words, stride = E + 1 rounded up to 4; the _large entries also a table per block,
 //          (num_rows + 3) * stride words, after it. Need not be cleared.
 // grid     as many blocks as pieces of per_block ids; block: a multiple of 32 threads, at least num_rows warps
-// shared   align_count: stride words; align_scatter: the table, and 2 * per_block words; _large: none
+// shared   align_count: stride words; align_scatter: the table, and 2 * per_block words if staged; _large: none
 //
 // align_count
 //   1  counts[block][e] = ids of expert e in the block's piece
@@ -42,7 +42,7 @@ __device__ __forceinline__ void align_scatter(const AlignArgs& args) {
   u32* tables = args.scratch + (u64)gridDim.x * stride;
   u32* table_memory = kSharedTable ? (u32*)memory : tables + (u64)blockIdx.x * (args.num_rows + 3) * stride;
   const Table table(table_memory, args);
-  uint2* stage = (uint2*)((u32*)memory + (kSharedTable ? table.words() : 0));  // [per_block], if kSharedTable
+  uint2* stage = (uint2*)((u32*)memory + (kSharedTable ? table.words() : 0));  // [per_block], if staged
   const Piece piece(args, blockIdx.x);
   const u32 begin = piece.begin_of_warp(args, table), end = piece.end_of_warp(args, begin);
   const typename Ids::Id id = load_or_none<Ids>(args, begin + lane_id(), end);
@@ -67,7 +67,7 @@ __device__ __forceinline__ void align_scatter(const AlignArgs& args) {
   __syncthreads();
   const Slots slots = find_slots<kSharedTable>(args, table, warp_sums,
                                  [&](u32 bucket) { return make_uint2(0, scan_column(table, bucket)); });
-  write_ids<kSharedTable, Ids>(args, table, begin, end, match, stage, slots.num_mine);
+  write_ids<kSharedTable, Ids>(args, table, begin, end, match, args.staged ? stage : nullptr, slots.num_mine);
   write_padding(args, table.after(), slots.post_pad);
 }
 

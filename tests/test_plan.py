@@ -92,7 +92,6 @@ def test_each_threshold_changes_the_kernel() -> None:
     assert around(T4)[:6] == around(RTX4090)[:6] == changes.split()[:6]
 
 
-@pytest.mark.xfail(strict=True, reason="a block of align_global keeps all of its ids in shared memory")
 @pytest.mark.parametrize("gpu", GPUS)
 def test_few_experts_never_take_the_kernel_for_many(gpu: str) -> None:
     for num_ids in (500_000, 1_000_000, 2_000_000, 10_000_000):
