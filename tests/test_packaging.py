@@ -12,9 +12,12 @@ from pathlib import Path
 from shutil import copy, copytree
 from typing import Any
 
+import moe_layer
 import pytest
+import torch
 from cache_helpers import Everything, copy_package, everything, run_python
 
+import cupy_moe
 from cupy_moe import __version__, build, cli, config
 
 __all__ = ["everything"]  # a fixture
@@ -144,10 +147,27 @@ def test_readme_names_every_command_and_variable() -> None:
     assert [name for name in config.VARIABLES if f"| `{name}" not in text] == []
 
 
-def test_readme_example_runs_without_a_gpu() -> None:
-    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+def test_readme_examples_run_without_a_gpu() -> None:
+    examples = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     names: dict[str, Any] = {}
-    exec(example.replace('device="cuda"', 'device="cpu"'), names)
+    exec("".join(examples).replace('device="cuda"', 'device="cpu"'), names)
     assert len(names["sorted_ids"]) == 8192 + 64 * 127
     assert len(names["expert_ids"]) == 128
     assert 8192 <= int(names["post_pad"]) <= len(names["sorted_ids"])
+
+    generator = torch.Generator().manual_seed(0)
+    for tokens in (1, 50):
+        shapes = (tokens, 32), (8, 32), (8, 2 * 16, 32), (8, 32, 16)
+        inputs = [torch.randn(shape, generator=generator) / shape[-1] ** 0.5 for shape in shapes]
+        result = names["moe_layer"](*inputs, topk=2)
+        torch.testing.assert_close(result, moe_layer.loop_over_experts(*inputs, topk=2))
+
+
+def test_readme_names_every_function_and_script() -> None:
+    text = (ROOT / "README.md").read_text()
+    public = [name for name in cupy_moe.__all__ if name[0].islower()]
+    assert [name for name in public if f"`{name}`" not in text and f"`cupy_moe.{name}" not in text] == []
+    scripts = [
+        path.name for path in (ROOT / "scripts").iterdir() if path.is_file() and path.name[0] not in "._"
+    ]
+    assert [name for name in scripts if f"scripts/{name}" not in text] == []
