@@ -158,10 +158,9 @@ def test_readme_examples_run_without_a_gpu() -> None:
     generator = torch.Generator().manual_seed(0)
     for tokens in (1, 50):
         shapes = (tokens, 32), (8, 32), (8, 2 * 16, 32), (8, 32, 16)
-        inputs: Any = [torch.randn(shape, generator=generator) / shape[-1] ** 0.5 for shape in shapes]
-        torch.testing.assert_close(
-            names["moe_layer"](*inputs, 2), moe_layer.loop_over_experts(*inputs, 2), rtol=1e-4, atol=1e-5
-        )
+        a, b, c, d = (torch.randn(shape, generator=generator) / shape[-1] ** 0.5 for shape in shapes)
+        expected = moe_layer.loop_over_experts(a, b, c, d, 2)
+        torch.testing.assert_close(names["moe_layer"](a, b, c, d, 2), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_readme_names_every_function_and_script() -> None:
