@@ -144,7 +144,7 @@ def show_path(topk_ids: torch.Tensor, block_size: int, experts: int) -> None:
     slots, _ = aligned_sizes(topk_ids.numel(), experts, block_size)
     limits = device_limits(topk_ids.device.index)
     label = "path"
-    for launch in plan_align(topk_ids.numel(), experts, slots, "i32", limits).launches:
+    for launch in plan_align(topk_ids.numel(), experts, slots, block_size, "i32", limits).launches:
         entry = launch.kernel.partition("/")[2]
         click.echo(f"{label:8} {entry}, {counted(launch.grid, 'block')} of {launch.block} threads")
         label = "then"
