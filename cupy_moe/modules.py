@@ -11,6 +11,7 @@ from typing import Any
 
 from . import build, cache
 from .errors import KernelLoadError, KernelNotPrebuiltError
+from .plan import CLUSTER_MAJORS
 
 log = logging.getLogger("cupy_moe")
 
@@ -28,7 +29,7 @@ def kernel(device: int, unit: str, entry: str) -> int:
     """The CUfunction of an entry point on a device, loaded (and, if need be, compiled) at the first call.
 
     It may use all the dynamic shared memory that the device has beside its static shared memory and, on
-    devices with clusters, be launched in clusters of up to 16 blocks. The first call of a unit takes 1 ms
+    devices of CLUSTER_MAJORS, be launched in clusters of up to 16 blocks. The first call of a unit takes 1 ms
     with a prebuilt cubin and up to a second from source, later ones a dictionary look-up.
     Raises KernelNotPrebuiltError, KernelLoadError, CompileError, DependencyError, ConfigError.
     """
@@ -86,7 +87,7 @@ def _get_function(device: int, unit: str, entry: str) -> Any:
             static = driver.funcGetAttribute(_STATIC_SHARED, function.ptr)
             limit = runtime.deviceGetAttribute(runtime.cudaDevAttrMaxSharedMemoryPerBlockOptin, device)
             driver.funcSetAttribute(function.ptr, _MAX_DYNAMIC_SHARED, limit - static)
-            if capability(device) >= (9, 0):
+            if capability(device)[0] in CLUSTER_MAJORS:
                 driver.funcSetAttribute(function.ptr, _NON_PORTABLE_CLUSTER, 1)
         except driver.CUDADriverError as error:
             if error.status in _CAPTURE:

@@ -47,6 +47,8 @@ SMALL_SLOTS_PER_BLOCK = 1024
 # clusters it is the best there is up to CLUSTER8_FAST_IDS.
 SHARED_FAST_IDS = 8_192
 CLUSTER8_FAST_IDS = 49_152
+# Where 16 blocks may form a cluster: data center GPUs. Others may allow fewer, and take kernels without.
+CLUSTER_MAJORS = (9, 10)
 # Counts are 16 bits wide where blocks tell them each other; a chunk is rounded up to 32 ids for each cluster.
 CHUNK_MAX_IDS = 60_000
 # Twenty warps place the ids of a chunk in whole rounds, and leave room for what they read.
@@ -199,9 +201,9 @@ def _plan_shared(
             raise _DoesNotFit(
                 f"kernel='cluster{cluster}' takes contiguous int32 or int64 ids aligned to 16 bytes"
             )
-        if limits.capability < (9, 0):
+        if limits.capability[0] not in CLUSTER_MAJORS:
             raise _DoesNotFit(
-                f"kernel='cluster{cluster}' needs compute capability 9.0, got {limits.capability}"
+                f"kernel='cluster{cluster}' needs compute capability 9.x or 10.x, got {limits.capability}"
             )
         if num_ids > cluster * CHUNK_MAX_IDS:
             raise _DoesNotFit(

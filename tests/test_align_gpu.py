@@ -299,7 +299,7 @@ def test_every_kernel_at_every_threshold() -> None:
 
 def test_the_kernel_that_is_planned_is_the_one_that_runs(launched: list[str]) -> None:
     limits = device_limits(torch.cuda.current_device())
-    clusters = limits.capability >= (9, 0)
+    clusters = limits.capability[0] in plan.CLUSTER_MAJORS
     seen = set()
     for bound, below, above in (
         (plan.SMALL_FAST_IDS, "small", "shared"),
@@ -331,7 +331,9 @@ def test_a_forced_kernel_is_the_one_that_runs(launched: list[str]) -> None:
         launched.clear()
         moe_align_block_size(ids, 16, 64, kernel=kernel)
         assert kernel_of(as_plan(launched)) == kernel
-    assert len(possible(ids, 64)) == (6 if torch.cuda.get_device_capability() >= (9, 0) else 4)
+    assert len(possible(ids, 64)) == (
+        6 if torch.cuda.get_device_capability()[0] in plan.CLUSTER_MAJORS else 4
+    )
 
 
 def test_one_reader_for_each_kind_of_ids(launched: list[str]) -> None:
