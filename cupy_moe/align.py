@@ -113,7 +113,7 @@ def moe_align_block_size(
     call = _prepare(
         topk_ids.numel(), topk_ids.dtype, ids % 16 == 0 and topk_ids.is_contiguous(), device,
         block_size, num_experts, pad_sorted_ids,
-        0 if expert_map is None else _MAP_IDS if ignore_invalid_experts else _MAP_BLOCKS, kernel,
+        _NO_MAP if expert_map is None else _MAP_IDS if ignore_invalid_experts else _MAP_BLOCKS, kernel,
     )  # fmt: skip
     if out is None:
         sorted_token_ids = torch.empty(call.num_slots, dtype=torch.int32, device=device)

@@ -66,7 +66,6 @@ THREADS_FOR_WORK = ((1_024, 128), (4_096, 256), (12_288, 512), (INT32_MAX, 1024)
 LARGE_MAX_BLOCKS = 16
 STATIC_SHARED = 256  # warp_sums in the .cu files
 WARP = 32
-MAX_THREADS = 1024
 
 
 def ceil_div(value: int, divisor: int) -> int:
