@@ -95,7 +95,7 @@ def moe_align_block_size(
     ([1, 2, 3, 4, -1, -1, -1], 16)
 
     Cost: one or two launches on torch's current stream, no synchronisation, and the outputs as the only
-    allocation; `align_global` (see plan.py: many ids on GPUs without clusters, or more experts than shared
+    allocation; `align_global` (see plan.py: many ids, or more experts than shared
     memory has room for) also takes a workspace, and ids whose strides no row and column stride describe are
     copied first. Arrays with `__dlpack__` (cupy, jax, numpy) are accepted, and give arrays of their kind.
 

@@ -35,8 +35,6 @@ struct AlignArgs {
   u32 num_rows;    // warps that place ids; in align_small: threads that share an id, a power of two up to 32
 };
 
-// An id that is not placed is in bucket num_experts, so that counting it takes no branch.
-
 // How ids are read, kPerLoad at once. One unsigned comparison drops negative ids, too, if they are extended
 // with their sign; an id of all ones is never an expert, and stands for none.
 template <typename Unsigned>
@@ -79,7 +77,7 @@ struct Any {  // one by one, whatever their type and strides are
   __device__ static __forceinline__ Vector load_vector(const AlignArgs& args, u32 i) { return {{load(args, i)}}; }
 };
 
-// The buckets of kCount ids.
+// The buckets of kCount ids. One that is not placed is in bucket num_experts, so that counting it takes no branch.
 template <u32 kCount>
 struct Buckets {
   u32 of[kCount];

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// moe_align_block_size in two launches, with the counts of each piece in global memory: for GPUs without
+// moe_align_block_size in two launches, with the counts of each piece in global memory: for many ids where there are no
 // clusters, and for more experts than shared memory has room for.
 //
 // in       topk_ids [num_ids], expert_map [num_experts] or unused                        (AlignArgs, align.cuh)

@@ -48,7 +48,7 @@ __device__ __forceinline__ void align_shared(const AlignArgs& args) {
   // Clusters only: the counts of this block's chunk, and those of all blocks, in 16-byte vectors.
   const u32 stride = (args.num_experts + 7) & ~7u;
   u16* chunk_counts = (u16*)(stage + (kStaged ? args.per_block : 0));  // [stride]
-  u16* all_counts = chunk_counts + stride;                                 // [kCluster][stride]
+  u16* all_counts = chunk_counts + stride;                             // [kCluster][stride]
 
   // Block `rank` of every cluster counts the same chunk; each cluster places another piece of it.
   const u32 rank = cluster_rank<kCluster>(), num_clusters = gridDim.x / kCluster;

@@ -44,13 +44,13 @@ __device__ __forceinline__ u32 warp_sum(u32 value) {
 #endif
 }
 
-// Exclusive prefix sums over the threads of a block, of kValues values at once, and their sums over all threads. One
-// barrier; before calling it again with the same warp_sums, the block has to pass another one.
 template <u32 kValues>
 struct Sums {
   u32 of[kValues];
 };
 
+// Exclusive prefix sums over the threads of a block, of kValues values at once, and their sums over all threads. One
+// barrier; before calling it again with the same warp_sums, the block has to pass another one.
 template <u32 kValues>
 __device__ __forceinline__ Sums<kValues> block_exclusive_scan(Sums<kValues> value, u32 (*warp_sums)[kWarpSize],
                                                               Sums<kValues>& total) {

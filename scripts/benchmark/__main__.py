@@ -44,7 +44,7 @@ def main(
     quick: bool, only: tuple[str, ...], kernels: bool, peers_folder: Path | None, seed: int | None,
     out: Path | None, source: Path | None, readme: bool,
 ) -> None:  # fmt: skip
-    """Compare every operator with its specification, then time it beside vLLM's and SGLang's.
+    """Compare operators with their specification, then time them beside vLLM's and SGLang's.
 
     Fails, and times nothing, if any result is wrong.
     """
