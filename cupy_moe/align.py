@@ -26,7 +26,7 @@ _is_compiling = torch.compiler.is_dynamo_compiling
 __all__ = ["MoEAlignment", "aligned_sizes", "moe_align_block_size"]
 
 # AlignArgs in align.cuh: what changes with every call, and what follows from sizes, types and flags.
-_ARGUMENTS, _STRIDES, _CONSTANTS = struct.Struct("@6P"), struct.Struct("@2qI"), struct.Struct("@15I")
+_ARGUMENTS, _STRIDES, _CONSTANTS = struct.Struct("@6P"), struct.Struct("@2qI"), struct.Struct("@14I")
 _NO_MAP, _MAP_BLOCKS, _MAP_IDS = 0, 1, 2
 # IdType in align.cuh. Ids of 2^31 and more are no experts, so u32 is read as i32: the same ids are dropped.
 _ID_TYPES = {
@@ -189,7 +189,7 @@ def _prepare(
     )
     constants = _STRIDES.pack(1, 1, 1) + _CONSTANTS.pack(
         id_type, num_ids, num_experts, num_slots, num_blocks, map_mode, *divisor(block_size),
-        plan.per_block, *divisor(plan.per_row), plan.staged, plan.num_rows,
+        plan.per_block, *divisor(plan.per_row), plan.num_rows,
     )  # fmt: skip
     return _Call(num_slots, num_blocks, vectors, plan, constants, (block_size, num_experts))
 

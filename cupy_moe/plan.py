@@ -31,7 +31,6 @@ class AlignPlan(NamedTuple):
     per_block: int  # ids that one block places; align_small: slots that one block writes
     num_rows: int  # warps of a block that place ids; align_small: threads that share an id
     per_row: int = 1  # ids that one warp places
-    staged: bool = False  # align_global: a block has room to sort its ids in shared memory
     scratch_words: int = 0
 
 
@@ -54,7 +53,9 @@ CHUNK_MAX_IDS = 60_000
 # Twenty warps place the ids of a chunk in whole rounds, and leave room for what they read.
 CLUSTER16_THREADS = 640
 # More pieces make for longer columns of counts, which every block adds up.
-GLOBAL_IDS_PER_BLOCK, GLOBAL_MAX_BLOCKS = 1024, 64
+GLOBAL_IDS_PER_BLOCK, GLOBAL_FAST_BLOCKS = 1024, 64
+# More blocks only where the ids of a piece, 4 bytes each to sort, would take over half of the shared memory.
+GLOBAL_MAX_BLOCKS = 2048
 # What one block writes in about the time of a barrier, as one SM takes a cycle or two a sector; and how many
 # blocks may count the same ids before that costs more than it saves.
 SHARED_SLOTS_PER_BLOCK, SHARED_IDS_PER_BLOCK = 256, 32
@@ -64,7 +65,7 @@ CLUSTER_IDS_PER_BLOCK = 512
 THREADS_FOR_WORK = ((1_024, 128), (4_096, 256), (12_288, 512), (INT32_MAX, 1024))
 # Tables in global memory are wide; fewer pieces keep them few.
 LARGE_MAX_BLOCKS = 16
-STATIC_SHARED = 256  # warp_sums in the .cu files
+STATIC_SHARED = 136  # warp_sums and the inbox in the .cu files
 WARP = 32
 
 
@@ -158,7 +159,7 @@ def _stride(num_experts: int) -> int:
 
 def _table_bytes(num_experts: int, num_rows: int, cluster: int = 1) -> int:
     exchanged = (cluster + 1) * 2 * round_up(num_experts, 8) if cluster > 1 else 0
-    return 4 * (num_rows + 3) * _stride(num_experts) + exchanged
+    return 4 * (round_up(num_rows + 2, 2) + 1) * _stride(num_experts) + exchanged
 
 
 class _Pieces(NamedTuple):
@@ -169,11 +170,11 @@ class _Pieces(NamedTuple):
 
 
 def _cut(
-    num_ids: int, grid: int, num_experts: int, threads: int, shared_bytes: int, cluster: int, staged: bool
+    num_ids: int, grid: int, num_experts: int, threads: int, shared_bytes: int, cluster: int, is_sorted: bool
 ) -> _Pieces:
     """A piece of ids for each of `grid` blocks, cut into as many ids for each of its warps."""
     per_block = max(WARP, round_up(ceil_div(num_ids, grid), WARP))
-    stage = 8 * per_block if staged else 0
+    stage = 4 * per_block if is_sorted else 0
     rows = threads // WARP
     while rows > 1 and _table_bytes(num_experts, rows, cluster) + stage + STATIC_SHARED > shared_bytes:
         rows //= 2
@@ -234,14 +235,15 @@ def _plan_shared(
 
 
 def _plan_global(num_ids: int, num_experts: int, reader: str, limits: DeviceLimits, large: bool) -> AlignPlan:
-    most = LARGE_MAX_BLOCKS if large else min(GLOBAL_MAX_BLOCKS, limits.num_sms)
-    grid = min(most, max(1, ceil_div(num_ids, GLOBAL_IDS_PER_BLOCK)))
+    if large:
+        grid = min(LARGE_MAX_BLOCKS, max(1, ceil_div(num_ids, GLOBAL_IDS_PER_BLOCK)))
+    else:
+        grid = min(GLOBAL_FAST_BLOCKS, limits.num_sms, max(1, ceil_div(num_ids, GLOBAL_IDS_PER_BLOCK)))
+        grid = max(grid, ceil_div(num_ids, limits.shared_bytes // 8))
+        if grid > GLOBAL_MAX_BLOCKS:
+            raise _DoesNotFit(f"kernel='global' would need {grid} blocks for {num_ids} ids")
     threads = 1024
-    staged = not large
-    pieces = _cut(num_ids, grid, num_experts, threads, limits.shared_bytes, 1, staged)
-    if staged and pieces.shared_bytes + STATIC_SHARED > limits.shared_bytes:
-        staged = False  # too many ids to sort in shared memory; the table may fit all the same
-        pieces = _cut(num_ids, grid, num_experts, threads, limits.shared_bytes, 1, staged)
+    pieces = _cut(num_ids, grid, num_experts, threads, limits.shared_bytes, 1, is_sorted=not large)
     table = _table_bytes(num_experts, pieces.num_rows)
     if large:
         pieces = pieces._replace(shared_bytes=0)
@@ -257,7 +259,7 @@ def _plan_global(num_ids: int, num_experts: int, reader: str, limits: DeviceLimi
         LaunchPlan(f"align_global/align_scatter_{suffix}", grid, threads, pieces.shared_bytes),
     )
     scratch_words = grid * (_stride(num_experts) + (table // 4 if large else 0))
-    return AlignPlan(launches, pieces.per_block, pieces.num_rows, pieces.per_row, staged, scratch_words)
+    return AlignPlan(launches, pieces.per_block, pieces.num_rows, pieces.per_row, scratch_words)
 
 
 # ---- moe_sum ----------------------------------------------------------------------------------------------

@@ -31,7 +31,6 @@ struct AlignArgs {
   Divisor block_size;
   u32 per_block;   // ids that one block places, a multiple of 32; in align_small: slots that one block writes
   Divisor per_row;  // consecutive ids that one warp places, a multiple of 32
-  u32 staged;      // align_global: whether shared memory has room for the ids of a block, to sort them there
   u32 num_rows;    // warps that place ids; in align_small: threads that share an id, a power of two up to 32
 };
 
@@ -128,15 +127,21 @@ __device__ __forceinline__ void fill(int* values, u32 begin, u32 end, int value,
 // ---------------------------------------------------------------------------------------------------------
 
 struct Table {
+  static constexpr u32 kRows = 2;  // of a column are read at once
   u32 stride;  // one bucket more than experts, for what is dropped, in whole vectors
   u32 num_rows;
-  u32* base;  // [stride] first slot of a bucket, for the ids that the table counts
-  u32* rows;  // [num_rows + 2][stride]
+  u32 height;  // num_rows + 2, rounded up to kRows
+  u32* base;   // [stride] first slot of a bucket, for the ids that the table counts
+  u32* rows;   // [height][stride]
 
   __device__ __forceinline__ Table(u32* memory, const AlignArgs& args)
-      : stride(round_up_4(args.num_experts + 1)), num_rows(args.num_rows), base(memory), rows(memory + stride) {}
+      : stride(round_up_4(args.num_experts + 1)),
+        num_rows(args.num_rows),
+        height((num_rows + 2 + kRows - 1) / kRows * kRows),
+        base(memory),
+        rows(memory + stride) {}
   __device__ static __forceinline__ u32 round_up_4(u32 value) { return (value + 3) & ~3u; }
-  __device__ __forceinline__ u32 words() const { return (num_rows + 3) * stride; }
+  __device__ __forceinline__ u32 words() const { return (height + 1) * stride; }
   __device__ __forceinline__ u32* before() const { return rows; }
   __device__ __forceinline__ u32* of_warp(u32 warp) const { return rows + (warp + 1) * stride; }
   __device__ __forceinline__ u32* after() const { return rows + (num_rows + 1) * stride; }
@@ -205,15 +210,37 @@ __device__ __forceinline__ void count_ids(const AlignArgs& args, u32 begin, u32 
 
 // Turn a column of counts into counts of the rows before; returns the sum.
 __device__ __forceinline__ u32 scan_column(const Table& table, u32 bucket) {
+  u32* column = table.rows + bucket;
   u32 sum = 0;
-#pragma unroll 4
-  for (u32 row = 0; row < table.num_rows + 2; ++row) {
-    u32& count = table.rows[row * table.stride + bucket];
-    const u32 mine = count;
-    count = sum;
-    sum += mine;
+#pragma unroll 1
+  for (u32 row = 0; row < table.height; row += Table::kRows) {
+    u32 counts[Table::kRows];
+#pragma unroll
+    for (u32 k = 0; k < Table::kRows; ++k) counts[k] = column[k * table.stride];
+#pragma unroll
+    for (u32 k = 0; k < Table::kRows; ++k) {
+      *column = sum;
+      column += table.stride;
+      sum += counts[k];
+    }
   }
   return sum;
+}
+
+// Of the lanes, keep those that have the calling lane's bit k of value. Four instructions; the compiler makes eight.
+__device__ __forceinline__ void keep_equal_bit(u32& lanes, u32 value, u32 k) {
+  asm volatile(
+      "{\n"
+      ".reg .pred is_set;\n"
+      ".reg .u32 bit, same;\n"
+      "and.b32 bit, %1, %2;\n"
+      "setp.ne.u32 is_set, bit, 0;\n"
+      "vote.sync.ballot.b32 same, is_set, 0xffffffff;\n"
+      "@!is_set not.b32 same, same;\n"
+      "and.b32 %0, %0, same;\n"
+      "}"
+      : "+r"(lanes)
+      : "r"(value), "r"(1u << k));
 }
 
 // The lanes whose ids are in the same bucket; none for a lane whose id is dropped. Ballots on the bits of the
@@ -225,10 +252,7 @@ __device__ __forceinline__ u32 same_bucket(const AlignArgs& args, u32 bucket) {
 #pragma unroll 1
   for (u32 bits = args.num_experts - 1; bits != 0; bits >>= kBits, bucket >>= kBits) {
 #pragma unroll
-    for (u32 k = 0; k < kBits; ++k) {
-      const u32 set = __ballot_sync(kFullWarp, bucket >> k & 1);
-      lanes &= bucket >> k & 1 ? set : ~set;
-    }
+    for (u32 k = 0; k < kBits; ++k) keep_equal_bit(lanes, bucket, k);
   }
   return dropped ? 0 : lanes;
 }
@@ -247,78 +271,100 @@ __device__ __forceinline__ typename Ids::Id load_or_none(const AlignArgs& args, 
   return i < end ? Ids::load(args, i) : ~typename Ids::Id(0);
 }
 
-struct Slots {
-  u32 post_pad;
-  u32 num_mine;  // ids that this block places; 0 unless kStaged
-};
-
-// From sums to slots. sums_of(bucket) = {ids before those that the table counts, ids in all}, and leaves the
-// column of the bucket scanned. Afterwards base[bucket] is where the ids that the table counts begin, after() the
-// first padding slot, and before(), if kStaged, where this block's ids of the bucket begin in the stage, less the
-// ids before them. Ends with a barrier.
-template <bool kStaged, typename SumsOf>
-__device__ __forceinline__ Slots find_slots(const AlignArgs& args, const Table& table, u32 (*warp_sums)[kWarpSize],
-                                            SumsOf sums_of) {
-  constexpr u32 kValues = kStaged ? 2 : 1;
-  Slots slots = {0, 0};
+// From counts to slots: sums_of(bucket) = {x, ids in all}. Afterwards base[bucket] is the first slot of the bucket plus
+// x, and after() its first padding slot. Returns the number of slots in use. Ends with a barrier.
+template <typename SumsOf>
+__device__ __forceinline__ u32 find_slots(const AlignArgs& args, const Table& table, u32* warp_sums, SumsOf sums_of) {
+  u32 post_pad = 0;
 #pragma unroll 1
   for (u32 first = 0; first < args.num_experts; first += blockDim.x) {
     const u32 bucket = first + threadIdx.x;
     const bool exists = bucket < args.num_experts;
     const uint2 sums = exists ? sums_of(bucket) : make_uint2(0, 0);
-    Sums<kValues> value, total;
-    value.of[0] = args.block_size.round_up(sums.y);
-    u32 before = 0;
-    if (kStaged) {
-      before = exists ? table.of_warp(0)[bucket] : 0;
-      value.of[kValues - 1] = exists ? table.after()[bucket] - before : 0;
-    }
     if (first > 0) __syncthreads();  // warp_sums is still being read
-    const Sums<kValues> start = block_exclusive_scan<kValues>(value, warp_sums, total);
+    u32 total;
+    const u32 begin = post_pad + block_exclusive_scan(args.block_size.round_up(sums.y), warp_sums, total);
     if (exists) {
-      const u32 begin = slots.post_pad + start.of[0];
       table.base[bucket] = begin + sums.x;
       table.after()[bucket] = begin + sums.y;
-      if (kStaged) table.before()[bucket] = slots.num_mine + start.of[kValues - 1] - before;
     }
-    slots.post_pad += total.of[0];
-    if (kStaged) slots.num_mine += total.of[kValues - 1];
+    post_pad += total;
   }
   __syncthreads();
-  return slots;
+  return post_pad;
 }
 
-// Write the ids [begin, end) of each warp, of which `match` has the first 32. The warp's row holds how many ids of
-// a bucket come before them. Scattered writes cost a sector each; if kStaged, and there is a stage, a block sorts its
-// ids in shared memory first, and writes neighbours together.
-template <bool kStaged, typename Ids>
-__device__ __forceinline__ void write_ids(const AlignArgs& args, const Table& table, u32 begin, u32 end, Match match,
-                                          uint2* stage, u32 num_mine) {
+// Walk over the ids [begin, end) of each warp, of which `match` has the first 32, in order: place(i, bucket, n), where
+// n is how many ids of the bucket the column counts before i.
+template <typename Ids, typename Place>
+__device__ __forceinline__ void place_ids(const AlignArgs& args, const Table& table, u32 begin, u32 end, Match match,
+                                          Place place) {
   u32* row = table.of_warp(warp_id());
 #pragma unroll 1
   while (begin < end) {
     begin += kWarpSize;
     const u32 next = begin + lane_id();
     const typename Ids::Id next_id = load_or_none<Ids>(args, next, end);
-    const u32 bucket = match.bucket, rank = __popc(match.peers & lanes_below());
+    const u32 rank = __popc(match.peers & lanes_below());
     u32 earlier = 0;
     if (match.peers) {
-      earlier = row[bucket];
-      const u32 slot = table.base[bucket] + earlier + rank;
-      if (kStaged && stage) stage[table.before()[bucket] + earlier + rank] = make_uint2(match.i, slot);
-      else args.sorted_token_ids[slot] = (int)match.i;
-      name_block(args, bucket, slot);
+      earlier = row[match.bucket];
+      place(match.i, match.bucket, earlier + rank);
     }
     if (begin >= end) break;
     __syncwarp();
-    if (match.peers && rank == 0) row[bucket] = earlier + __popc(match.peers);
+    if (match.peers && rank == 0) row[match.bucket] = earlier + __popc(match.peers);
     match = Match(args, next, next_id);
     __syncwarp();
   }
-  if (!kStaged || !stage) return;
+}
+
+// Write the ids to their slots, base[] + n.
+template <typename Ids>
+__device__ __forceinline__ void write_ids(const AlignArgs& args, const Table& table, u32 begin, u32 end, Match match) {
+  place_ids<Ids>(args, table, begin, end, match, [&](u32 i, u32 bucket, u32 n) {
+    const u32 slot = table.base[bucket] + n;
+    args.sorted_token_ids[slot] = (int)i;
+    name_block(args, bucket, slot);
+  });
+}
+
+// The same in two steps, for a block with many ids: scattered writes cost a sector each, so they are sorted by bucket in
+// shared memory first. It needs only the block's own counts, and takes place while those of others are on the way.
+//
+// Fill stage[before()[bucket] + n] with (index in the piece, bucket), 16 bits each; returns the number of ids. The
+// slots are known after a barrier, and then base[] is to take n + before()[] to the slot.
+template <typename Ids>
+__device__ __forceinline__ u32 sort_ids(const AlignArgs& args, const Table& table, u32* warp_sums, u32* stage,
+                                        const Piece& piece, u32 begin, u32 end, Match match) {
+  u32 num_sorted = 0;
+#pragma unroll 1
+  for (u32 first = 0; first < args.num_experts; first += blockDim.x) {
+    const u32 bucket = first + threadIdx.x;
+    const bool exists = bucket < args.num_experts;
+    const u32 before = exists ? table.of_warp(0)[bucket] : 0;
+    const u32 mine = exists ? table.after()[bucket] - before : 0;
+    if (first > 0) __syncthreads();
+    u32 total;
+    const u32 start = num_sorted + block_exclusive_scan(mine, warp_sums, total);
+    if (exists) table.before()[bucket] = start - before;
+    num_sorted += total;
+  }
   __syncthreads();
+  place_ids<Ids>(args, table, begin, end, match, [&](u32 i, u32 bucket, u32 n) {
+    stage[table.before()[bucket] + n] = (i - piece.begin) << 16 | bucket;
+  });
+  return num_sorted;
+}
+
+__device__ __forceinline__ void write_sorted(const AlignArgs& args, const Table& table, const u32* stage,
+                                             const Piece& piece, u32 num_sorted) {
 #pragma unroll 2
-  for (u32 k = threadIdx.x; k < num_mine; k += blockDim.x) args.sorted_token_ids[stage[k].y] = (int)stage[k].x;
+  for (u32 k = threadIdx.x; k < num_sorted; k += blockDim.x) {
+    const u32 entry = stage[k], bucket = entry & 0xffff, slot = table.base[bucket] + k;
+    args.sorted_token_ids[slot] = (int)(piece.begin + (entry >> 16));
+    name_block(args, bucket, slot);
+  }
 }
 
 // The padding slots, the tail, and what lies past the last block: shared out over all blocks of the grid.

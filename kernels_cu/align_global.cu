@@ -4,17 +4,18 @@
 //
 // in       topk_ids [num_ids], expert_map [num_experts] or unused                        (AlignArgs, align.cuh)
 // out      sorted_token_ids [num_slots], expert_ids [num_blocks], num_tokens_post_pad [1], all int32
-// scratch  counts [grid][stride] words, stride = E + 1 rounded up to 4; the _large entries also a table per block,
-//          (num_rows + 3) * stride words, after it. Need not be cleared.
+// scratch  counts [grid][stride] words, stride = E + 1 rounded up to 4; after them, for the _large entries, a table
+//          per block. Need not be cleared.
 // grid     as many blocks as pieces of per_block ids; block: a multiple of 32 threads, at least num_rows warps
-// shared   align_count: stride words; align_scatter: the table, and 2 * per_block words if staged; _large: none
+// shared   align_count: stride words; align_scatter: the table (align.cuh), and per_block words more; _large: none
 //
 // align_count
 //   1  counts[block][e] = ids of expert e in the block's piece
 // align_scatter
 //   1  count the ids of the piece, in the rows of the table
-//   2  per expert: sum up the rows, and the counts of the other blocks; scan the padded sums over the experts
-//   3  place the ids of the piece; write padding
+//   2  per expert: sum up the rows, and the counts of the other blocks; sort the ids of the piece (_large does not)
+//   3  scan the padded sums over the experts
+//   4  write the ids of the piece, and padding
 //
 // Order: inside a bucket by piece, warp and lane, which is ascending in i. Atomics only add up counts.
 #include "align.cuh"
@@ -37,12 +38,12 @@ __device__ __forceinline__ void align_count(const AlignArgs& args) {
 template <typename Ids, bool kSharedTable>
 __device__ __forceinline__ void align_scatter(const AlignArgs& args) {
   extern __shared__ uint4 memory[];
-  __shared__ u32 warp_sums[2][kWarpSize];
+  __shared__ u32 warp_sums[kWarpSize];
   const u32 num_experts = args.num_experts, stride = Table(nullptr, args).stride;
   u32* tables = args.scratch + (u64)gridDim.x * stride;
-  u32* table_memory = kSharedTable ? (u32*)memory : tables + (u64)blockIdx.x * (args.num_rows + 3) * stride;
+  u32* table_memory = kSharedTable ? (u32*)memory : tables + (u64)blockIdx.x * Table(nullptr, args).words();
   const Table table(table_memory, args);
-  uint2* stage = (uint2*)((u32*)memory + (kSharedTable ? table.words() : 0));  // [per_block], if staged
+  u32* stage = (u32*)memory + table.words();  // [per_block], if kSharedTable
   const Piece piece(args, blockIdx.x);
   const u32 begin = piece.begin_of_warp(args, table), end = piece.end_of_warp(args, begin);
   const typename Ids::Id id = load_or_none<Ids>(args, begin + lane_id(), end);
@@ -65,10 +66,22 @@ __device__ __forceinline__ void align_scatter(const AlignArgs& args) {
   }
   const Match match(args, begin + lane_id(), id);
   __syncthreads();
-  const Slots slots = find_slots<kSharedTable>(args, table, warp_sums,
-                                 [&](u32 bucket) { return make_uint2(0, scan_column(table, bucket)); });
-  write_ids<kSharedTable, Ids>(args, table, begin, end, match, args.staged ? stage : nullptr, slots.num_mine);
-  write_padding(args, table.after(), slots.post_pad);
+  if (!kSharedTable) {
+    const u32 post_pad = find_slots(args, table, warp_sums,
+                                    [&](u32 bucket) { return make_uint2(0, scan_column(table, bucket)); });
+    write_ids<Ids>(args, table, begin, end, match);
+    write_padding(args, table.after(), post_pad);
+    return;
+  }
+#pragma unroll 1
+  for (u32 bucket = threadIdx.x; bucket < num_experts; bucket += blockDim.x)
+    table.base[bucket] = scan_column(table, bucket);
+  const u32 num_sorted = sort_ids<Ids>(args, table, warp_sums, stage, piece, begin, end, match);
+  const u32 post_pad = find_slots(args, table, warp_sums, [&](u32 bucket) {
+    return make_uint2(0 - table.before()[bucket], table.base[bucket]);
+  });
+  write_sorted(args, table, stage, piece, num_sorted);
+  write_padding(args, table.after(), post_pad);
 }
 
 #define ENTRY(kernel, name, Ids, kSharedTable)                        \

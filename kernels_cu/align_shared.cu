@@ -5,16 +5,17 @@
 // out      sorted_token_ids [num_slots], expert_ids [num_blocks], num_tokens_post_pad [1], all int32
 // grid     kCluster * c blocks that together cover num_ids, per_block each; block: a multiple of 32 threads,
 //          at least num_rows warps
-// shared   (num_rows + 3) * stride words, stride = num_experts + 1 rounded up to 4; in clusters of 16, 2 * per_block words
-//          more; in all clusters, (kCluster + 1) * 2 bytes more per expert, of which there are num_experts rounded up to 8
+// shared   the table (align.cuh); in clusters, (kCluster + 1) * 2 bytes more per expert, of which there are num_experts
+//          rounded up to 8; in clusters of 16, per_block words more
 //
 // Every cluster counts all ids, each of its blocks a kCluster-th of them, so no cluster waits for another and no
 // workspace outlives the launch; then each block places its own piece and a share of the padding. Counting
 // redundantly is cheap, writing from one SM is not: a few bytes an id against one or two cycles a sector.
 //
 //   1  count this block's share of the ids, in the rows of the table
-//   2  per bucket: sum up the rows, and the blocks of the cluster; scan the padded sums over the buckets
-//   3  place the ids of the piece; write padding
+//   2  per bucket: sum up the rows, and tell the other blocks of the cluster; meanwhile sort the ids of the piece
+//   3  per bucket: sum up the blocks; scan the padded sums over the buckets
+//   4  write the ids of the piece, and padding
 //
 // Order: inside a bucket by chunk (block of the cluster), piece (cluster), warp and lane, which is ascending
 // in i. All of it is fixed by the arguments.
@@ -22,33 +23,31 @@
 
 // Hand this block's counts, [stride] of 16 bits, to all blocks of the cluster: counts[rank] in each. What travels
 // between SMs is 16 bits wide, in 16-byte stores, since the way is narrow. Needs every block of the cluster to be
-// running, and ends with a barrier of the cluster, after which no block touches another's memory.
+// running. As each waits for what it gets from all, no block stores to one that has ended.
 template <u32 kCluster>
-__device__ __forceinline__ void exchange_counts(const u16* mine, u16* counts, u32 stride) {
+__device__ __forceinline__ void send_counts(Inbox& inbox, const u16* mine, u16* counts, u32 stride) {
   const u32 rank = cluster_rank<kCluster>(), num_vectors = stride / 8;
   const uint4* from = reinterpret_cast<const uint4*>(mine);
   uint4* to = reinterpret_cast<uint4*>(counts + rank * stride);
 #pragma unroll 1
   for (u32 other = warp_id(); other < kCluster; other += blockDim.x / kWarpSize)
 #pragma unroll 1
-    for (u32 k = lane_id(); k < num_vectors; k += kWarpSize) store_to_cluster(to + k, other, from[k]);
-  cluster_arrive<kCluster>();
-  cluster_wait<kCluster>();
+    for (u32 k = lane_id(); k < num_vectors; k += kWarpSize) inbox.send(to + k, other, from[k]);
 }
 
 template <typename Ids, u32 kCluster>
 __device__ __forceinline__ void align_shared(const AlignArgs& args) {
   // Blocks of large clusters have the most ids to write.
-  constexpr bool kStaged = kCluster == 16;
-  extern __shared__ uint4 aligned_memory[];
-  uint2* memory = (uint2*)aligned_memory;
-  __shared__ u32 warp_sums[2][kWarpSize];
+  constexpr bool kSorted = kCluster == 16;
+  extern __shared__ uint4 memory[];
+  __shared__ u32 warp_sums[kWarpSize];
+  __shared__ Inbox inbox;
   const Table table((u32*)memory, args);
-  uint2* stage = memory + table.words() / 2;  // [per_block], if kStaged
-  // Clusters only: the counts of this block's chunk, and those of all blocks, in 16-byte vectors.
+  // Clusters only: the counts of this block's chunk, and those of all blocks, in 16-byte vectors; ids, if kSorted.
   const u32 stride = (args.num_experts + 7) & ~7u;
-  u16* chunk_counts = (u16*)(stage + (kStaged ? args.per_block : 0));  // [stride]
-  u16* all_counts = chunk_counts + stride;                             // [kCluster][stride]
+  u16* chunk_counts = (u16*)((u32*)memory + table.words());  // [stride]
+  u16* all_counts = chunk_counts + stride;                   // [kCluster][stride]
+  u32* stage = (u32*)(all_counts + kCluster * stride);       // [per_block]
 
   // Block `rank` of every cluster counts the same chunk; each cluster places another piece of it.
   const u32 rank = cluster_rank<kCluster>(), num_clusters = gridDim.x / kCluster;
@@ -56,7 +55,8 @@ __device__ __forceinline__ void align_shared(const AlignArgs& args) {
   const u32 chunk_begin = min_u32(args.num_ids, rank * num_clusters * args.per_block);
   const u32 chunk_end = min_u32(args.num_ids, chunk_begin + num_clusters * args.per_block);
   const u32 begin = piece.begin_of_warp(args, table), end = piece.end_of_warp(args, begin);
-  cluster_arrive_relaxed<kCluster>();  // this block is running
+  if (kCluster > 1 && threadIdx.x == 0) inbox.open(kCluster * stride * sizeof(u16));
+  cluster_arrive<kCluster>();
   const typename Ids::Id id = load_or_none<Ids>(args, begin + lane_id(), end);
   constexpr u32 kMaxLoads = kCluster == 1 ? 2 : 4;  // a cluster has more ids to count
   count_ids<Ids, kMaxLoads>(args, chunk_begin, chunk_end, (u32*)memory, table.words(),
@@ -67,13 +67,15 @@ __device__ __forceinline__ void align_shared(const AlignArgs& args) {
     for (u32 bucket = threadIdx.x; bucket < args.num_experts; bucket += blockDim.x)
       chunk_counts[bucket] = (u16)scan_column(table, bucket);
     __syncthreads();
-    cluster_wait<kCluster>();  // all are running
-    exchange_counts<kCluster>(chunk_counts, all_counts, stride);
+    cluster_wait<kCluster>();
+    send_counts<kCluster>(inbox, chunk_counts, all_counts, stride);
   }
   const Match match(args, begin + lane_id(), id);
-  const Slots slots = find_slots<kStaged>(args, table, warp_sums, [&](u32 bucket) {
+  const u32 num_sorted = kSorted ? sort_ids<Ids>(args, table, warp_sums, stage, piece, begin, end, match) : 0;
+  if (kCluster > 1) inbox.wait();
+  const u32 post_pad = find_slots(args, table, warp_sums, [&](u32 bucket) {
     if (kCluster == 1) return make_uint2(0, scan_column(table, bucket));
-    uint2 sums = make_uint2(0, 0);
+    uint2 sums = make_uint2(kSorted ? 0 - table.before()[bucket] : 0, 0);
 #pragma unroll
     for (u32 other = 0; other < kCluster; ++other) {
       const u32 count = all_counts[other * stride + bucket];
@@ -82,8 +84,9 @@ __device__ __forceinline__ void align_shared(const AlignArgs& args) {
     }
     return sums;
   });
-  write_ids<kStaged, Ids>(args, table, begin, end, match, stage, slots.num_mine);
-  write_padding(args, table.after(), slots.post_pad);
+  if (kSorted) write_sorted(args, table, stage, piece, num_sorted);
+  else write_ids<Ids>(args, table, begin, end, match);
+  write_padding(args, table.after(), post_pad);
 }
 
 #define ENTRY(name, Ids)                                            \

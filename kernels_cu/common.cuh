@@ -44,38 +44,22 @@ __device__ __forceinline__ u32 warp_sum(u32 value) {
 #endif
 }
 
-template <u32 kValues>
-struct Sums {
-  u32 of[kValues];
-};
-
-// Exclusive prefix sums over the threads of a block, of kValues values at once, and their sums over all threads. One
-// barrier; before calling it again with the same warp_sums, the block has to pass another one.
-template <u32 kValues>
-__device__ __forceinline__ Sums<kValues> block_exclusive_scan(Sums<kValues> value, u32 (*warp_sums)[kWarpSize],
-                                                              Sums<kValues>& total) {
+// The exclusive prefix sum over the threads of a block, and the sum over all of them. One barrier; before calling it
+// again with the same warp_sums, [kWarpSize], the block has to pass another one.
+__device__ __forceinline__ u32 block_exclusive_scan(u32 value, u32* warp_sums, u32& total) {
   const u32 lane = lane_id(), warp = warp_id(), num_warps = blockDim.x / kWarpSize;
-  Sums<kValues> scanned = value;
+  u32 scanned = value;
 #pragma unroll
   for (u32 distance = 1; distance < kWarpSize; distance *= 2) {
-#pragma unroll
-    for (u32 k = 0; k < kValues; ++k) {
-      const u32 below = __shfl_up_sync(kFullWarp, scanned.of[k], distance);
-      if (lane >= distance) scanned.of[k] += below;
-    }
+    const u32 below = __shfl_up_sync(kFullWarp, scanned, distance);
+    if (lane >= distance) scanned += below;
   }
-#pragma unroll
-  for (u32 k = 0; k < kValues; ++k)
-    if (lane == kWarpSize - 1) warp_sums[k][warp] = scanned.of[k];
+  if (lane == kWarpSize - 1) warp_sums[warp] = scanned;
   __syncthreads();
   // Every warp adds up the sums of the warps for itself: cheaper than one warp doing it between two barriers.
-#pragma unroll
-  for (u32 k = 0; k < kValues; ++k) {
-    const u32 sum = lane < num_warps ? warp_sums[k][lane] : 0;
-    total.of[k] = warp_sum(sum);
-    scanned.of[k] += warp_sum(lane < warp ? sum : 0) - value.of[k];
-  }
-  return scanned;
+  const u32 sum = lane < num_warps ? warp_sums[lane] : 0;
+  total = warp_sum(sum);
+  return scanned - value + warp_sum(lane < warp ? sum : 0);
 }
 
 // Clusters of blocks (sm_90 and later). kBlocks = 1 is a plain block, for which these do nothing.
@@ -84,16 +68,9 @@ __device__ __forceinline__ u32 cluster_rank() {
   return kBlocks == 1 ? 0 : blockIdx.x % kBlocks;
 }
 
+// The two halves of a barrier. This one tells that the block runs, not what it wrote: a fence takes half a microsecond.
 template <u32 kBlocks>
 __device__ __forceinline__ void cluster_arrive() {
-#if __CUDA_ARCH__ >= 900
-  if (kBlocks > 1) asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-#endif
-}
-
-// Without a fence, which takes half a microsecond: tells that this block runs, not what it wrote.
-template <u32 kBlocks>
-__device__ __forceinline__ void cluster_arrive_relaxed() {
 #if __CUDA_ARCH__ >= 900
   if (kBlocks > 1) asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 #endif
@@ -106,13 +83,48 @@ __device__ __forceinline__ void cluster_wait() {
 #endif
 }
 
-// Store 16 bytes in the shared memory of block `rank` of the cluster, at the place where `mine` is in this block's.
-__device__ __forceinline__ void store_to_cluster(uint4* mine, u32 rank, uint4 value) {
+// Counts the bytes that other blocks of the cluster store in this block's shared memory, until num_bytes are there.
+struct Inbox {
+  u64 barrier;
+
+  // By one thread, which does it before it arrives at the cluster's barrier.
+  __device__ __forceinline__ void open(u32 num_bytes) {
 #if __CUDA_ARCH__ >= 900
-  u32 address;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"((u32)__cvta_generic_to_shared(mine)), "r"(rank));
-  asm volatile("st.shared::cluster.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(value.x), "r"(value.y),
-               "r"(value.z), "r"(value.w)
-               : "memory");
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(address(this)) : "memory");
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address(this)), "r"(num_bytes) : "memory");
 #endif
-}
+  }
+
+  // 16 bytes for block `rank`, to where `mine` is in this block; needs no fence, and does not wait for their arrival.
+  __device__ __forceinline__ void send(uint4* mine, u32 rank, uint4 value) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
+                     address_in(mine, rank)),
+                 "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w), "r"(address_in(this, rank))
+                 : "memory");
+#endif
+  }
+
+  __device__ __forceinline__ void wait() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile(
+        "{\n"
+        ".reg .pred arrived;\n"
+        "wait: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 arrived, [%0], 0;\n"
+        "@!arrived bra wait;\n"
+        "}" ::"r"(address(this))
+        : "memory");
+#endif
+  }
+
+ private:
+  __device__ static __forceinline__ u32 address(const void* mine) { return (u32)__cvta_generic_to_shared(mine); }
+#if __CUDA_ARCH__ >= 900
+  __device__ static __forceinline__ u32 address_in(const void* mine, u32 rank) {
+    u32 result;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(result) : "r"(address(mine)), "r"(rank));
+    return result;
+  }
+#endif
+};

@@ -166,6 +166,9 @@ def check(
         grid, cluster = planned.launches[0].grid, int(kernel.removeprefix("cluster"))
         assert grid % cluster == 0, case
         assert grid // cluster * planned.per_block < 2**16, case  # ids that one block counts, in 16 bits
+    if kernel in ("cluster16", "global"):  # sort the ids of a piece, whose numbers in it have 16 bits
+        assert planned.per_block <= 2**16, case
+        assert planned.launches[-1].shared_bytes >= 4 * planned.per_block, case
     if kernel.startswith("global"):
         count, scatter = planned.launches
         assert count.grid == scatter.grid, case
@@ -196,6 +199,24 @@ def test_forced_kernels_that_cannot() -> None:
             make(cluster * plan.CHUNK_MAX_IDS + 1, 64, H200, kernel=f"cluster{cluster}")
     with pytest.raises(ValueError, match=r"kernel='fast': expected one of small, shared, "):
         make(1000, 64, H200, kernel="fast")
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+def test_more_blocks_for_more_ids_than_can_be_sorted(gpu: str) -> None:
+    limits = GPUS[gpu]
+    per_block = limits.shared_bytes // 8
+    most_at_once = plan.GLOBAL_FAST_BLOCKS * per_block
+    for num_ids in (most_at_once - 1, most_at_once, most_at_once + 1, 10_000_000):
+        planned = make(num_ids, 64, limits, kernel="global")
+        blocks = max(min(plan.GLOBAL_FAST_BLOCKS, limits.num_sms), -(-num_ids // per_block))
+        assert planned.launches[0].grid == planned.launches[1].grid == blocks, f"{num_ids=}"
+        check(planned, num_ids, 64, 128, limits, f"{num_ids=}")
+    most = plan.GLOBAL_MAX_BLOCKS * per_block
+    for num_ids in (most - 1, most):
+        assert kernel_of(make(num_ids, 64, limits)) == "global", f"{num_ids=}"
+    assert kernel_of(make(most + 1, 64, limits)) == "global_large"
+    with pytest.raises(ValueError, match=f"kernel='global' would need {plan.GLOBAL_MAX_BLOCKS + 1} blocks"):
+        make(most + 1, 64, limits, kernel="global")
 
 
 def test_global_large_can_do_everything() -> None:
