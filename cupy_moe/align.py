@@ -9,11 +9,10 @@ from typing import Any, NamedTuple
 import torch
 
 from . import arrays, cpu, library
-from .launch import device_limits, launch
+from .launch import Launch, bind, device_limits
 from .plan import (
     MAX_BLOCK_SIZE,
     MAX_EXPERTS,
-    AlignPlan,
     aligned_sizes,
     ceil_div,
     divisor,
@@ -21,12 +20,14 @@ from .plan import (
     round_up,
 )
 
-_is_compiling = torch.compiler.is_dynamo_compiling
+_is_compiling, _Tensor, _int32 = torch.compiler.is_dynamo_compiling, torch.Tensor, torch.int32
 
 __all__ = ["MoEAlignment", "aligned_sizes", "moe_align_block_size"]
 
-# AlignArgs in align.cuh: what changes with every call, and what follows from sizes, types and flags.
-_ARGUMENTS, _STRIDES, _CONSTANTS = struct.Struct("@6P"), struct.Struct("@2qI"), struct.Struct("@14I")
+# AlignArgs in align.cuh: what changes with every call, and what follows from sizes, strides, types and flags.
+# The last two of the pointers are null in most calls, and then constants, too.
+_POINTERS, _CONSTANTS = struct.Struct("@6P"), struct.Struct("@2q15I")
+_FEW_POINTERS, _NULLS = struct.Struct("@4P"), bytes(2 * struct.calcsize("P"))
 _NO_MAP, _MAP_BLOCKS, _MAP_IDS = 0, 1, 2
 # IdType in align.cuh. Ids of 2^31 and more are no experts, so u32 is read as i32: the same ids are dropped.
 _ID_TYPES = {
@@ -71,7 +72,7 @@ def moe_align_block_size(
     expert_map              [E]                 int32         this rank's id of each, -1: another rank's
     pad_sorted_ids                                            round M up to whole blocks
     ignore_invalid_experts                                    see below; nothing without `expert_map`
-    out                     the three results                 written instead of allocated
+    out                     the three results                 written instead of allocated; contiguous
     kernel                  of plan.ALIGN_KERNELS             forces one, for tests and benchmarks
 
     Returns MoEAlignment of
@@ -95,59 +96,66 @@ def moe_align_block_size(
     ([1, 2, 3, 4, -1, -1, -1], 16)
 
     Cost: one or two launches on torch's current stream, no synchronisation, and the outputs as the only
-    allocation; `align_global` (see plan.py: many ids, or more experts than shared
-    memory has room for) also takes a workspace, and ids whose strides no row and column stride describe are
-    copied first. Arrays with `__dlpack__` (cupy, jax, numpy) are accepted, and give arrays of their kind.
+    allocation; `align_global` (see plan.py: many ids, or more experts than shared memory has room for) also
+    takes a workspace, and ids whose strides no row and column stride describe are copied first. Arrays with
+    `__dlpack__` (cupy, jax, numpy) are accepted, and give arrays of their kind.
 
     Raises TypeError and ValueError for wrong arguments, before anything is launched; and what loading a
     kernel for the first time raises. Semantics: vLLM's function of this name, made deterministic.
     """
-    if type(topk_ids) is not torch.Tensor or _is_compiling():
+    if type(topk_ids) is not _Tensor or _is_compiling():
         return _indirectly(
             topk_ids, block_size, num_experts, expert_map, pad_sorted_ids, ignore_invalid_experts, out, kernel
         )
-    device = topk_ids.device
+    # An index where it can be one: torch.device is slow to make, to hash and to compare.
+    device = topk_ids.get_device() if topk_ids.is_cuda else topk_ids.device
     if expert_map is not None:
-        _check_expert_map(expert_map, num_experts, device)
-    ids = topk_ids.data_ptr()
+        _check_expert_map(expert_map, num_experts, topk_ids.device)
+    ids, strides = topk_ids.data_ptr(), None
+    if ids % 16 or not topk_ids.is_contiguous():
+        topk_ids, strides = _as_rows(topk_ids)
+        ids = topk_ids.data_ptr()
     call = _prepare(
-        topk_ids.numel(), topk_ids.dtype, ids % 16 == 0 and topk_ids.is_contiguous(), device,
-        block_size, num_experts, pad_sorted_ids,
+        topk_ids.numel(), topk_ids.dtype, strides, device, block_size, num_experts, pad_sorted_ids,
         _NO_MAP if expert_map is None else _MAP_IDS if ignore_invalid_experts else _MAP_BLOCKS, kernel,
     )  # fmt: skip
+    num_slots, num_blocks, sizes, launches, scratch_words = call
     if out is None:
-        sorted_token_ids = torch.empty(call.num_slots, dtype=torch.int32, device=device)
-        expert_ids = torch.empty(call.num_blocks, dtype=torch.int32, device=device)
-        num_tokens_post_pad = torch.empty(1, dtype=torch.int32, device=device)
+        outputs = allocate(num_slots, num_blocks, device)
+        first, second, third = outputs
     else:
-        sorted_token_ids, expert_ids, num_tokens_post_pad = _check_out(
-            out, call.num_slots, call.num_blocks, device
-        )
-    if call.plan is None:
-        block_size, num_experts = call.sizes
+        try:
+            first, second, third = out
+            fits = (  # the cheapest calls of each kind, and in place: this runs with every launch
+                first.dtype is second.dtype is third.dtype is _int32
+                and first.numel() == num_slots
+                and second.numel() == num_blocks
+                and third.numel() == 1
+                and first.get_device() == second.get_device() == third.get_device() == device
+                and first.is_contiguous()
+                and second.is_contiguous()
+            )
+        except (AttributeError, TypeError, ValueError):
+            fits = False
+        if not fits:
+            check_out(out, num_slots, num_blocks, device)
+        outputs = out if type(out) is MoEAlignment else MoEAlignment(*out)
+    if launches is None:
         results = cpu.moe_align_block_size(
-            topk_ids, block_size, num_experts, expert_map, pad_sorted_ids, ignore_invalid_experts
+            topk_ids, *sizes, expert_map, pad_sorted_ids, ignore_invalid_experts
         )
-        sorted_token_ids.copy_(results[0])
-        expert_ids.copy_(results[1])
-        num_tokens_post_pad.copy_(results[2])
-        return MoEAlignment(sorted_token_ids, expert_ids, num_tokens_post_pad)
+        for output, result in zip(outputs, results, strict=True):
+            output.copy_(result)
+        return outputs
 
-    constants = call.constants
-    if not call.vectors:
-        topk_ids, *strides = _as_rows(topk_ids)
-        ids, constants = topk_ids.data_ptr(), _STRIDES.pack(*strides) + constants[_STRIDES.size :]
-    scratch = 0
-    if call.plan.scratch_words:
-        workspace = torch.empty(call.plan.scratch_words, dtype=torch.int32, device=device)
-        scratch = workspace.data_ptr()
-    for launch_plan in call.plan.launches:
-        launch(
-            launch_plan, device.index, _ARGUMENTS, ids, 0 if expert_map is None else expert_map.data_ptr(),
-            sorted_token_ids.data_ptr(), expert_ids.data_ptr(), num_tokens_post_pad.data_ptr(), scratch,
-            constants=constants,
-        )  # fmt: skip
-    return MoEAlignment(sorted_token_ids, expert_ids, num_tokens_post_pad)
+    pointers: tuple[int, ...] = ids, first.data_ptr(), second.data_ptr(), third.data_ptr()
+    if scratch_words or expert_map is not None:
+        scratch = torch.empty(scratch_words, dtype=torch.int32, device=device) if scratch_words else None
+        optional = (0 if tensor is None else tensor.data_ptr() for tensor in (expert_map, scratch))
+        pointers = *pointers, *optional
+    for launch in launches:
+        launch(*pointers)
+    return outputs
 
 
 class _Call(NamedTuple):
@@ -155,18 +163,17 @@ class _Call(NamedTuple):
 
     num_slots: int
     num_blocks: int
-    vectors: bool  # contiguous ids, aligned to 16 bytes
-    plan: AlignPlan | None  # None: on the CPU
-    constants: bytes  # the fields of AlignArgs from row_stride on
     sizes: tuple[int, int]  # block_size and num_experts as ints, where the arguments may be equal to them
+    launches: tuple[Launch, ...] | None = None  # None: on the CPU
+    scratch_words: int = 0
 
 
 @functools.lru_cache(maxsize=65_536)
 def _prepare(
     num_ids: int,
     dtype: torch.dtype,
-    vectors: bool,
-    device: torch.device,
+    strides: tuple[int, int, int] | None,
+    device: int | torch.device,
     block_size: int,
     num_experts: int,
     pad_sorted_ids: bool,
@@ -178,20 +185,22 @@ def _prepare(
     _check_int("block_size", block_size, MAX_BLOCK_SIZE)
     _check_int("num_experts", num_experts, MAX_EXPERTS)
     num_slots, num_blocks = aligned_sizes(num_ids, num_experts, block_size, pad_sorted_ids)
-    if device.type == "cpu":
-        return _Call(num_slots, num_blocks, vectors, None, b"", (block_size, num_experts))
-    if device.type != "cuda":
-        raise ValueError(f"topk_ids: expected a CUDA or CPU tensor, got one on {device}")
+    if isinstance(device, torch.device):
+        if device.type != "cpu":
+            raise ValueError(f"topk_ids: expected a CUDA or CPU tensor, got one on {device}")
+        return _Call(num_slots, num_blocks, (block_size, num_experts))
     id_type = _ID_TYPES[dtype]
-    reader = _READERS.get(id_type, "any") if vectors else "any"
-    plan = plan_align(
-        num_ids, num_experts, num_slots, block_size, reader, device_limits(device.index), kernel
-    )
-    constants = _STRIDES.pack(1, 1, 1) + _CONSTANTS.pack(
-        id_type, num_ids, num_experts, num_slots, num_blocks, map_mode, *divisor(block_size),
-        plan.per_block, *divisor(plan.per_row), plan.num_rows,
+    reader = "any" if strides else _READERS.get(id_type, "any")
+    plan = plan_align(num_ids, num_experts, num_slots, block_size, reader, device_limits(device), kernel)
+    constants = _CONSTANTS.pack(
+        *(strides or (1, 1, 1)), id_type, num_ids, num_experts, num_slots, num_blocks, map_mode,
+        *divisor(block_size), plan.per_block, *divisor(plan.per_row), plan.num_rows,
     )  # fmt: skip
-    return _Call(num_slots, num_blocks, vectors, plan, constants, (block_size, num_experts))
+    pointers = _POINTERS
+    if map_mode == _NO_MAP and not plan.scratch_words:
+        pointers, constants = _FEW_POINTERS, _NULLS + constants
+    launches = tuple(bind(launch, device, pointers, constants) for launch in plan.launches)
+    return _Call(num_slots, num_blocks, (block_size, num_experts), launches, plan.scratch_words)
 
 
 def _check_int(name: str, value: int, most: int) -> None:
@@ -222,55 +231,36 @@ def _check_expert_map(expert_map: torch.Tensor, num_experts: int, device: torch.
         raise ValueError(f"expert_map: expected it beside topk_ids on {device}, got {expert_map.device}")
 
 
-def _check_out(
-    out: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    num_slots: int,
-    num_blocks: int,
-    device: torch.device,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    index = -1 if device.index is None else device.index  # as get_device() tells
-    try:
-        first, second, third = out
-        if (  # the cheapest calls of each kind: this runs with every launch
-            first.dtype is second.dtype is third.dtype is torch.int32
-            and first.numel() == num_slots
-            and second.numel() == num_blocks
-            and third.numel() == 1
-            and first.dim() == second.dim() == third.dim() == 1
-            and first.get_device() == second.get_device() == third.get_device() == index
-            and (index >= 0 or first.device == second.device == third.device == device)
-            and first.is_contiguous()
-            and second.is_contiguous()
-        ):
-            return out
-    except (AttributeError, TypeError, ValueError):
-        pass
-    raise _explain_out(out, num_slots, num_blocks, device)
+def allocate(num_slots: int, num_blocks: int, device: int | torch.device) -> MoEAlignment:
+    """The outputs, not yet written. A CUDA device may be given by its index."""
+    return MoEAlignment(
+        torch.empty(num_slots, dtype=torch.int32, device=device),
+        torch.empty(num_blocks, dtype=torch.int32, device=device),
+        torch.empty(1, dtype=torch.int32, device=device),
+    )
 
 
-def _explain_out(out: Any, num_slots: int, num_blocks: int, device: torch.device) -> Exception:
-    expected = {
-        "sorted_token_ids": num_slots,
-        "expert_ids": num_blocks,
-        "num_tokens_post_pad": 1,
-    }
+def check_out(out: Any, num_slots: int, num_blocks: int, device: int | torch.device) -> None:
+    """Raises what is wrong with `out`: it is to be like what `allocate` makes, but for the shapes."""
     if not isinstance(out, (tuple, list)) or len(out) != 3:
-        return TypeError(f"out: expected the three tensors {', '.join(expected)}, got {type(out).__name__}")
-    for tensor, (name, length) in zip(out, expected.items(), strict=True):
+        names = ", ".join(MoEAlignment._fields)
+        raise TypeError(f"out: expected the three tensors {names}, got {type(out).__name__}")
+    lengths = num_slots, num_blocks, 1
+    for tensor, name, length in zip(out, MoEAlignment._fields, lengths, strict=True):
         if not isinstance(tensor, torch.Tensor):
-            return TypeError(f"out: expected a torch.Tensor for {name}, got {type(tensor).__name__}")
+            raise TypeError(f"out: expected a torch.Tensor for {name}, got {type(tensor).__name__}")
         if tensor.dtype is not torch.int32:
-            return TypeError(f"out: expected torch.int32 for {name}, got {tensor.dtype}")
-        if tensor.shape != (length,) or not tensor.is_contiguous() or tensor.device != device:
-            return ValueError(
-                f"out: expected {name} of shape [{length}], contiguous, on {device} (see aligned_sizes), got"
-                f" {list(tensor.shape)} with strides {list(tensor.stride())} on {tensor.device}"
+            raise TypeError(f"out: expected torch.int32 for {name}, got {tensor.dtype}")
+        if tensor.numel() != length or not tensor.is_contiguous() or tensor.device != torch.device(device):
+            raise ValueError(
+                f"out: expected {name} of shape [{length}], contiguous, on {torch.device(device)} (see"
+                f" aligned_sizes), got {list(tensor.shape)} with strides {list(tensor.stride())} on"
+                f" {tensor.device}"
             )
-    raise AssertionError("_check_out refused what _explain_out accepts")
 
 
-def _as_rows(topk_ids: torch.Tensor) -> tuple[torch.Tensor, int, int, int]:
-    """The ids, row_stride, col_stride and num_cols of AlignArgs; a copy if no two strides describe them."""
+def _as_rows(topk_ids: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int, int]]:
+    """The ids, copied if no two strides describe them; row_stride, col_stride and num_cols of AlignArgs."""
     shape, strides = list(topk_ids.shape), list(topk_ids.stride())
     merged: list[tuple[int, int]] = []  # (size, stride), outermost first
     for size, stride in zip(shape, strides, strict=True):
@@ -281,9 +271,9 @@ def _as_rows(topk_ids: torch.Tensor) -> tuple[torch.Tensor, int, int, int]:
         else:
             merged.append((size, stride))
     if len(merged) > 2:
-        return topk_ids.contiguous(), 1, 1, 1
+        return topk_ids.contiguous(), (1, 1, 1)
     (_, row_stride), (num_cols, col_stride) = ([(1, 1), (1, 1), *merged])[-2:]
-    return topk_ids, row_stride, col_stride, num_cols
+    return topk_ids, (row_stride, col_stride, num_cols)
 
 
 def _indirectly(

@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 import torch
 
 from . import arrays, cpu, library
-from .align import MoEAlignment, _check_int, _check_out
-from .launch import launch
-from .plan import INT32_MAX, MAX_BLOCK_SIZE, MAX_EXPERTS, LaunchPlan, divisor, plan_batched, round_up
+from .align import MoEAlignment, _check_int, allocate, check_out
+from .launch import Launch, bind
+from .plan import INT32_MAX, MAX_BLOCK_SIZE, MAX_EXPERTS, divisor, plan_batched, round_up
 
 __all__ = ["batched_moe_align_block_size"]
 
-_ARGUMENTS = struct.Struct("@4P8I")  # BatchedArgs in align_batched.cu
+_POINTERS, _CONSTANTS = struct.Struct("@4P"), struct.Struct("@8I")  # BatchedArgs in align_batched.cu
 _is_compiling = torch.compiler.is_dynamo_compiling
 
 
@@ -58,7 +58,7 @@ def batched_moe_align_block_size(
     """
     if type(expert_num_tokens) is not torch.Tensor or _is_compiling():
         return _indirectly(max_tokens_per_batch, block_size, expert_num_tokens, out)
-    device = expert_num_tokens.device
+    device = expert_num_tokens.get_device() if expert_num_tokens.is_cuda else expert_num_tokens.device
     if expert_num_tokens.dtype is not torch.int32:
         raise TypeError(f"expert_num_tokens: expected torch.int32, got {expert_num_tokens.dtype}; cast it")
     if expert_num_tokens.dim() != 1:
@@ -66,26 +66,18 @@ def batched_moe_align_block_size(
     expert_num_tokens = expert_num_tokens.contiguous()
     call = _prepare(len(expert_num_tokens), max_tokens_per_batch, block_size, device)
     if out is None:
-        sorted_token_ids = torch.empty(call.num_slots, dtype=torch.int32, device=device)
-        expert_ids = torch.empty(call.num_blocks, dtype=torch.int32, device=device)
-        num_tokens_post_pad = torch.empty(1, dtype=torch.int32, device=device)
+        outputs = allocate(call.num_slots, call.num_blocks, device)
     else:
-        sorted_token_ids, expert_ids, num_tokens_post_pad = _check_out(
-            out, call.num_slots, call.num_blocks, device
-        )
-    if call.plan is None:
-        max_tokens, size = call.constants
+        check_out(out, call.num_slots, call.num_blocks, device)
+        outputs = MoEAlignment(*out)
+    if call.launch is None:
+        max_tokens, size = call.sizes
         results = cpu.batched_moe_align_block_size(max_tokens, size, expert_num_tokens)
-        sorted_token_ids.copy_(results[0])
-        expert_ids.copy_(results[1])
-        num_tokens_post_pad.copy_(results[2])
+        for output, result in zip(outputs, results, strict=True):
+            output.copy_(result)
     else:
-        launch(
-            call.plan, device.index, _ARGUMENTS,
-            expert_num_tokens.data_ptr(), sorted_token_ids.data_ptr(), expert_ids.data_ptr(),
-            num_tokens_post_pad.data_ptr(), *call.constants,
-        )  # fmt: skip
-    return MoEAlignment(sorted_token_ids, expert_ids, num_tokens_post_pad)
+        call.launch(expert_num_tokens.data_ptr(), *(output.data_ptr() for output in outputs))
+    return outputs
 
 
 class _Call(NamedTuple):
@@ -93,12 +85,12 @@ class _Call(NamedTuple):
 
     num_slots: int
     num_blocks: int
-    plan: LaunchPlan | None  # None: on the CPU
-    constants: tuple[int, ...]  # the fields of BatchedArgs from num_batches on; on the CPU the two sizes
+    sizes: tuple[int, int]  # max_tokens and block_size as ints, where the arguments may be equal to them
+    launch: Launch | None = None  # None: on the CPU
 
 
 @functools.lru_cache(maxsize=65_536)
-def _prepare(num_batches: int, max_tokens: int, block_size: int, device: torch.device) -> _Call:
+def _prepare(num_batches: int, max_tokens: int, block_size: int, device: int | torch.device) -> _Call:
     _check_int("max_tokens_per_batch", max_tokens, INT32_MAX)
     _check_int("block_size", block_size, MAX_BLOCK_SIZE)
     if num_batches > MAX_EXPERTS:
@@ -110,13 +102,14 @@ def _prepare(num_batches: int, max_tokens: int, block_size: int, device: torch.d
             f"{num_batches} experts of {width} slots need {num_slots}, more than int32 numbers ({INT32_MAX})"
         )
     num_blocks = num_slots // block_size
-    if device.type == "cpu":
-        return _Call(num_slots, num_blocks, None, (max_tokens, block_size))
-    if device.type != "cuda":
-        raise ValueError(f"expert_num_tokens: expected a CUDA or CPU tensor, got one on {device}")
+    if isinstance(device, torch.device):
+        if device.type != "cpu":
+            raise ValueError(f"expert_num_tokens: expected a CUDA or CPU tensor, got one on {device}")
+        return _Call(num_slots, num_blocks, (max_tokens, block_size))
     plan, parts = plan_batched(num_batches, width)
-    constants = num_batches, max_tokens, num_slots, num_blocks, *divisor(block_size), parts
-    return _Call(num_slots, num_blocks, plan, constants)
+    constants = _CONSTANTS.pack(num_batches, max_tokens, num_slots, num_blocks, *divisor(block_size), parts)
+    launch = bind(plan, device, _POINTERS, constants)
+    return _Call(num_slots, num_blocks, (max_tokens, block_size), launch)
 
 
 def _indirectly(max_tokens: int, block_size: int, expert_num_tokens: Any, out: Any) -> MoEAlignment:

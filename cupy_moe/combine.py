@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 import torch
 
 from . import arrays, cpu, library
-from .launch import device_limits, launch
-from .plan import LaunchPlan, divisor, plan_sum
+from .launch import Launch, bind, device_limits
+from .plan import divisor, plan_sum
 
 __all__ = ["moe_sum"]
 
 _is_compiling = torch.compiler.is_dynamo_compiling
-_ARGUMENTS = struct.Struct("@6P5q4If3I")  # SumArgs in moe_sum.cu
+_POINTERS, _CONSTANTS = struct.Struct("@6P"), struct.Struct("@5q4If3I")  # SumArgs in moe_sum.cu
 _ELEMENTS = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 _ID_TYPES = (torch.int32, torch.int64, torch.uint32)
 # Without a map, ids from here on are no experts: they are negative, or unsigned and stand for -1.
@@ -104,13 +104,11 @@ def moe_sum(
     if call.launches is None:
         result = cpu.moe_sum(input, topk_weights, topk_ids, expert_map, routed_scaling_factor, shared_output)
         return out.copy_(result)
-    for first, launch_plan, constants in call.launches:
+    for first, launch in call.launches:
         launch(
-            launch_plan, device.index, _ARGUMENTS,
             source + first * call.strides[0], target + first * call.strides[3],
             shared and shared + first * call.strides[4], weights and weights + first * topk * 4,
-            ids and ids + first * topk * call.id_bytes,
-            0 if expert_map is None else expert_map.data_ptr(), *call.strides, *constants,
+            ids and ids + first * topk * call.id_bytes, 0 if expert_map is None else expert_map.data_ptr(),
         )  # fmt: skip
     return out
 
@@ -118,9 +116,7 @@ def moe_sum(
 class _Call(NamedTuple):
     """All that follows from sizes, types and flags: worked out and checked once, looked up later."""
 
-    launches: (
-        tuple[tuple[int, LaunchPlan, tuple[Any, ...]], ...] | None
-    )  # with the first token; None: on the CPU
+    launches: tuple[tuple[int, Launch], ...] | None  # with the first token of each; None: on the CPU
     strides: tuple[int, ...] = ()  # of SumArgs
     id_bytes: int = 4
 
@@ -155,19 +151,20 @@ def _prepare(
     rows_aligned = (in_bytes[0] | in_bytes[1] | out_bytes | row_bytes) % 16 == 0
     vectors = aligned and rows_aligned and in_bytes[2] in (0, size)
     id_bytes = 8 if id_type is torch.int64 else 4
+    strides_in_bytes = (*in_bytes, out_bytes, row_bytes)
     limits, element = device_limits(device.index), _ELEMENTS[dtype]
     launches, first = [], 0
     while first < num_tokens:
         plan = plan_sum(
             num_tokens - first, topk, hidden, element, size, vectors, extended or factor != 1, limits
         )
-        constants = (
-            plan.num_tokens * plan.units_per_token, topk, map_length, id_bytes // 4, factor,
-            *divisor(plan.units_per_token),
+        constants = _CONSTANTS.pack(
+            *strides_in_bytes, plan.num_tokens * plan.units_per_token, topk, map_length, id_bytes // 4,
+            factor, *divisor(plan.units_per_token),
         )  # fmt: skip
-        launches.append((first, plan.launch, constants))
+        launches.append((first, bind(plan.launch, device.index, _POINTERS, constants)))
         first += plan.num_tokens
-    return _Call(tuple(launches), (*in_bytes, out_bytes, row_bytes), id_bytes)
+    return _Call(tuple(launches), strides_in_bytes, id_bytes)
 
 
 def _check(

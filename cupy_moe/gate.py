@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 import torch
 
 from . import arrays, cpu, library
-from .launch import device_limits, launch
-from .plan import MAX_EXPERTS, MAX_TOPK, LaunchPlan, plan_gate
+from .launch import Launch, bind, device_limits
+from .plan import MAX_EXPERTS, MAX_TOPK, plan_gate
 
 __all__ = ["TopK", "grouped_topk", "topk_sigmoid", "topk_softmax"]
 
 _is_compiling = torch.compiler.is_dynamo_compiling
-_ARGUMENTS = struct.Struct("@5Pq12I2f")  # GateArgs in gate.cuh
+_POINTERS, _CONSTANTS = struct.Struct("@5P"), struct.Struct("@q12I2f")  # GateArgs in gate.cuh
 _ELEMENTS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # ElementType in gate.cuh
 _ID_TYPES = (torch.int32, torch.int64, torch.uint32)
 _SCORING = {"softmax": 0, "sigmoid": 1, "none": 2}  # Scoring in gate.cuh
@@ -192,7 +192,7 @@ def _gate(
         topk_ids = torch.empty((num_tokens, topk), dtype=ids_dtype, device=device)
     else:
         topk_weights, topk_ids = out
-    if call.launch is None:
+    if call.launches is None:
         weights, ids = cpu.gate(
             gating_output, topk, scoring_func, renormalize, bias, factor, softcap, padding_mask, num_groups,
             topk_group,
@@ -203,11 +203,10 @@ def _gate(
         if call.copies:
             gating_output = gating_output.contiguous()
         logits = gating_output.data_ptr()
-        launch(
-            call.launch, device.index, _ARGUMENTS, logits, 0 if bias is None else bias.data_ptr(),
+        call.launches[logits % 16 != 0](
+            logits, 0 if bias is None else bias.data_ptr(),
             0 if padding_mask is None else padding_mask.data_ptr(),
             topk_weights.data_ptr(), topk_ids.data_ptr(),
-            *(call.constants if logits % 16 == 0 else call.unaligned_constants),
         )  # fmt: skip
     return TopK(topk_weights, topk_ids)
 
@@ -216,10 +215,8 @@ class _Call(NamedTuple):
     """All that follows from sizes, types and flags: worked out and checked once, looked up later."""
 
     topk: int  # where the argument may be a float equal to it
-    launch: LaunchPlan | None = None  # None: on the CPU
     copies: bool = False
-    constants: tuple[Any, ...] = ()  # the fields of GateArgs from row_stride on
-    unaligned_constants: tuple[Any, ...] = ()
+    launches: tuple[Launch, ...] | None = None  # for logits aligned to 16 bytes, and others; None: on the CPU
 
 
 @functools.lru_cache(maxsize=65_536)
@@ -268,13 +265,19 @@ def _prepare(
         device_limits(device.index), kernel,
     )  # fmt: skip
     vectors = plan.vector_bytes > 0 and row_bytes % plan.vector_bytes == 0
-    before = (
-        row_bytes, num_tokens, num_experts, topk, num_groups, topk_group, _ELEMENTS[dtype],
-        ids_dtype.itemsize // 4,
-    )  # fmt: skip
     lanes = plan.lanes_per_row
-    after = (_SCORING[scoring_func], renormalize, lanes, lanes.bit_length() - 1, factor, softcap)
-    return _Call(topk, plan.launch, copies, (*before, vectors, *after), (*before, False, *after))
+    launches = tuple(
+        bind(
+            plan.launch, device.index, _POINTERS,
+            _CONSTANTS.pack(
+                row_bytes, num_tokens, num_experts, topk, num_groups, topk_group, _ELEMENTS[dtype],
+                ids_dtype.itemsize // 4, aligned and vectors, _SCORING[scoring_func], renormalize, lanes,
+                lanes.bit_length() - 1, factor, softcap,
+            ),
+        )
+        for aligned in (True, False)
+    )  # fmt: skip
+    return _Call(topk, copies, launches)
 
 
 def _check_int(name: str, value: int, most: int) -> None:

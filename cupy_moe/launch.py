@@ -1,4 +1,4 @@
-"""LaunchPlan + arguments -> a launch on torch's current stream. No DLPack, no CuPy arrays, no allocation.
+"""LaunchPlan -> a function that launches on torch's current stream. No DLPack, no CuPy arrays, no allocation.
 
 A kernel takes one struct by value. It is packed into a buffer of the calling thread, which the driver copies
 before the launch returns.
@@ -20,8 +20,7 @@ from .plan import DeviceLimits, LaunchPlan
 
 MAX_ARGUMENT_BYTES = 4096  # of one kernel, on every architecture
 
-_functions: dict[tuple[int, str], int] = {}
-_launch_kernel: Callable[..., None]  # cuLaunchKernel of CuPy, from the first load on
+Launch = Callable[..., None]
 
 
 def _public_current_stream(device: int) -> int:
@@ -45,29 +44,36 @@ class _Arguments(threading.local):
         self.buffer_and_address = memoryview(buffer).cast("B"), ctypes.addressof(self.pointers)
 
 
-_arguments: _Arguments  # made with the first load: it needs a GPU
+_arguments = functools.cache(_Arguments)  # one, made with the first kernel: it needs a GPU
 
 
-def launch(
-    plan: LaunchPlan, device: int, layout: struct.Struct, *values: int, constants: bytes = b""
-) -> None:
-    """Launch a kernel on a device, whatever the current device is.
+def bind(plan: LaunchPlan, device: int, layout: struct.Struct, constants: bytes = b"") -> Launch:
+    """Load a kernel on a device, and return the function that launches it there.
 
-    `values` are the fields of the kernel's argument struct, in the order of `layout`; `constants` are those
-    after them, packed beforehand. A few microseconds; the first call of a kernel on a device loads it, and
-    compiles it where no cubin is found. Raises what `modules.kernel` raises.
+    That takes the first fields of the kernel's argument struct, in the order of `layout`; `constants` are the
+    fields after those, packed. A call takes a few microseconds, whatever the current device is. Raises what
+    `modules.kernel` raises, which compiles where no cubin is found.
     """
-    if _current_device() != device:
-        with torch.cuda.device(device):
-            launch(plan, device, layout, *values, constants=constants)
-        return
     kernel, grid, block, shared_bytes = plan
-    function = _functions.get((device, kernel)) or _load(device, kernel)
-    buffer, address = _arguments.buffer_and_address
-    layout.pack_into(buffer, 0, *values)
-    if constants:
-        buffer[layout.size : layout.size + len(constants)] = constants
-    _launch_kernel(function, grid, 1, 1, block, 1, 1, shared_bytes, _current_stream(device), address, 0)
+    unit, _, entry = kernel.partition("/")
+    function = modules.kernel(device, unit, entry)
+    from ._cupy import cupy
+
+    launch_kernel, arguments, pack_into = cupy.cuda.driver.launchKernel, _arguments(), layout.pack_into
+    rest, several_devices = slice(layout.size, layout.size + len(constants)), torch.cuda.device_count() > 1
+    assert rest.stop <= MAX_ARGUMENT_BYTES
+
+    def launch(*values: int) -> None:
+        if several_devices and _current_device() != device:
+            with torch.cuda.device(device):
+                launch(*values)
+            return
+        buffer, address = arguments.buffer_and_address
+        pack_into(buffer, 0, *values)
+        buffer[rest] = constants
+        launch_kernel(function, grid, 1, 1, block, 1, 1, shared_bytes, _current_stream(device), address, 0)
+
+    return launch
 
 
 @functools.cache
@@ -78,16 +84,3 @@ def device_limits(device: int) -> DeviceLimits:
         properties.multi_processor_count,
         properties.shared_memory_per_block_optin,
     )
-
-
-def _load(device: int, kernel: str) -> int:
-    global _launch_kernel, _arguments
-    unit, _, entry = kernel.partition("/")
-    function = modules.kernel(device, unit, entry)
-    from ._cupy import cupy
-
-    _launch_kernel = cupy.cuda.driver.launchKernel
-    if not _functions:
-        _arguments = _Arguments()
-    _functions[device, kernel] = function
-    return function

@@ -19,10 +19,10 @@ enum MapMode : u32 {
 // Filled by cupy_moe/align.py, field by field, in this order.
 struct AlignArgs {
   const void* topk_ids;
-  const int* expert_map;  // [num_experts], read where map_mode is not kNoMap
-  int* sorted_token_ids;  // [num_slots]
-  int* expert_ids;        // [num_blocks]
+  int* sorted_token_ids;     // [num_slots]
+  int* expert_ids;           // [num_blocks]
   int* num_tokens_post_pad;  // [1]
+  const int* expert_map;  // [num_experts], read where map_mode is not kNoMap
   u32* scratch;           // align_global only
   i64 row_stride, col_stride;  // of topk_ids [num_ids / num_cols, num_cols], in elements; `Any` alone reads
   u32 num_cols, id_type;       // these four, the other readers know them

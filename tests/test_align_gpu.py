@@ -33,7 +33,7 @@ from cupy_moe import (
     moe_align_block_size,
     plan,
 )
-from cupy_moe.launch import device_limits
+from cupy_moe.launch import Launch, device_limits
 from cupy_moe.plan import ALIGN_KERNELS
 
 pytestmark = pytest.mark.gpu
@@ -145,17 +145,24 @@ def equal(results: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...])
 
 
 @pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """Grows by the name of each kernel that is launched."""
     names: list[str] = []
-    launch = cupy_moe.align.launch
+    bind = cupy_moe.align.bind
 
-    def record(planned: plan.LaunchPlan, *arguments: Any, **keywords: Any) -> None:
-        names.append(planned.kernel)
-        launch(planned, *arguments, **keywords)
+    def bind_recorded(planned: plan.LaunchPlan, *arguments: Any) -> Launch:
+        launch = bind(planned, *arguments)
 
-    monkeypatch.setattr(cupy_moe.align, "launch", record)
-    return names
+        def record(*values: int) -> None:
+            names.append(planned.kernel)
+            launch(*values)
+
+        return record
+
+    cupy_moe.align._prepare.cache_clear()
+    monkeypatch.setattr(cupy_moe.align, "bind", bind_recorded)
+    yield names
+    cupy_moe.align._prepare.cache_clear()
 
 
 # ---- grids ---------------------------------------------------------------------------------------
