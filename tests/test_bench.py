@@ -10,7 +10,7 @@ import pytest
 import torch
 from benchmark import __main__ as bench
 from benchmark import cases, measure, operators, report, timing
-from benchmark.operators import OPERATORS, Align, Bound, Gate, Sum
+from benchmark.operators import OPERATORS, Align, Bound, Gate, Grouped, Sigmoid, Sum
 from click.testing import CliRunner, Result
 
 import cupy_moe
@@ -40,6 +40,8 @@ def made_up_result() -> dict[str, Any]:
         "align": align, "kernels": kernels, "sweep": [row(case, routings) for case in cases.sweep()],
         "sum": [row(case, ("random",)) for case in cases.SUM],
         "gate": [row(case, ("random",)) for case in cases.GATE],
+        "sigmoid": [row(case, ("random",)) for case in cases.SIGMOID],
+        "grouped": [row(case, ("random",)) for case in cases.GROUPED],
         "host": {"cupy_moe": 10.0, "cupy_moe, out=": 8.0, "vllm": 20.0, "vllm, expert_map": 40.0},
     }  # fmt: skip
 
@@ -70,7 +72,8 @@ def made_up_times(monkeypatch: pytest.MonkeyPatch) -> None:
         Align, "cases", (cases.AlignCase(4, 2, 8, 16, 2.0), cases.AlignCase(65536, 2, 8, 64, 4.0))
     )
     monkeypatch.setattr(Sum, "cases", ())
-    monkeypatch.setattr(Gate, "cases", ())
+    for gate in (Gate, Sigmoid, Grouped):
+        monkeypatch.setattr(gate, "cases", ())
     monkeypatch.setattr(cases, "SWEEP_MAX_IDS", 16)
 
 
@@ -171,15 +174,31 @@ def test_wrong_sums_and_gates_are_noticed(monkeypatch: pytest.MonkeyPatch) -> No
     operators.poison([good])
     assert Sum().wrong("cupy_moe", total, (good,), expected)
 
-    gate = cases.GateCase(5, 16, 4)
-    scores = Gate().expected(gate, Gate().inputs(gate, "random", 0))
-    weights, ids = scores.topk(4)
-    weights = (weights / weights.sum(-1, keepdim=True)).float()
-    assert Gate().wrong("cupy_moe", gate, (weights, ids.int()), scores) == ""
-    assert Gate().wrong("cupy_moe", gate, (weights * 1.001, ids.int()), scores) == "topk_weights"
-    assert Gate().wrong("cupy_moe", gate, (weights, ids[:, [1, 0, 2, 3]].int()), scores) == "topk_ids"
-    assert Gate().wrong("cupy_moe", gate, (weights, ids[:, [0, 0, 2, 3]].int()), scores) == "topk_ids"
-    assert Gate().wrong("cupy_moe", gate, (weights, ids.int() - 77), scores) == "topk_ids out of range"
+
+@pytest.mark.parametrize("operator", [Gate(), Sigmoid(), Grouped()], ids=lambda operator: operator.function)
+def test_wrong_gates_are_noticed(operator: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(operators, "device", "cpu")
+    case = cases.GateCase(5, 32, 4)
+    inputs = operator.inputs(case, "random", 0)
+    expected = operator.expected(case, inputs)
+    bound = operator.bind("cupy_moe", case, inputs)
+    operators.poison(bound.outputs)
+    assert operator.wrong("cupy_moe", case, bound.outputs, expected) == "topk_ids out of range"
+    bound.call()
+    weights, ids = bound.results()
+    assert operator.wrong("cupy_moe", case, (weights, ids), expected) == ""
+    assert operator.wrong("cupy_moe", case, (weights * 1.001, ids), expected) == "topk_weights"
+    for wrong in ([1, 0, 2, 3], [0, 0, 2, 3]):
+        assert operator.wrong("cupy_moe", case, (weights, ids[:, wrong]), expected) == "topk_ids"
+
+
+def test_groups_that_are_not_chosen_are_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(operators, "device", "cpu")
+    case, grouped = cases.GateCase(5, 32, 4), Grouped()
+    choice = grouped.expected(case, grouped.inputs(case, "random", 0)).choice.view(5, cases.NUM_GROUPS, -1)
+    out = choice.isinf()
+    assert bool((out.all(-1) == out.any(-1)).all())
+    assert out.all(-1).sum(-1).tolist() == [cases.NUM_GROUPS - cases.TOPK_GROUP] * 5
 
 
 # ---- report ----------------------------------------------------------------------------------------------

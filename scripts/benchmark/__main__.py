@@ -21,7 +21,7 @@ from .operators import OPERATORS
 
 ROOT = Path(__file__).parents[2]
 FORMAT = 1  # of the JSON file
-SECTIONS = ("align", "sweep", "host", "sum", "gate")
+SECTIONS = ("align", "sweep", "host", "sum", "gate", "sigmoid", "grouped")
 REPLAYS, FEW_REPLAYS = 100, 20
 FILE = click.Path(dir_okay=False, path_type=Path)
 FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)

@@ -66,6 +66,22 @@ GATE = (
     GateCase(4096, 512, 10, 7.5),
     GateCase(16384, 256, 8, 12.0),
 )
+# With a bias for the selection, as models with sigmoid scores have it; groups as in DeepSeek's.
+SIGMOID = (
+    GateCase(1, 256, 8),
+    GateCase(64, 256, 8),
+    GateCase(4096, 128, 8),
+    GateCase(4096, 256, 8),
+    GateCase(16384, 256, 8),
+)
+GROUPED = (
+    GateCase(1, 256, 8),
+    GateCase(64, 256, 8),
+    GateCase(512, 256, 8),
+    GateCase(4096, 256, 8),
+    GateCase(16384, 256, 8),
+)
+NUM_GROUPS, TOPK_GROUP, FACTOR = 8, 4, 2.5
 
 TIMED_ROUTINGS = ("uniform", "skewed", "all_to_one")
 COLD_MIN_IDS = 131_072  # fewer are in L2 whenever a router has just written them

@@ -48,7 +48,7 @@ def check(names: Iterable[str], peers: Sequence[str], seed: int) -> int:
 
 
 def verify(operator: Operator, contender: str, case: Any, kind: str, bound: Bound, expected: Any) -> None:
-    if problem := operator.wrong(contender, case, bound.outputs, expected):
+    if problem := operator.wrong(contender, case, bound.results(), expected):
         raise WrongResultError(f"{contender}: wrong {problem} for {case}, {kind} inputs")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -13,7 +14,20 @@ import cupy_moe
 from cupy_moe import cpu
 from cupy_moe.plan import ALIGN_KERNELS, aligned_sizes, ceil_div
 
-from .cases import ALIGN, GATE, SUM, TIMED_ROUTINGS, AlignCase, GateCase, SumCase
+from .cases import (
+    ALIGN,
+    FACTOR,
+    GATE,
+    GROUPED,
+    NUM_GROUPS,
+    SIGMOID,
+    SUM,
+    TIMED_ROUTINGS,
+    TOPK_GROUP,
+    AlignCase,
+    GateCase,
+    SumCase,
+)
 
 device = "cuda"  # tests put "cpu"
 ours: Any = cupy_moe  # not all of whose operators need exist
@@ -28,8 +42,12 @@ class WrongResultError(Exception):
 class Bound(NamedTuple):
     """A contender with its inputs, and where it writes."""
 
-    call: Callable[[], object]
-    outputs: tuple[torch.Tensor, ...]
+    call: Callable[[], Any]
+    outputs: tuple[torch.Tensor, ...] = ()  # none: it returns what it allocates
+
+    def results(self) -> tuple[torch.Tensor, ...]:
+        """Of the last call, or of another one."""
+        return self.outputs or tuple(self.call())
 
 
 class Operator(Protocol):
@@ -41,7 +59,7 @@ class Operator(Protocol):
     def inputs(self, case: Any, kind: str, seed: int) -> torch.Tensor: ...
     def expected(self, case: Any, inputs: torch.Tensor) -> Any: ...
     def bind(self, contender: str, case: Any, inputs: torch.Tensor) -> Bound: ...
-    def wrong(self, contender: str, case: Any, outputs: tuple[torch.Tensor, ...], expected: Any) -> str: ...
+    def wrong(self, contender: str, case: Any, results: tuple[torch.Tensor, ...], expected: Any) -> str: ...
 
 
 def poison(outputs: Sequence[torch.Tensor]) -> None:
@@ -94,20 +112,20 @@ class Align(Operator):
             lambda: cupy_moe.moe_align_block_size(inputs, block_size, experts, out=out, kernel=kernel), out
         )
 
-    def wrong(self, contender: str, case: AlignCase, outputs: tuple[torch.Tensor, ...], expected: Any) -> str:
+    def wrong(self, contender: str, case: AlignCase, results: tuple[torch.Tensor, ...], expected: Any) -> str:
         if contender not in ("vllm", "sglang"):
             names = ("sorted_token_ids", "expert_ids", "num_tokens_post_pad")
-            pairs = zip(names, outputs, expected, strict=True)
+            pairs = zip(names, results, expected, strict=True)
             return ", ".join(name for name, got, want in pairs if not torch.equal(got, want))
         # Peers promise no order inside an expert, and do not agree on what is past the slots in use.
         num_ids, used = case.num_ids, int(expected[2])
         experts = expected[1][: used // case.block_size]
-        if not torch.equal(outputs[2], expected[2]):
+        if not torch.equal(results[2], expected[2]):
             return "num_tokens_post_pad"
-        if not torch.equal(outputs[1][: len(experts)], experts):
+        if not torch.equal(results[1][: len(experts)], experts):
             return "expert_ids"
         owner = experts.repeat_interleave(case.block_size).long() * (num_ids + 1)
-        got, want = (sorted_ids[:used].long() for sorted_ids in (outputs[0], expected[0]))
+        got, want = (sorted_ids[:used].long() for sorted_ids in (results[0], expected[0]))
         in_range = bool(((got >= 0) & (got <= num_ids)).all())
         same = in_range and torch.equal((owner + got).sort().values, (owner + want).sort().values)
         return "" if same else "sorted_token_ids"
@@ -153,25 +171,36 @@ class Sum(Operator):
             return Bound(lambda: torch.ops._moe_C.moe_sum(inputs, out), (out,))
         return Bound(lambda: ours.moe_sum(inputs, out=out), (out,))
 
-    def wrong(self, contender: str, case: SumCase, outputs: tuple[torch.Tensor, ...], expected: Any) -> str:
+    def wrong(self, contender: str, case: SumCase, results: tuple[torch.Tensor, ...], expected: Any) -> str:
         # Sums in fp32, rounded to bf16 once.
-        error = (outputs[0] - expected).abs_()
+        error = (results[0] - expected).abs_()
         return "" if bool((error <= expected.abs() * 2**-8 + 1e-4).all()) else "output"
 
 
+class Routing(NamedTuple):
+    """What gating is to find, in float64: the k experts of the highest `choice`, weighed by their scores."""
+
+    scores: torch.Tensor
+    choice: torch.Tensor
+
+
 class Gate(Operator):
+    """topk_softmax; the other two differ in how they score, what they choose from, and in their arguments."""
+
     function = "topk_softmax"
-    cases = GATE
+    cases: Sequence[GateCase] = GATE
+    factor = 1.0
 
     def inputs(self, case: GateCase, kind: str, seed: int) -> torch.Tensor:
         generator = torch.Generator(device).manual_seed(seed)
         return torch.randn(case.tokens, case.experts, device=device, generator=generator)
 
-    def expected(self, case: GateCase, inputs: torch.Tensor) -> torch.Tensor:
-        return inputs.double().softmax(-1)
+    def expected(self, case: GateCase, inputs: torch.Tensor) -> Routing:
+        scores = inputs.double().softmax(-1)
+        return Routing(scores, scores)
 
     def bind(self, contender: str, case: GateCase, inputs: torch.Tensor) -> Bound:
-        out = (empty(case.tokens, case.topk, dtype=torch.float32), empty(case.tokens, case.topk))
+        out = self.outputs(case)
         if contender == "sglang":
             return Bound(lambda: torch.ops.sgl_kernel.topk_softmax(*out, inputs, True, 0.0, None), out)
         if contender == "vllm":
@@ -179,17 +208,81 @@ class Gate(Operator):
             return Bound(lambda: torch.ops._moe_C.topk_softmax(*out, rows, inputs, True, None), out)
         return Bound(lambda: ours.topk_softmax(inputs, case.topk, True, out=out), out)
 
-    def wrong(self, contender: str, case: GateCase, outputs: tuple[torch.Tensor, ...], expected: Any) -> str:
-        weights, ids = outputs[0].double(), outputs[1].long()
+    def outputs(self, case: GateCase) -> tuple[torch.Tensor, torch.Tensor]:
+        return empty(case.tokens, case.topk, dtype=torch.float32), empty(case.tokens, case.topk)
+
+    def wrong(
+        self, contender: str, case: GateCase, results: tuple[torch.Tensor, ...], expected: Routing
+    ) -> str:
+        weights, ids = results[0].double(), results[1].long()
         if bool(((ids < 0) | (ids >= case.experts)).any()):
             return "topk_ids out of range"
-        best = expected.topk(case.topk).values
-        distinct = bool((ids.sort().values.diff() > 0).all())
-        # Two scores that fp32 cannot tell apart may come in either order.
-        if not distinct or not torch.allclose(expected.gather(1, ids), best, rtol=1e-5, atol=0):
+        best = expected.choice.topk(case.topk).values
+        distinct = (ids.sort().values.diff() > 0).all(-1)
+        right = distinct & torch.isclose(expected.choice.gather(1, ids), best, rtol=1e-5, atol=0).all(-1)
+        # Two scores that fp32 cannot tell apart may come in either order; two such groups change the experts.
+        if float(right.double().mean()) < 0.999:
             return "topk_ids"
-        renormalized = best / best.sum(-1, keepdim=True)
-        return "" if torch.allclose(weights, renormalized, rtol=1e-5, atol=0) else "topk_weights"
+        scores = expected.scores.gather(1, ids)
+        scores *= self.factor / scores.sum(-1, keepdim=True)
+        return "" if torch.allclose(weights, scores, rtol=1e-5, atol=0) else "topk_weights"
 
 
-OPERATORS: dict[str, Operator] = {"align": Align(), "sum": Sum(), "gate": Gate()}
+class Sigmoid(Gate):
+    function = "topk_sigmoid"
+    cases = SIGMOID
+
+    def expected(self, case: GateCase, inputs: torch.Tensor) -> Routing:
+        scores = inputs.double().sigmoid()
+        return Routing(scores, scores + _bias(case.experts, device))
+
+    def bind(self, contender: str, case: GateCase, inputs: torch.Tensor) -> Bound:
+        out, bias = self.outputs(case), _bias(case.experts, device)
+        if contender == "sglang":
+            return Bound(lambda: torch.ops.sgl_kernel.topk_sigmoid(*out, inputs, True, bias), out)
+        if contender == "vllm":
+            rows = empty(case.tokens, case.topk)
+            return Bound(lambda: torch.ops._moe_C.topk_sigmoid(*out, rows, inputs, True, bias, 1.0), out)
+        return Bound(
+            lambda: ours.topk_sigmoid(inputs, case.topk, True, e_score_correction_bias=bias, out=out), out
+        )
+
+
+class Grouped(Sigmoid):
+    function = "grouped_topk"
+    cases = GROUPED
+    factor = FACTOR
+
+    def expected(self, case: GateCase, inputs: torch.Tensor) -> Routing:
+        scores, choice = super().expected(case, inputs)
+        groups = choice.unflatten(-1, (NUM_GROUPS, -1))
+        best = groups.topk(2).values.sum(-1).topk(TOPK_GROUP).indices
+        kept = torch.zeros_like(groups[..., 0], dtype=torch.bool).scatter_(1, best, True)
+        return Routing(scores, groups.masked_fill(~kept[..., None], -math.inf).flatten(1))
+
+    def bind(self, contender: str, case: GateCase, inputs: torch.Tensor) -> Bound:
+        bias = _bias(case.experts, device)
+        if contender == "sglang":
+            theirs = inputs, bias, NUM_GROUPS, TOPK_GROUP, case.topk, 0, FACTOR, True
+            return Bound(lambda: torch.ops.sgl_kernel.moe_fused_gate(*theirs))
+        if contender == "vllm":
+            vllms = inputs, NUM_GROUPS, TOPK_GROUP, case.topk, True, FACTOR, bias, 1
+            return Bound(lambda: torch.ops._moe_C.grouped_topk(*vllms))
+        out = self.outputs(case)
+        arguments = inputs, case.topk, True, NUM_GROUPS, TOPK_GROUP, "sigmoid", FACTOR, bias
+        return Bound(lambda: ours.grouped_topk(*arguments, out=out), out)
+
+
+@functools.cache
+def _bias(experts: int, device: str) -> torch.Tensor:
+    generator = torch.Generator(device).manual_seed(experts)
+    return torch.rand(experts, device=device, generator=generator)
+
+
+OPERATORS: dict[str, Operator] = {
+    "align": Align(),
+    "sum": Sum(),
+    "gate": Gate(),
+    "sigmoid": Sigmoid(),
+    "grouped": Grouped(),
+}

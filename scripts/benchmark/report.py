@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from typing import Any, NamedTuple
 
-from .cases import HOST, HOST_TARGETS
+from .cases import HOST, HOST_TARGETS, NUM_GROUPS, TOPK_GROUP
 from .measure import OURS, TORCH, Row
 
 README_WIDTH = 118
@@ -52,8 +52,9 @@ def tables(result: dict[str, Any]) -> list[Table]:
         for line, row in zip(table.rows, rows, strict=True):
             line.append(_terabytes(row))
         found.append(table)
-    if rows := result.get("gate"):
-        found.append(_times("topk_softmax, fp32, renormalized, us of GPU time", GATE_COLUMNS, rows, peers))
+    for section, title in GATE_TITLES.items():
+        if rows := result.get(section):
+            found.append(_times(f"{title}, us of GPU time", GATE_COLUMNS, rows, peers))
     if host := result.get("host"):
         found.append(_host(host))
     return found
@@ -75,6 +76,11 @@ ALIGN_COLUMNS = {
     "block": lambda row: str(row["block_size"]),
 }
 SUM_COLUMNS = {"tokens x topk x hidden": _tokens_by("topk", "hidden")}
+GATE_TITLES = {
+    "gate": "topk_softmax, fp32, renormalized",
+    "sigmoid": "topk_sigmoid, fp32, renormalized, with a bias",
+    "grouped": f"grouped_topk, sigmoid, fp32, renormalized, with a bias, {TOPK_GROUP} of {NUM_GROUPS} groups",
+}
 GATE_COLUMNS = {"tokens x experts": _tokens_by("experts"), "topk": lambda row: str(row["topk"])}
 
 
