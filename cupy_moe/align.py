@@ -26,7 +26,7 @@ __all__ = ["MoEAlignment", "aligned_sizes", "moe_align_block_size"]
 
 # AlignArgs in align.cuh: what changes with every call, and what follows from sizes, strides, types and flags.
 # The last two of the pointers are null in most calls, and then constants, too.
-_POINTERS, _CONSTANTS = struct.Struct("@6P"), struct.Struct("@2q15I")
+_POINTERS, _CONSTANTS = struct.Struct("@6P"), struct.Struct("@15I2q")
 _FEW_POINTERS, _NULLS = struct.Struct("@4P"), bytes(2 * struct.calcsize("P"))
 _NO_MAP, _MAP_BLOCKS, _MAP_IDS = 0, 1, 2
 # IdType in align.cuh. Ids of 2^31 and more are no experts, so u32 is read as i32: the same ids are dropped.
@@ -193,8 +193,8 @@ def _prepare(
     reader = "any" if strides else _READERS.get(id_type, "any")
     plan = plan_align(num_ids, num_experts, num_slots, block_size, reader, device_limits(device), kernel)
     constants = _CONSTANTS.pack(
-        *(strides or (1, 1, 1)), id_type, num_ids, num_experts, num_slots, num_blocks, map_mode,
-        *divisor(block_size), plan.per_block, *divisor(plan.per_row), plan.num_rows,
+        num_ids, num_experts, num_slots, num_blocks, map_mode, *divisor(block_size), plan.per_block,
+        *divisor(plan.per_row), plan.num_rows, id_type, *(strides or (1, 1, 1)),
     )  # fmt: skip
     pointers = _POINTERS
     if map_mode == _NO_MAP and not plan.scratch_words:
@@ -260,7 +260,7 @@ def check_out(out: Any, num_slots: int, num_blocks: int, device: int | torch.dev
 
 
 def _as_rows(topk_ids: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int, int]]:
-    """The ids, copied if no two strides describe them; row_stride, col_stride and num_cols of AlignArgs."""
+    """The ids, copied if no two strides describe them; num_cols, row_stride and col_stride of AlignArgs."""
     shape, strides = list(topk_ids.shape), list(topk_ids.stride())
     merged: list[tuple[int, int]] = []  # (size, stride), outermost first
     for size, stride in zip(shape, strides, strict=True):
@@ -273,7 +273,7 @@ def _as_rows(topk_ids: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int, int]
     if len(merged) > 2:
         return topk_ids.contiguous(), (1, 1, 1)
     (_, row_stride), (num_cols, col_stride) = ([(1, 1), (1, 1), *merged])[-2:]
-    return topk_ids, (row_stride, col_stride, num_cols)
+    return topk_ids, (num_cols, row_stride, col_stride)
 
 
 def _indirectly(

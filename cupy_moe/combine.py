@@ -15,7 +15,7 @@ from .plan import divisor, plan_sum
 __all__ = ["moe_sum"]
 
 _is_compiling = torch.compiler.is_dynamo_compiling
-_POINTERS, _CONSTANTS = struct.Struct("@6P"), struct.Struct("@5q4If3I")  # SumArgs in moe_sum.cu
+_POINTERS, _CONSTANTS = struct.Struct("@6P"), struct.Struct("@3q7If2q")  # SumArgs in moe_sum.cu
 _ELEMENTS = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 _ID_TYPES = (torch.int32, torch.int64, torch.uint32)
 # Without a map, ids from here on are no experts: they are negative, or unsigned and stand for -1.
@@ -104,11 +104,11 @@ def moe_sum(
     if call.launches is None:
         result = cpu.moe_sum(input, topk_weights, topk_ids, expert_map, routed_scaling_factor, shared_output)
         return out.copy_(result)
-    for first, launch in call.launches:
+    for launch, (input_offset, out_offset, shared_offset, weights_offset, ids_offset) in call.launches:
         launch(
-            source + first * call.strides[0], target + first * call.strides[3],
-            shared and shared + first * call.strides[4], weights and weights + first * topk * 4,
-            ids and ids + first * topk * call.id_bytes, 0 if expert_map is None else expert_map.data_ptr(),
+            source + input_offset, target + out_offset, shared and shared + shared_offset,
+            weights and weights + weights_offset, ids and ids + ids_offset,
+            0 if expert_map is None else expert_map.data_ptr(),
         )  # fmt: skip
     return out
 
@@ -116,9 +116,7 @@ def moe_sum(
 class _Call(NamedTuple):
     """All that follows from sizes, types and flags: worked out and checked once, looked up later."""
 
-    launches: tuple[tuple[int, Launch], ...] | None  # with the first token of each; None: on the CPU
-    strides: tuple[int, ...] = ()  # of SumArgs
-    id_bytes: int = 4
+    launches: tuple[tuple[Launch, tuple[int, ...]], ...] | None  # and where each begins; None: on the CPU
 
 
 @functools.lru_cache(maxsize=65_536)
@@ -145,13 +143,14 @@ def _prepare(
         return _Call(())
     size = dtype.itemsize
     # Strides of dimensions of length 1 mean nothing.
-    in_bytes = [stride * size if length > 1 else 0 for length, stride in zip(shape, strides, strict=True)]
+    token_bytes, slot_bytes, element_bytes = (
+        stride * size if length > 1 else 0 for length, stride in zip(shape, strides, strict=True)
+    )
     out_bytes = out_strides[0] * size if num_tokens > 1 else 0
     row_bytes = hidden * size
-    rows_aligned = (in_bytes[0] | in_bytes[1] | out_bytes | row_bytes) % 16 == 0
-    vectors = aligned and rows_aligned and in_bytes[2] in (0, size)
+    rows_aligned = (token_bytes | slot_bytes | out_bytes | row_bytes) % 16 == 0
+    vectors = aligned and rows_aligned and element_bytes in (0, size)
     id_bytes = 8 if id_type is torch.int64 else 4
-    strides_in_bytes = (*in_bytes, out_bytes, row_bytes)
     limits, element = device_limits(device.index), _ELEMENTS[dtype]
     launches, first = [], 0
     while first < num_tokens:
@@ -159,12 +158,14 @@ def _prepare(
             num_tokens - first, topk, hidden, element, size, vectors, extended or factor != 1, limits
         )
         constants = _CONSTANTS.pack(
-            *strides_in_bytes, plan.num_tokens * plan.units_per_token, topk, map_length, id_bytes // 4,
-            factor, *divisor(plan.units_per_token),
+            token_bytes, slot_bytes, out_bytes, plan.num_tokens * plan.units_per_token, topk,
+            *divisor(plan.units_per_token), map_length, id_bytes // 4, factor, element_bytes, row_bytes,
         )  # fmt: skip
-        launches.append((first, bind(plan.launch, device.index, _POINTERS, constants)))
+        bytes_per_token = token_bytes, out_bytes, row_bytes, 4 * topk, id_bytes * topk
+        offsets = tuple(first * per_token for per_token in bytes_per_token)
+        launches.append((bind(plan.launch, device.index, _POINTERS, constants), offsets))
         first += plan.num_tokens
-    return _Call(tuple(launches), strides_in_bytes, id_bytes)
+    return _Call(tuple(launches))
 
 
 def _check(

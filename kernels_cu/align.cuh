@@ -16,22 +16,23 @@ enum MapMode : u32 {
   kMapIds = 2,     // count expert_map[id] instead of id, and drop what is not on this rank
 };
 
-// Filled by cupy_moe/align.py, field by field, in this order.
+// Filled by cupy_moe/align.py, field by field, in this order: what every kernel reads comes first, as the first look at
+// a line of 64 bytes of the arguments takes 200 cycles.
 struct AlignArgs {
   const void* topk_ids;
   int* sorted_token_ids;     // [num_slots]
   int* expert_ids;           // [num_blocks]
   int* num_tokens_post_pad;  // [1]
-  const int* expert_map;  // [num_experts], read where map_mode is not kNoMap
-  u32* scratch;           // align_global only
-  i64 row_stride, col_stride;  // of topk_ids [num_ids / num_cols, num_cols], in elements; `Any` alone reads
-  u32 num_cols, id_type;       // these four, the other readers know them
+  const int* expert_map;     // [num_experts], read where map_mode is not kNoMap
+  u32* scratch;              // align_global only
   u32 num_ids, num_experts, num_slots, num_blocks;
   u32 map_mode;
   Divisor block_size;
-  u32 per_block;   // ids that one block places, a multiple of 32; in align_small: slots that one block writes
+  u32 per_block;    // ids that one block places, a multiple of 32; in align_small: slots that one block writes
   Divisor per_row;  // consecutive ids that one warp places, a multiple of 32
-  u32 num_rows;    // warps that place ids; in align_small: threads that share an id, a power of two up to 32
+  u32 num_rows;     // warps that place ids; in align_small: threads that share an id, a power of two up to 32
+  u32 id_type, num_cols;       // these four are for `Any` alone, the other readers know them:
+  i64 row_stride, col_stride;  // of topk_ids [num_ids / num_cols, num_cols], in elements
 };
 
 // How ids are read, kPerLoad at once. One unsigned comparison drops negative ids, too, if they are extended

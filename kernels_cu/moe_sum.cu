@@ -17,6 +17,7 @@
 // Order: k ascending, in fp32; products and sums are rounded one by one (no fma), as on the CPU.
 #include "convert.cuh"
 
+// What every kernel reads comes first, as the first look at a line of 64 bytes of the arguments takes 200 cycles.
 struct SumArgs {
   const char* input;
   char* output;
@@ -24,12 +25,13 @@ struct SumArgs {
   const float* weights;
   const u32* ids;
   const u32* expert_map;
-  i64 token_stride, slot_stride, element_stride, output_stride, shared_stride;  // in bytes
+  i64 token_stride, slot_stride, output_stride;  // in bytes
   u32 num_units, topk;
-  u32 num_experts;    // of the map; 2^31 without one
-  u32 words_per_id;   // 1 or 2
-  float factor;
   Divisor units_per_token;
+  u32 num_experts;   // of the map; 2^31 without one
+  u32 words_per_id;  // 1 or 2
+  float factor;
+  i64 element_stride, shared_stride;  // in bytes
 };
 
 constexpr u32 kMaxThreads = 128;
