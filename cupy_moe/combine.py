@@ -15,7 +15,7 @@ from .plan import divisor, plan_sum
 __all__ = ["moe_sum"]
 
 _is_compiling = torch.compiler.is_dynamo_compiling
-_POINTERS, _CONSTANTS = struct.Struct("@6P"), struct.Struct("@3q7If2q")  # SumArgs in moe_sum.cu
+_POINTERS, _CONSTANTS = struct.Struct("@6P"), struct.Struct("@3q8If2q")  # SumArgs in moe_sum.cu
 _ELEMENTS = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 _ID_TYPES = (torch.int32, torch.int64, torch.uint32)
 # Without a map, ids from here on are no experts: they are negative, or unsigned and stand for -1.
@@ -159,7 +159,8 @@ def _prepare(
         )
         constants = _CONSTANTS.pack(
             token_bytes, slot_bytes, out_bytes, plan.num_tokens * plan.units_per_token, topk,
-            *divisor(plan.units_per_token), map_length, id_bytes // 4, factor, element_bytes, row_bytes,
+            *divisor(plan.units_per_token), plan.launch.block, map_length, id_bytes // 4, factor,
+            element_bytes, row_bytes,
         )  # fmt: skip
         bytes_per_token = token_bytes, out_bytes, row_bytes, 4 * topk, id_bytes * topk
         offsets = tuple(first * per_token for per_token in bytes_per_token)

@@ -133,7 +133,7 @@ template <u32 kShare, Mode kMode>
 __device__ __forceinline__ void gate_warp(const GateArgs& args) {
   // Rows past the last one are the last one once more, and write what is there already: no warp diverges.
   const u32 lanes_per_row = kMode == kSeveral ? args.lanes_per_row : kWarpSize;
-  const u32 thread = blockIdx.x * blockDim.x + threadIdx.x, lane = lane_id() & (lanes_per_row - 1);
+  const u32 thread = blockIdx.x * args.num_threads + threadIdx.x, lane = lane_id() & (lanes_per_row - 1);
   const u32 token = min_u32(args.num_tokens - 1, kMode == kSeveral ? thread >> args.row_shift : thread / kWarpSize);
   const u32 row_lanes = kMode == kSeveral ? (kFullWarp >> (kWarpSize - lanes_per_row)) << (lane_id() - lane) : kFullWarp;
   const u32 earlier_lanes = lanes_below() & row_lanes;

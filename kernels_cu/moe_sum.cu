@@ -28,6 +28,7 @@ struct SumArgs {
   i64 token_stride, slot_stride, output_stride;  // in bytes
   u32 num_units, topk;
   Divisor units_per_token;
+  u32 num_threads;   // blockDim.x, which is in another line
   u32 num_experts;   // of the map; 2^31 without one
   u32 words_per_id;  // 1 or 2
   float factor;
@@ -137,7 +138,7 @@ __device__ __forceinline__ void add_slots(
 
 template <typename Unit, bool kExtended, u32 kInFlight, bool kExact>
 __device__ __forceinline__ void moe_sum(const SumArgs& args) {
-  const u32 unit = blockIdx.x * blockDim.x + threadIdx.x;
+  const u32 unit = blockIdx.x * args.num_threads + threadIdx.x;
   if (unit >= args.num_units) return;
   const u32 token = args.units_per_token.quotient(unit);
   const u32 place = unit - token * args.units_per_token.value;
