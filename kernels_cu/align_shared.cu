@@ -55,7 +55,7 @@ __device__ __forceinline__ void align_shared(const AlignArgs& args) {
   const u32 chunk_begin = min_u32(args.num_ids, rank * num_clusters * args.per_block);
   const u32 chunk_end = min_u32(args.num_ids, chunk_begin + num_clusters * args.per_block);
   const u32 begin = piece.begin_of_warp(args, table), end = piece.end_of_warp(args, begin);
-  if (kCluster > 1 && threadIdx.x == 0) inbox.open(kCluster * stride * sizeof(u16));
+  if (kCluster > 1 && threadIdx.x == 0) inbox.open();
   cluster_arrive<kCluster>();
   const typename Ids::Id id = load_or_none<Ids>(args, begin + lane_id(), end);
   constexpr u32 kMaxLoads = kCluster == 1 ? 2 : 4;  // a cluster has more ids to count
@@ -66,6 +66,7 @@ __device__ __forceinline__ void align_shared(const AlignArgs& args) {
 #pragma unroll 1
     for (u32 bucket = threadIdx.x; bucket < args.num_experts; bucket += blockDim.x)
       chunk_counts[bucket] = (u16)scan_column(table, bucket);
+    if (threadIdx.x == 0) inbox.expect(kCluster * stride * sizeof(u16));
     __syncthreads();
     cluster_wait<kCluster>();
     send_counts<kCluster>(inbox, chunk_counts, all_counts, stride);

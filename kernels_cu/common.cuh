@@ -83,15 +83,21 @@ __device__ __forceinline__ void cluster_wait() {
 #endif
 }
 
-// Counts the bytes that other blocks of the cluster store in this block's shared memory, until num_bytes are there.
+// Counts the bytes that other blocks of the cluster store in this block's shared memory.
 struct Inbox {
   u64 barrier;
 
   // By one thread, which does it before it arrives at the cluster's barrier.
-  __device__ __forceinline__ void open(u32 num_bytes) {
+  __device__ __forceinline__ void open() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(address(this)) : "memory");
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
+  }
+
+  // How many bytes to wait for. By one thread; some may have arrived already.
+  __device__ __forceinline__ void expect(u32 num_bytes) {
+#if __CUDA_ARCH__ >= 900
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address(this)), "r"(num_bytes) : "memory");
 #endif
   }

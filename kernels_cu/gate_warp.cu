@@ -88,12 +88,16 @@ __device__ __forceinline__ bool is_in_chosen_group(const GateArgs& args, u32 gro
   }
   u32 score = best;
   if (args.bias != nullptr && second != kNone) score = to_choice(from_key(best) + from_key(second));
+  // The lanes of a group share out the comparisons with the others.
   u32 rank = 0;
-#pragma unroll 4
-  for (u32 other = 0; other < args.num_groups; ++other) {
+#pragma unroll 1
+  for (u32 first = 0; first < args.num_groups; first += lanes) {
+    const u32 other = first + (lane_id() & (lanes - 1));
     const u32 theirs = __shfl_sync(kFullWarp, score, other * lanes);
-    rank += theirs > score || (theirs == score && other < group);
+    rank += other < args.num_groups && (theirs > score || (theirs == score && other < group));
   }
+#pragma unroll 1
+  for (u32 distance = lanes / 2; distance > 0; distance /= 2) rank += __shfl_xor_sync(kFullWarp, rank, distance);
   return rank < args.topk_group;
 }
 

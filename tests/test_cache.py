@@ -7,7 +7,6 @@ import errno
 import json
 import logging
 import os
-import resource
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -457,10 +456,9 @@ def test_any_home_and_uid_will_do(miniature: Path, tmp_path: Path, home: str | N
 
 
 def test_a_full_disk_will_do(miniature: Path, tmp_path: Path) -> None:
-    def no_space() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))  # folders can be made, files cannot be filled
-
-    run = run_python(miniature, "-c", USE, env={"HOME": str(tmp_path)}, preexec_fn=no_space)
+    # Folders can be made, files cannot be filled.
+    no_space = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))\n"
+    run = run_python(miniature, "-c", no_space + USE, env={"HOME": str(tmp_path)})
     assert run.returncode == 0, run.stderr
     assert run.stdout.split()[-1] == "compiled"
     assert run.stderr.count("compiled kernels are not kept") == 1
