@@ -105,10 +105,18 @@ struct Inbox {
   // 16 bytes for block `rank`, to where `mine` is in this block; needs no fence, and does not wait for their arrival.
   __device__ __forceinline__ void send(uint4* mine, u32 rank, uint4 value) {
 #if __CUDA_ARCH__ >= 900
-    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
-                     address_in(mine, rank)),
-                 "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w), "r"(address_in(this, rank))
+    const u32 to = address_in(mine, rank), counter = address_in(this, rank);
+#if __CUDACC_VER_MAJOR__ == 12 && __CUDACC_VER_MINOR__ == 0  // does not know st.async, and waits
+    asm volatile("st.shared::cluster.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(value.x), "r"(value.y),
+                 "r"(value.z), "r"(value.w)
                  : "memory");
+    asm volatile("fence.acq_rel.cluster;" ::: "memory");
+    asm volatile("mbarrier.complete_tx.relaxed.cluster.shared::cluster.b64 [%0], 16;" ::"r"(counter) : "memory");
+#else
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(to),
+                 "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w), "r"(counter)
+                 : "memory");
+#endif
 #endif
   }
 
