@@ -181,7 +181,9 @@ def _prepare(
     kernel: str | None,
 ) -> _Call:
     if dtype not in _ID_TYPES:
-        raise TypeError(f"topk_ids: expected an integer tensor of up to 64 bits, got {dtype}; cast it")
+        raise TypeError(
+            f"topk_ids: expected an integer tensor (unsigned: of up to 32 bits), got {dtype}; cast it"
+        )
     _check_int("block_size", block_size, MAX_BLOCK_SIZE)
     _check_int("num_experts", num_experts, MAX_EXPERTS)
     num_slots, num_blocks = aligned_sizes(num_ids, num_experts, block_size, pad_sorted_ids)

@@ -48,6 +48,7 @@ def moe_align_block_size(
     return sorted_token_ids, expert_ids, num_tokens_post_pad
 
 
+@torch.no_grad()  # as on a GPU
 def moe_sum(
     input: torch.Tensor,
     topk_weights: torch.Tensor | None = None,
@@ -83,6 +84,7 @@ def _is_read(ids: torch.Tensor, expert_map: torch.Tensor | None) -> torch.Tensor
     return (ids >= 0) & (ids < num_experts) & (local >= 0) & (local < num_experts)
 
 
+@torch.no_grad()  # as on a GPU
 def gate(
     gating_output: torch.Tensor,
     topk: int,

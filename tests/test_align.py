@@ -137,7 +137,11 @@ OUT = make_out(12, 5, 4)
 WRONG: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
     "float ids": (TypeError, r"topk_ids: expected an integer .*torch\.float32", lambda: align(IDS.float())),
     "bool ids": (TypeError, r"topk_ids: .*torch\.bool", lambda: align(IDS.bool())),
-    "uint64 ids": (TypeError, r"topk_ids: .*torch\.uint64", lambda: align(IDS.to(torch.uint64))),
+    "uint64 ids": (
+        TypeError,
+        r"topk_ids: .*unsigned: of up to 32 bits.*torch\.uint64",
+        lambda: align(IDS.to(torch.uint64)),
+    ),
     "a list for ids": (TypeError, r"topk_ids: .*__dlpack__.*builtins\.list", lambda: align(EXAMPLE)),
     "None for ids": (TypeError, r"topk_ids: .*NoneType", lambda: align(None)),
     "block_size 0": (ValueError, "block_size: expected 1 to 65536, got 0", lambda: align(IDS, 0)),

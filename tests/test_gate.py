@@ -123,6 +123,12 @@ def test_bias_selects_but_does_not_weigh() -> None:
     assert topk_sigmoid(x, 3, e_score_correction_bias=masked).topk_ids.tolist() == [[2, 0, 1]]
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_no_gradient_flows(device: str) -> None:
+    logits = torch.rand(3, 8, device=device, requires_grad=True)
+    assert not topk_softmax(logits, 2, True).topk_weights.requires_grad
+
+
 def test_out_numpy_and_no_tokens() -> None:
     x = torch.randn(4, 8)
     out = torch.empty(4, 2), torch.empty(4, 2, dtype=torch.int64)

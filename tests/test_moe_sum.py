@@ -99,6 +99,12 @@ def test_out_is_returned() -> None:
     assert out.tolist() == [[2, 2, 2, 2, 7, 7, 7, 7]] * 3
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_no_gradient_flows(device: str) -> None:
+    x = torch.ones(2, 3, 4, device=device, requires_grad=True)
+    assert not moe_sum(x).requires_grad
+
+
 def test_arrays_of_numpy() -> None:
     out: Any = np.zeros((3, 4), dtype=np.float32)
     x: Any = np.ones((3, 2, 4), dtype=np.float32)
