@@ -299,6 +299,31 @@ def test_batched_equal_to_vllm() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("warm", [False, True])
+@pytest.mark.parametrize("ignore", [False, True])
+def test_sglang_in_a_graph(ignore: bool, warm: bool) -> None:
+    """Whether its expert_map was made before the graph, or is made in it."""
+    moe_align_block_size(torch.zeros(8, dtype=torch.int32, device="cuda"), 4, 6)  # loads the kernel
+    sglang._expert_maps.clear()
+    ids = torch.full((8,), 5, dtype=torch.int32, device="cuda")
+    out = poisoned(*aligned_sizes(8, 6, 4), 1, 7, device="cuda")
+    if warm:
+        sglang_align(ids, 6, 4, *out, True, ignore)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        sglang_align(ids, 6, 4, *out, True, ignore)
+    assert bool(sglang._expert_maps) == warm
+    sglang_align(ids, 6, 4, *poisoned(*aligned_sizes(8, 6, 4), 1, 7, device="cuda"), True, ignore)
+    for wanted in ([0, -1, 4, 0, -1, 5, 6, 3], [-1] * 8, [4, 4, 3, 2, 1, 0, 0, 0]):
+        ids.copy_(torch.tensor(wanted))
+        for tensor in out:
+            tensor.fill_(-77)
+        graph.replay()
+        expected = sglang_naive(wanted, 6, 4, ignore)
+        assert [tensor.tolist() for tensor in out[:3]] == list(expected), f"{wanted=}"
+
+
+@pytest.mark.gpu
 def test_equal_to_sglang() -> None:
     require("sglang")
     operator = torch.ops.sgl_kernel.moe_align_block_size.default

@@ -17,6 +17,7 @@ from ..combine import moe_sum as _sum
 from ..gate import grouped_topk as _grouped_topk
 from ..gate import topk_sigmoid as _topk_sigmoid
 from ..gate import topk_softmax as _topk_softmax
+from ..library import is_traced
 from ._engine import Switch, heads
 
 
@@ -37,13 +38,34 @@ def moe_align_block_size(
     with `ignore_invalid_expert` it stays empty. `cumsum_buffer` is not needed here, and not written.
     """
     out = heads(topk_ids.numel(), num_experts, block_size, sorted_token_ids, experts_ids, num_tokens_post_pad)
-    experts = torch.arange(-1, num_experts - 1, dtype=torch.int32, device=topk_ids.device)  # of each bucket
+    expert_map = _expert_map(topk_ids, num_experts, ignore_invalid_expert)
     if ignore_invalid_expert:
-        _align(topk_ids, block_size, num_experts, experts.roll(-1), ignore_invalid_experts=True, out=out)
+        _align(topk_ids, block_size, num_experts, expert_map, ignore_invalid_experts=True, out=out)
     else:
         if topk_ids.dtype.itemsize < 4:
             topk_ids = topk_ids.int()  # one more may not fit
-        _align(topk_ids + 1, block_size, num_experts, experts, out=out)
+        _align(topk_ids + 1, block_size, num_experts, expert_map, out=out)
+
+
+_expert_maps: dict[tuple[int, bool, torch.device], torch.Tensor] = {}
+
+
+def _expert_map(topk_ids: torch.Tensor, num_experts: int, ignore_invalid_expert: bool) -> torch.Tensor:
+    """-1, 0, 1, ..., the expert of each bucket; or 0, 1, ..., -1, that of each id, where none is shifted.
+
+    Kept, unless a graph that is being captured or traced has to make it itself: made on the host and copied,
+    which waits for the copy, so that it can be read on any stream.
+    """
+    device, in_graph = topk_ids.device, is_traced(topk_ids)
+    key = num_experts, ignore_invalid_expert, device
+    if not in_graph and key in _expert_maps:
+        return _expert_maps[key]
+    in_graph = in_graph or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+    made = torch.arange(-1, num_experts - 1, dtype=torch.int32, device=device if in_graph else "cpu")
+    made = made.roll(-1) if ignore_invalid_expert else made
+    if not in_graph:
+        made = _expert_maps[key] = made.to(device)
+    return made
 
 
 def moe_sum_reduce(input: torch.Tensor, output: torch.Tensor, routed_scaling_factor: float = 0.0) -> None:
