@@ -145,7 +145,7 @@ def moe_align_block_size(
             topk_ids, *sizes, expert_map, pad_sorted_ids, ignore_invalid_experts
         )
         for output, result in zip(outputs, results, strict=True):
-            output.copy_(result)
+            output.view(-1).copy_(result)
         return outputs
 
     pointers: tuple[int, ...] = ids, first.data_ptr(), second.data_ptr(), third.data_ptr()

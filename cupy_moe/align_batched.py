@@ -30,7 +30,7 @@ def batched_moe_align_block_size(
 
     With E experts, T = max_tokens_per_batch, B = block_size and M = E * (T rounded up to whole blocks):
 
-    max_tokens_per_batch    1 to 2^31                      rows of each expert
+    max_tokens_per_batch    1 to 2^31 - 1                  rows of each expert
     block_size              1 to 65 536                    rows that the consumer takes at a time
     expert_num_tokens       [E]                     int32  how many of the rows are tokens
     out                     the three results              written instead of allocated
@@ -74,7 +74,7 @@ def batched_moe_align_block_size(
         max_tokens, size = call.sizes
         results = cpu.batched_moe_align_block_size(max_tokens, size, expert_num_tokens)
         for output, result in zip(outputs, results, strict=True):
-            output.copy_(result)
+            output.view(-1).copy_(result)
     else:
         call.launch(expert_num_tokens.data_ptr(), *(output.data_ptr() for output in outputs))
     return outputs
@@ -97,9 +97,10 @@ def _prepare(num_batches: int, max_tokens: int, block_size: int, device: int | t
         raise ValueError(f"expert_num_tokens: expected at most {MAX_EXPERTS} experts, got {num_batches}")
     width = round_up(max_tokens, block_size)
     num_slots = num_batches * width
-    if num_slots > INT32_MAX:
+    if num_slots + block_size - 1 > INT32_MAX:
         raise ValueError(
             f"{num_batches} experts of {width} slots need {num_slots}, more than int32 numbers ({INT32_MAX})"
+            " with a block to spare"
         )
     num_blocks = num_slots // block_size
     if isinstance(device, torch.device):

@@ -258,10 +258,12 @@ def _prepare(
     if device.type != "cuda":
         raise ValueError(f"gating_output: expected a CUDA or CPU tensor, got one on {device}")
 
+    if num_tokens == 0:
+        return _Call(topk, launches=())
     copies = num_experts > 1 and strides[1] != 1
     row_bytes = (num_experts if copies or num_tokens == 1 else strides[0]) * dtype.itemsize
     plan = plan_gate(
-        max(num_tokens, 1), num_experts, topk, num_groups, dtype.itemsize, with_bias, softcap != 0,
+        num_tokens, num_experts, topk, num_groups, dtype.itemsize, with_bias, softcap != 0,
         device_limits(device.index), kernel,
     )  # fmt: skip
     vectors = plan.vector_bytes > 0 and row_bytes % plan.vector_bytes == 0

@@ -65,7 +65,7 @@ CLUSTER_IDS_PER_BLOCK = 512
 THREADS_FOR_WORK = ((1_024, 128), (4_096, 256), (12_288, 512), (INT32_MAX, 1024))
 # Tables in global memory are wide; fewer pieces keep them few.
 LARGE_MAX_BLOCKS = 16
-STATIC_SHARED = 136  # warp_sums and the inbox in the .cu files
+STATIC_SHARED = 144  # warp_sums and the inbox in the .cu files
 WARP = 32
 
 
@@ -319,6 +319,8 @@ SEVERAL_MIN_TOKENS = 1024
 SEVERAL_MAX_LANES = 8  # kSeveralMaxLanes in gate_warp.cu
 # A row or two for every SM; above, blocks of four warps, as an SM holds more warps than blocks.
 GATE_WARPS = 4
+# Their threads have 32-bit numbers.
+GATE_WARP_MAX_TOKENS = 2**32 // WARP - GATE_WARPS
 # Threads of `wide` look at pieces of 8 experts and more; more threads only make barriers slower.
 WIDE_MIN_SHARE = 8
 WIDE_MAX_THREADS = 512
@@ -353,12 +355,15 @@ def plan_gate(
             kernel = "several" if num_groups == 1 else kernel
         if with_softcap or not _gate_share(kernel, num_experts, topk, num_groups):
             kernel = "wide"
+        if num_tokens > GATE_WARP_MAX_TOKENS:
+            kernel = "wide"
     if kernel == "wide":
         return _plan_wide(num_tokens, num_experts, topk, num_groups, limits)
     if kernel not in GATE_KERNELS:
         raise ValueError(f"kernel={kernel!r}: expected one of {', '.join(GATE_KERNELS)}")
     share = _gate_share(kernel, num_experts, topk, num_groups)
     fits = share and (num_groups == 1 or kernel == "full") and (not with_bias or kernel != "plain")
+    fits = fits and num_tokens <= GATE_WARP_MAX_TOKENS
     if not fits or with_softcap:
         raise ValueError(f"kernel={kernel!r} cannot do this (see gate_warp.cu); kernel='wide' can")
     lanes_per_row = _several_lanes(num_experts, topk) if kernel == "several" else WARP

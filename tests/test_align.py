@@ -130,6 +130,17 @@ def test_out_is_what_comes_back() -> None:
     assert again.expert_ids is out[1]
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_out_of_other_shapes(device: str) -> None:
+    expected = naive(IDS.flatten().tolist(), 4, 5)
+    for shapes in (((3, 9), 7, 1), ((27, 1), 7, 1), (27, (7, 1), 1), (27, 7, ())):
+        out: Any = [
+            torch.full(torch.empty(shape).shape, -77, dtype=torch.int32, device=device) for shape in shapes
+        ]
+        aligned = moe_align_block_size(IDS.to(device), 4, 5, out=out)
+        assert tuple(result.flatten().tolist() for result in aligned) == expected, f"{shapes=}"
+
+
 # ---- wrong calls ----------------------------------------------------------------------------
 
 MAP = torch.zeros(5, dtype=torch.int32)

@@ -61,6 +61,16 @@ def test_any_counts(max_tokens: int, block_size: int, counts: list[int]) -> None
     assert as_lists(out) == expected
 
 
+def test_out_of_other_shapes() -> None:
+    out: Any = (
+        torch.empty(3, 8, dtype=torch.int32),
+        torch.empty(6, 1, dtype=torch.int32),
+        torch.tensor(0).int(),
+    )
+    aligned = align(8, 4, COUNTS, out=out)
+    assert [result.flatten().tolist() for result in aligned] == [*naive(8, 4, COUNTS.tolist())]
+
+
 def test_numpy() -> None:
     aligned: Any = batched_moe_align_block_size(8, 4, np.array([2, 0, 5], dtype=np.int32))  # type: ignore[arg-type]
     assert all(isinstance(result, np.ndarray) for result in aligned)
@@ -77,6 +87,7 @@ WRONG: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
     "half a row": (TypeError, "max_tokens_per_batch: expected an int", lambda: align(7.5, 4, COUNTS)),
     "block_size 0": (ValueError, "block_size: expected 1 to 65536", lambda: align(8, 0, COUNTS)),
     "too many slots": (ValueError, "more than int32", lambda: align(2**30, 4, COUNTS)),
+    "too many rows": (ValueError, "more than int32", lambda: align(2**31 - 2, 3, COUNTS[:1])),
     "meta": (ValueError, "expert_num_tokens: .*meta", lambda: align(8, 4, COUNTS.to("meta"))),
     "a short out": (ValueError, r"out: .*\[24\]", lambda: align(8, 4, COUNTS, out=(COUNTS, COUNTS, COUNTS))),
 }

@@ -192,6 +192,24 @@ def test_wrong_gates_are_noticed(operator: Gate, monkeypatch: pytest.MonkeyPatch
         assert operator.wrong("cupy_moe", case, (weights, ids[:, wrong]), expected) == "topk_ids"
 
 
+@pytest.mark.parametrize("operator", [Gate(), Sigmoid(), Grouped()], ids=lambda operator: operator.function)
+def test_one_wrong_row_of_many_is_noticed(operator: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(operators, "device", "cpu")
+    case = cases.GateCase(2000, 32, 4)
+    inputs = operator.inputs(case, "random", 0)
+    expected = operator.expected(case, inputs)
+    bound = operator.bind("cupy_moe", case, inputs)
+    bound.call()
+    weights, ids = bound.results()
+    assert operator.wrong("cupy_moe", case, (weights, ids), expected) == ""
+    twice = ids.clone()
+    twice[-1] = ids[-1, 0]
+    assert operator.wrong("cupy_moe", case, (weights, twice), expected) == "topk_ids"
+    swapped = ids.clone()
+    swapped[-1] = ids[-1, [1, 0, 2, 3]]
+    assert operator.wrong("cupy_moe", case, (weights, swapped), expected)  # its weights, if groups may differ
+
+
 def test_groups_that_are_not_chosen_are_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(operators, "device", "cpu")
     case, grouped = cases.GateCase(5, 32, 4), Grouped()

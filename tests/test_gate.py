@@ -15,7 +15,7 @@ import torch
 from cache_helpers import Everything, everything
 
 from cupy_moe import cpu, gate, grouped_topk, plan, topk_sigmoid, topk_softmax
-from cupy_moe.plan import DeviceLimits, plan_gate
+from cupy_moe.plan import GATE_WARP_MAX_TOKENS, DeviceLimits, plan_gate
 
 __all__ = ["everything"]  # a fixture
 
@@ -243,12 +243,16 @@ def test_operator_of_torch() -> None:
         ((1024, 64, 8, 1, 4, True, False), "gate_warp/gate_several_8"),
         ((1024, 65, 8, 1, 4, False, False), "gate_warp/gate_plain_4"),
         ((1024, 64, 9, 1, 4, False, False), "gate_warp/gate_plain_4"),
+        ((GATE_WARP_MAX_TOKENS, 256, 8, 8, 4, True, False), "gate_warp/gate_full_8"),
+        ((GATE_WARP_MAX_TOKENS + 1, 256, 8, 8, 4, True, False), "gate_wide/gate_wide"),
+        ((2**27 + 1, 64, 2, 1, 4, False, False), "gate_wide/gate_wide"),
     ],
 )
 def test_plan(size: Any, kernel: str) -> None:
     chosen = plan_gate(*size, H200)
     assert chosen.launch.kernel == kernel
     rows = chosen.launch.grid * chosen.launch.block // chosen.lanes_per_row
+    assert "wide" in kernel or chosen.launch.grid * chosen.launch.block <= 2**32
     assert rows >= size[0] or chosen.launch.grid == size[0]
 
 
@@ -260,6 +264,7 @@ def test_plan_refuses() -> None:
         ("full", (1, 8, 2, 1, 4, False, True)),
         ("several", (1, 65, 2, 1, 4, False, False)),
         ("several", (1, 64, 9, 1, 4, False, False)),
+        ("plain", (GATE_WARP_MAX_TOKENS + 1, 64, 2, 1, 4, False, False)),
     ):
         with pytest.raises(ValueError, match="cannot do this"):
             plan_gate(*size, H200, kernel)
