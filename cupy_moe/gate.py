@@ -15,7 +15,7 @@ from .plan import MAX_EXPERTS, MAX_TOPK, plan_gate
 __all__ = ["TopK", "grouped_topk", "topk_sigmoid", "topk_softmax"]
 
 _is_compiling = torch.compiler.is_dynamo_compiling
-_POINTERS, _CONSTANTS = struct.Struct("@5P"), struct.Struct("@q14I2f")  # GateArgs in gate.cuh
+_POINTERS, _CONSTANTS = struct.Struct("@5P"), struct.Struct("@q13I2f")  # GateArgs in gate.cuh
 _ELEMENTS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # ElementType in gate.cuh
 _ID_TYPES = (torch.int32, torch.int64, torch.uint32)
 _SCORING = {"softmax": 0, "sigmoid": 1, "none": 2}  # Scoring in gate.cuh
@@ -272,9 +272,9 @@ def _prepare(
         bind(
             plan.launch, device.index, _POINTERS,
             _CONSTANTS.pack(
-                row_bytes, num_tokens, num_experts, topk, num_groups, topk_group, num_experts // num_groups,
-                _ELEMENTS[dtype], ids_dtype.itemsize // 4, aligned and vectors, _SCORING[scoring_func],
-                renormalize, lanes, lanes.bit_length() - 1, plan.launch.block, factor, softcap,
+                row_bytes, num_tokens, num_experts, topk, num_groups, topk_group, _ELEMENTS[dtype],
+                ids_dtype.itemsize // 4, aligned and vectors, _SCORING[scoring_func], renormalize, lanes,
+                lanes.bit_length() - 1, plan.launch.block, factor, softcap,
             ),
         )
         for aligned in (True, False)
