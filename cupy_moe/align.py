@@ -15,6 +15,7 @@ from .plan import (
     MAX_EXPERTS,
     aligned_sizes,
     ceil_div,
+    check_int,
     divisor,
     plan_align,
     round_up,
@@ -184,8 +185,8 @@ def _prepare(
         raise TypeError(
             f"topk_ids: expected an integer tensor (unsigned: of up to 32 bits), got {dtype}; cast it"
         )
-    _check_int("block_size", block_size, MAX_BLOCK_SIZE)
-    _check_int("num_experts", num_experts, MAX_EXPERTS)
+    check_int("block_size", block_size, MAX_BLOCK_SIZE)
+    check_int("num_experts", num_experts, MAX_EXPERTS)
     num_slots, num_blocks = aligned_sizes(num_ids, num_experts, block_size, pad_sorted_ids)
     if isinstance(device, torch.device):
         if device.type != "cpu":
@@ -203,13 +204,6 @@ def _prepare(
         pointers, constants = _FEW_POINTERS, _NULLS + constants
     launches = tuple(bind(launch, device, pointers, constants) for launch in plan.launches)
     return _Call(num_slots, num_blocks, (block_size, num_experts), launches, plan.scratch_words)
-
-
-def _check_int(name: str, value: int, most: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
-    if not 1 <= value <= most:
-        raise ValueError(f"{name}: expected 1 to {most}, got {value}")
 
 
 def _check_expert_map(expert_map: torch.Tensor, num_experts: int, device: torch.device) -> None:

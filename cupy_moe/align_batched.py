@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import torch
 
 from . import arrays, cpu, library
-from .align import MoEAlignment, _check_int, allocate, check_out
+from .align import MoEAlignment, allocate, check_out
 from .launch import Launch, bind
-from .plan import INT32_MAX, MAX_BLOCK_SIZE, MAX_EXPERTS, divisor, plan_batched, round_up
+from .plan import INT32_MAX, MAX_BLOCK_SIZE, MAX_EXPERTS, check_int, divisor, plan_batched, round_up
 
 __all__ = ["batched_moe_align_block_size"]
 
@@ -33,7 +33,7 @@ def batched_moe_align_block_size(
     max_tokens_per_batch    1 to 2^31 - 1                  rows of each expert
     block_size              1 to 65 536                    rows that the consumer takes at a time
     expert_num_tokens       [E]                     int32  how many of the rows are tokens
-    out                     the three results              written instead of allocated
+    out                     the three results              written instead of allocated; contiguous
 
     Returns MoEAlignment of
     sorted_token_ids        [M]                     int32  the rows e * T + t of tokens, by expert, ascending;
@@ -91,8 +91,8 @@ class _Call(NamedTuple):
 
 @functools.lru_cache(maxsize=65_536)
 def _prepare(num_batches: int, max_tokens: int, block_size: int, device: int | torch.device) -> _Call:
-    _check_int("max_tokens_per_batch", max_tokens, INT32_MAX)
-    _check_int("block_size", block_size, MAX_BLOCK_SIZE)
+    check_int("max_tokens_per_batch", max_tokens, INT32_MAX)
+    check_int("block_size", block_size, MAX_BLOCK_SIZE)
     if num_batches > MAX_EXPERTS:
         raise ValueError(f"expert_num_tokens: expected at most {MAX_EXPERTS} experts, got {num_batches}")
     width = round_up(max_tokens, block_size)

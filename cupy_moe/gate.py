@@ -10,7 +10,7 @@ import torch
 
 from . import arrays, cpu, library
 from .launch import Launch, bind, device_limits
-from .plan import MAX_EXPERTS, MAX_TOPK, plan_gate
+from .plan import MAX_EXPERTS, MAX_TOPK, check_int, plan_gate
 
 __all__ = ["TopK", "grouped_topk", "topk_sigmoid", "topk_softmax"]
 
@@ -247,12 +247,12 @@ def _prepare(
     if not softcap >= 0:
         raise ValueError(f"softcap: expected 0 (none) or more, got {softcap}")
     num_tokens, num_experts = shape
-    _check_int("number of experts", num_experts, MAX_EXPERTS)
-    _check_int("num_expert_group", num_groups, num_experts)
+    check_int("number of experts", num_experts, MAX_EXPERTS)
+    check_int("num_expert_group", num_groups, num_experts)
     if num_experts % num_groups:
         raise ValueError(f"num_expert_group: expected a divisor of {num_experts} experts, got {num_groups}")
-    _check_int("topk_group", topk_group, num_groups)
-    _check_int("topk", topk, min(MAX_TOPK, topk_group * (num_experts // num_groups)))
+    check_int("topk_group", topk_group, num_groups)
+    check_int("topk", topk, min(MAX_TOPK, topk_group * (num_experts // num_groups)))
     if device.type == "cpu":
         return _Call(topk)
     if device.type != "cuda":
@@ -280,13 +280,6 @@ def _prepare(
         for aligned in (True, False)
     )  # fmt: skip
     return _Call(topk, copies, launches)
-
-
-def _check_int(name: str, value: int, most: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
-    if not 1 <= value <= most:
-        raise ValueError(f"{name}: expected 1 to {most}, got {value}")
 
 
 def _check(name: str, tensor: torch.Tensor, dtype: torch.dtype, length: int, device: torch.device) -> None:

@@ -50,7 +50,7 @@ CLUSTER8_FAST_IDS = 49_152
 CLUSTER_MAJORS = (9, 10)
 # Counts are 16 bits wide where blocks tell them each other; a chunk is rounded up to 32 ids for each cluster.
 CHUNK_MAX_IDS = 60_000
-# Twenty warps place the ids of a chunk in whole rounds, and leave room for what they read.
+# The fastest of 384 to 1024 from 65 536 to 262 144 ids on an H200; above, 896 are 3 % faster.
 CLUSTER16_THREADS = 640
 # More pieces make for longer columns of counts, which every block adds up.
 GLOBAL_IDS_PER_BLOCK, GLOBAL_FAST_BLOCKS = 1024, 64
@@ -75,6 +75,14 @@ def ceil_div(value: int, divisor: int) -> int:
 
 def round_up(value: int, multiple: int) -> int:
     return ceil_div(value, multiple) * multiple
+
+
+def check_int(name: str, value: int, most: int) -> None:
+    """Raises TypeError or ValueError unless an argument is an int of 1 to `most`."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+    if not 1 <= value <= most:
+        raise ValueError(f"{name}: expected 1 to {most}, got {value}")
 
 
 def aligned_sizes(
@@ -219,9 +227,8 @@ def _plan_shared(
     if cluster == 16:
         threads = CLUSTER16_THREADS
     else:
-        work = max(
-            ceil_div(num_ids, cluster), 8 * min(num_experts, 512)
-        )  # ids that a block counts, at 8 a thread
+        # The ids that a block counts, 8 or more a thread.
+        work = max(ceil_div(num_ids, cluster), 8 * min(num_experts, 512))
         threads = next(threads for most_work, threads in THREADS_FOR_WORK if work <= most_work)
     pieces = _cut(num_ids, grid, num_experts, threads, limits.shared_bytes, cluster, cluster == 16)
     if pieces.shared_bytes + STATIC_SHARED > limits.shared_bytes:
@@ -353,9 +360,8 @@ def plan_gate(
         kernel = "full" if with_bias or num_groups > 1 else "plain"
         if num_tokens >= SEVERAL_MIN_TOKENS and _several_lanes(num_experts, topk) <= SEVERAL_MAX_LANES:
             kernel = "several" if num_groups == 1 else kernel
-        if with_softcap or not _gate_share(kernel, num_experts, topk, num_groups):
-            kernel = "wide"
-        if num_tokens > GATE_WARP_MAX_TOKENS:
+        share = _gate_share(kernel, num_experts, topk, num_groups)
+        if with_softcap or not share or num_tokens > GATE_WARP_MAX_TOKENS:
             kernel = "wide"
     if kernel == "wide":
         return _plan_wide(num_tokens, num_experts, topk, num_groups, limits)
