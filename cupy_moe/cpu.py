@@ -6,6 +6,8 @@ import torch
 
 from .plan import aligned_sizes
 
+LEAST_NORMAL = 2.0**-126  # of fp32
+
 
 def moe_align_block_size(
     topk_ids: torch.Tensor,
@@ -100,13 +102,16 @@ def gate(
     """As `cupy_moe.topk_softmax`, `topk_sigmoid` and `grouped_topk`, with sorts; ids are int64, arguments are
     not checked."""
     logits = gating_output.to(torch.float32)
-    num_tokens = len(logits)
-    capped = softcap * torch.tanh(logits / softcap) if softcap else logits
+    num_tokens, num_experts = logits.shape
+    capped = logits.to(torch.float64)  # in which fp32 results are exact but for their own rounding
+    if softcap:
+        capped = softcap * torch.tanh(capped / softcap)
     scores = capped
     if scoring_func != "none":
         scores = torch.softmax(capped, dim=1) if scoring_func == "softmax" else torch.sigmoid(capped)
+        scores = torch.where(scores < LEAST_NORMAL, 0.0, scores)
     finite = scores.isfinite()
-    scores = torch.where(finite, scores, 0.0)
+    scores = torch.where(finite, scores, 0.0).to(torch.float32)
 
     # What selects. Softmax and sigmoid keep the order of the logits, which ties less often than scores do.
     if e_score_correction_bias is not None:
@@ -119,7 +124,7 @@ def gate(
 
     order = torch.sort(choice, dim=1, descending=True, stable=True).indices
     if num_expert_group > 1:
-        groups = choice.view(num_tokens, num_expert_group, -1)
+        groups = choice.view(num_tokens, num_expert_group, num_experts // num_expert_group)
         num_best = min(2, groups.shape[2]) if e_score_correction_bias is not None else 1
         group_scores = groups.topk(num_best, dim=2).values.sum(dim=2)
         group_scores = torch.where(group_scores.isnan(), -torch.inf, group_scores)
@@ -132,8 +137,9 @@ def gate(
     ids = order[:, :topk]
     weights = scores.gather(1, ids)
     if renormalize:
-        total = weights.sum(dim=1, keepdim=True)
-        weights = torch.where(total >= torch.finfo(torch.float32).tiny, weights / total, weights)
+        total = weights.sum(dim=1, keepdim=True, dtype=torch.float64)
+        is_divisor = (total >= LEAST_NORMAL) & (total <= 1 / LEAST_NORMAL)
+        weights = torch.where(is_divisor, weights / total, weights).to(torch.float32)
     weights = weights * routed_scaling_factor
     if padding_mask is not None:
         weights = torch.where(padding_mask[:, None], 0.0, weights)

@@ -83,24 +83,28 @@ __device__ __forceinline__ float reciprocal(float x) {
   return result;
 }
 
+constexpr float kLeastNormal = 1.175494351e-38f, kMostInvertible = 8.507059173e37f;  // 2^-126, 2^126
+
 // The score of one expert; for softmax with the greatest logit of the row, and 1 / the sum of e^(logit - greatest).
+// A computed score that is NaN or less than kLeastNormal counts as 0.
 __device__ __forceinline__ float score_of(const GateArgs& args, float logit, float greatest, float scale) {
-  float score = logit;
+  if (args.scoring == kAsIs) return is_finite(logit) ? logit : 0.0f;
+  float score;
   if (args.scoring == kSigmoid) {
     score = reciprocal(1.0f + expf(-logit));
-  } else if (args.scoring == kSoftmax) {
+  } else {
     // What rounding the difference costs would be all of the error of a small score; it is d + rest exactly.
     const float d = __fsub_rn(logit, greatest), back = __fsub_rn(logit, d);
     const float rest = __fadd_rn(__fsub_rn(logit, __fadd_rn(d, back)), __fsub_rn(back, greatest));
     const float power = expf(d);
     score = fmaf(power, rest, power) * scale;
   }
-  return is_finite(score) ? score : 0.0f;
+  return score >= kLeastNormal ? score : 0.0f;
 }
 
-// A sum that fp32 has no normal number for is not divided by.
+// A sum is not divided by unless it and its reciprocal are normal numbers.
 __device__ __forceinline__ float renormalized(float weight, float sum) {
-  return sum >= 1.175494351e-38f ? weight * reciprocal(sum) : weight;
+  return kLeastNormal <= sum && sum <= kMostInvertible ? weight * reciprocal(sum) : weight;
 }
 
 __device__ __forceinline__ float load_logit(const GateArgs& args, const char* row, u32 expert) {

@@ -75,10 +75,13 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads) gate_wide(const __grid
     }
     greatest = capped(from_key(block_max(best, partial[0])), args.softcap);
     no_scores = !is_finite(greatest);
-    float sum = 0;
+    float sum = 0, lost = 0;  // by rounding, and given back: a thread may have a hundred summands
 #pragma unroll 1
     for (u32 expert = thread; expert < num_experts; expert += threads) {
-      sum += expf(capped(load_logit(args, row, expert), args.softcap) - greatest);
+      const float power = expf(capped(load_logit(args, row, expert), args.softcap) - greatest);
+      const float summand = __fsub_rn(power, lost), next = __fadd_rn(sum, summand);
+      lost = __fsub_rn(__fsub_rn(next, sum), summand);
+      sum = next;
     }
     scale = reciprocal(block_sum(sum, sums));
   }
