@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .errors import ConfigError as ConfigError
     from .errors import CupyMoeError as CupyMoeError
     from .errors import DependencyError as DependencyError
+    from .errors import KernelLaunchError as KernelLaunchError
     from .errors import KernelLoadError as KernelLoadError
     from .errors import KernelNotPrebuiltError as KernelNotPrebuiltError
     from .gate import TopK as TopK
@@ -34,6 +35,7 @@ _MODULES = {
         "ConfigError",
         "CupyMoeError",
         "DependencyError",
+        "KernelLaunchError",
         "KernelLoadError",
         "KernelNotPrebuiltError",
     ),
@@ -44,12 +46,14 @@ _HOME = {name: module for module, names in _MODULES.items() for name in names}
 __all__ = ["__version__", *_HOME]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
+if not TYPE_CHECKING:  # a type checker would take any name for one of ours
+
+    def __getattr__(name: str) -> Any:
+        if name not in _HOME:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:

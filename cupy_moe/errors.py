@@ -23,3 +23,7 @@ class KernelNotPrebuiltError(CupyMoeError):
 
 class KernelLoadError(CupyMoeError):
     """The driver refused every image of a kernel, or refused to load one now."""
+
+
+class KernelLaunchError(CupyMoeError):
+    """The driver refused to launch a kernel; an earlier kernel's fault may show here, too."""

@@ -1,7 +1,8 @@
 """LaunchPlan -> a function that launches on torch's current stream. No DLPack, no CuPy arrays, no allocation.
 
-A kernel takes one struct by value. It is packed into a buffer of the calling thread, which the driver copies
-before the launch returns.
+A kernel takes one struct by value. It is packed into a buffer that the driver copies before the launch
+returns. A call takes a buffer out of the pool for as long: a signal handler or a thread that launches
+meanwhile takes another.
 """
 
 from __future__ import annotations
@@ -9,16 +10,18 @@ from __future__ import annotations
 import ctypes
 import functools
 import struct
-import threading
 from collections.abc import Callable
-from typing import Any
+from typing import NamedTuple
 
 import torch
 
 from . import modules
+from .errors import DependencyError, KernelLaunchError
 from .plan import DeviceLimits, LaunchPlan
 
 MAX_ARGUMENT_BYTES = 4096  # of one kernel, on every architecture
+# Prepared calls that an operator remembers, of up to 2 kB each; the least recently used is forgotten first.
+CACHED_CALLS = 1024
 
 Launch = Callable[..., None]
 
@@ -30,57 +33,89 @@ def _public_current_stream(device: int) -> int:
 # Single calls into torch's C++, 0.1 us where the public functions take 4 to 9.
 _current_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", _public_current_stream)
 _current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
+_INVALID_CONTEXT = 201  # CUresult
 
 
-class _Arguments(threading.local):
-    """The calling thread's argument buffer, and the address of an array of one pointer to it."""
-
-    def __init__(self) -> None:
-        # cuLaunchKernel needs a current context, which a new thread gets from its first runtime call.
-        torch.cuda.set_device(torch.cuda.current_device())
-        buffer = ctypes.create_string_buffer(MAX_ARGUMENT_BYTES)
-        self.pointers = (ctypes.c_void_p * 1)(ctypes.addressof(buffer))
-        # One attribute, since each look-up in a thread's own dictionary takes a while.
-        self.buffer_and_address = memoryview(buffer).cast("B"), ctypes.addressof(self.pointers)
+class _Buffer(NamedTuple):
+    memory: ctypes.Array[ctypes.c_char]
+    pointers: ctypes.Array[ctypes.c_void_p]  # one, to the memory: the kernel's only argument
+    address: int  # of `pointers`
 
 
-_arguments = functools.cache(_Arguments)  # one, made with the first kernel: it needs a GPU
+def _new_buffer() -> _Buffer:
+    memory = ctypes.create_string_buffer(MAX_ARGUMENT_BYTES)
+    pointers = (ctypes.c_void_p * 1)(ctypes.addressof(memory))
+    return _Buffer(memory, pointers, ctypes.addressof(pointers))
 
 
-def bind(plan: LaunchPlan, device: int, layout: struct.Struct, constants: bytes = b"") -> Launch:
+_pool: list[_Buffer] = []  # those that no call has; one that is interrupted does not bring its own back
+
+
+def bind(plan: LaunchPlan, device: int, num_pointers: int, constants: bytes = b"") -> Launch:
     """Load a kernel on a device, and return the function that launches it there.
 
-    That takes the first fields of the kernel's argument struct, in the order of `layout`; `constants` are the
+    That takes the first fields of the kernel's argument struct, which are pointers; `constants` are the
     fields after those, packed. A call takes a few microseconds, whatever the current device is. Raises what
-    `modules.kernel` raises, which compiles where no cubin is found.
+    `modules.kernel` raises, which compiles where no cubin is found; a call raises KernelLaunchError.
     """
     kernel, grid, block, shared_bytes = plan
     unit, _, entry = kernel.partition("/")
     function = modules.kernel(device, unit, entry)
     from ._cupy import cupy
 
-    launch_kernel, arguments, pack_into = cupy.cuda.driver.launchKernel, _arguments(), layout.pack_into
-    rest, several_devices = slice(layout.size, layout.size + len(constants)), torch.cuda.device_count() > 1
-    assert rest.stop <= MAX_ARGUMENT_BYTES
+    launch_kernel, refused = cupy.cuda.driver.launchKernel, cupy.cuda.driver.CUDADriverError
+    pack_into = _layout(num_pointers, len(constants)).pack_into
 
-    def launch(*values: int) -> None:
-        if several_devices and _current_device() != device:
+    def launch(a: int, b: int, c: int, d: int, *more: int) -> None:  # at least four; starred ones cost time
+        try:
+            buffer = _pool.pop()
+        except IndexError:
+            buffer = _new_buffer()
+        memory, _, address = buffer
+        if more:
+            pack_into(memory, 0, a, b, c, d, *more, constants)
+        else:
+            pack_into(memory, 0, a, b, c, d, constants)
+        stream = _current_stream(device)
+        try:
+            launch_kernel(function, grid, 1, 1, block, 1, 1, shared_bytes, stream, address, 0)
+        except refused as error:
+            if error.status != _INVALID_CONTEXT:
+                raise KernelLaunchError(f"{kernel} on device {device}, {grid} blocks: {error}") from error
+            cupy.cuda.runtime.setDevice(device)  # a new thread has no context before its first runtime call
+            launch_kernel(function, grid, 1, 1, block, 1, 1, shared_bytes, stream, address, 0)
+        _pool.append(buffer)
+
+    if torch.cuda.device_count() == 1:
+        return launch
+
+    def launch_on_device(*pointers: int) -> None:
+        if _current_device() == device:
+            launch(*pointers)
+        else:
             with torch.cuda.device(device):
-                launch(*values)
-            return
-        buffer, address = arguments.buffer_and_address
-        pack_into(buffer, 0, *values)
-        buffer[rest] = constants
-        launch_kernel(function, grid, 1, 1, block, 1, 1, shared_bytes, _current_stream(device), address, 0)
+                launch(*pointers)
 
-    return launch
+    return launch_on_device
+
+
+@functools.cache
+def _layout(num_pointers: int, constant_bytes: int) -> struct.Struct:
+    layout = struct.Struct(f"@{num_pointers}P{constant_bytes}s")
+    assert layout.size <= MAX_ARGUMENT_BYTES
+    return layout
 
 
 @functools.cache
 def device_limits(device: int) -> DeviceLimits:
-    properties: Any = torch.cuda.get_device_properties(device)
+    """What plans ask of a device. CUDA's attributes: torch has them under other names in other versions."""
+    if torch.version.cuda is None:
+        raise DependencyError("kernels need a torch that is built for CUDA; CPU tensors work with any")
+    from ._cupy import cupy
+
+    runtime = cupy.cuda.runtime
     return DeviceLimits(
-        (properties.major, properties.minor),
-        properties.multi_processor_count,
-        properties.shared_memory_per_block_optin,
+        runtime.deviceGetAttribute(runtime.cudaDevAttrMultiProcessorCount, device),
+        runtime.deviceGetAttribute(runtime.cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+        functools.cache(functools.partial(modules.max_clusters, device)),
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import logging
 import threading
 import time
@@ -11,7 +13,6 @@ from typing import Any
 
 from . import build, cache
 from .errors import KernelLoadError, KernelNotPrebuiltError
-from .plan import CLUSTER_MAJORS
 
 log = logging.getLogger("cupy_moe")
 
@@ -19,7 +20,10 @@ _lock = threading.RLock()
 _modules: dict[tuple[int, str], tuple[Any, cache.Image]] = {}
 _functions: dict[tuple[int, str, str], Any] = {}  # a module is unloaded with the last reference to it
 
-_MAX_DYNAMIC_SHARED, _STATIC_SHARED, _NON_PORTABLE_CLUSTER = 8, 1, 14  # CU_FUNC_ATTRIBUTE_*
+# CU_FUNC_ATTRIBUTE_* and CU_DEVICE_ATTRIBUTE_CLUSTER_LAUNCH
+_STATIC_SHARED, _MAX_DYNAMIC_SHARED, _CLUSTER_WIDTH, _NON_PORTABLE_CLUSTER = 1, 8, 11, 14
+_CLUSTER_LAUNCH = 120
+_PORTABLE_CLUSTER = 8
 _NO_BINARY_FOR_GPU, _UNSUPPORTED_PTX, _NOT_FOUND = 209, 222, 500  # CUresult
 _DAMAGED = {200, 218, 300}
 _CAPTURE = range(900, 908)
@@ -28,9 +32,9 @@ _CAPTURE = range(900, 908)
 def kernel(device: int, unit: str, entry: str) -> int:
     """The CUfunction of an entry point on a device, loaded (and, if need be, compiled) at the first call.
 
-    It may use all the dynamic shared memory that the device has beside its static shared memory and, on
-    devices of CLUSTER_MAJORS, be launched in clusters of up to 16 blocks. The first call of a unit takes 1 ms
-    with a prebuilt cubin and up to a second from source, later ones a dictionary look-up.
+    It may use all the dynamic shared memory that the device has beside its static shared memory, and be
+    launched in clusters larger than those that every device takes. The first call of a unit takes 1 ms with a
+    prebuilt cubin and up to a second from source, later ones a dictionary look-up.
     Raises KernelNotPrebuiltError, KernelLoadError, CompileError, DependencyError, ConfigError.
     """
     key = (device, unit, entry)
@@ -76,6 +80,43 @@ def capability(device: int) -> tuple[int, int]:
     return int(digits[:-1]), int(digits[-1])
 
 
+class _LaunchConfig(ctypes.Structure):
+    """CUlaunchConfig of cuda.h."""
+
+    _fields_ = (
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared_bytes", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.c_void_p),
+        ("num_attributes", ctypes.c_uint),
+    )
+
+
+def max_clusters(device: int, name: str, size: int) -> int:
+    """How many clusters of the kernel "<unit>/<entry point>", compiled for `size` blocks, run at once, by the
+    driver's account, if each block takes an SM for itself. 0: none does, or the device knows no clusters."""
+    if not _has_clusters(device):
+        return 0
+    from ._cupy import cupy
+
+    unit, _, entry = name.partition("/")
+    function, count = kernel(device, unit, entry), ctypes.c_int()
+    with cupy.cuda.Device(device):
+        shared_bytes = cupy.cuda.driver.funcGetAttribute(_MAX_DYNAMIC_SHARED, function)
+        config = _LaunchConfig((size, 1, 1), (32, 1, 1), shared_bytes, None, None, 0)
+        # Not among what CuPy wraps. The driver is in the process already, under this name.
+        occupancy = ctypes.CDLL("libcuda.so.1").cuOccupancyMaxActiveClusters
+        status = occupancy(ctypes.byref(count), ctypes.c_void_p(function), ctypes.byref(config))
+    return 0 if status else count.value
+
+
+def _has_clusters(device: int) -> bool:
+    from ._cupy import cupy
+
+    return bool(cupy.cuda.runtime.deviceGetAttribute(_CLUSTER_LAUNCH, device))
+
+
 def _get_function(device: int, unit: str, entry: str) -> Any:
     from ._cupy import cupy
 
@@ -87,8 +128,12 @@ def _get_function(device: int, unit: str, entry: str) -> Any:
             static = driver.funcGetAttribute(_STATIC_SHARED, function.ptr)
             limit = runtime.deviceGetAttribute(runtime.cudaDevAttrMaxSharedMemoryPerBlockOptin, device)
             driver.funcSetAttribute(function.ptr, _MAX_DYNAMIC_SHARED, limit - static)
-            if capability(device)[0] in CLUSTER_MAJORS:
-                driver.funcSetAttribute(function.ptr, _NON_PORTABLE_CLUSTER, 1)
+            if (
+                _has_clusters(device)
+                and driver.funcGetAttribute(_CLUSTER_WIDTH, function.ptr) > _PORTABLE_CLUSTER
+            ):
+                with contextlib.suppress(driver.CUDADriverError):  # then `max_clusters` is 0
+                    driver.funcSetAttribute(function.ptr, _NON_PORTABLE_CLUSTER, 1)
         except driver.CUDADriverError as error:
             if error.status in _CAPTURE:
                 raise _in_capture(unit, error) from error

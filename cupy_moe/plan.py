@@ -6,17 +6,20 @@ the `.cu` files; `scratch_words` is what `align_global` needs beside the outputs
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
+from .arguments import INT32_MAX, as_bool, as_int, check_range
+
 MAX_EXPERTS = MAX_BLOCK_SIZE = 65_536
-INT32_MAX = 2**31 - 1
 
 
 class DeviceLimits(NamedTuple):
-    capability: tuple[int, int]
     num_sms: int
     shared_bytes: int  # opt-in limit of one block
+    # Of a kernel and the size of its clusters: how many of these run at once if each block fills an SM. The
+    # driver's answer, asked for only where clusters are an option, as that loads the kernel.
+    max_clusters: Callable[[str, int], int]
 
 
 class LaunchPlan(NamedTuple):
@@ -27,6 +30,7 @@ class LaunchPlan(NamedTuple):
 
 
 class AlignPlan(NamedTuple):
+    kernel: str  # one of ALIGN_KERNELS
     launches: tuple[LaunchPlan, ...]
     per_block: int  # ids that one block places; align_small: slots that one block writes
     num_rows: int  # warps of a block that place ids; align_small: threads that share an id
@@ -46,8 +50,6 @@ SMALL_SLOTS_PER_BLOCK = 1024
 # clusters it is the best there is up to CLUSTER8_FAST_IDS.
 SHARED_FAST_IDS = 8_192
 CLUSTER8_FAST_IDS = 49_152
-# Where 16 blocks may form a cluster: data center GPUs. Others may allow fewer, and take kernels without.
-CLUSTER_MAJORS = (9, 10)
 # Counts are 16 bits wide where blocks tell them each other; a chunk is rounded up to 32 ids for each cluster.
 CHUNK_MAX_IDS = 60_000
 # The fastest of 384 to 1024 from 65 536 to 262 144 ids on an H200; above, 896 are 3 % faster.
@@ -77,14 +79,6 @@ def round_up(value: int, multiple: int) -> int:
     return ceil_div(value, multiple) * multiple
 
 
-def check_int(name: str, value: int, most: int) -> None:
-    """Raises TypeError or ValueError unless an argument is an int of 1 to `most`."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
-    if not 1 <= value <= most:
-        raise ValueError(f"{name}: expected 1 to {most}, got {value}")
-
-
 def aligned_sizes(
     num_ids: int, num_experts: int, block_size: int, pad_sorted_ids: bool = False
 ) -> tuple[int, int]:
@@ -93,8 +87,14 @@ def aligned_sizes(
     >>> aligned_sizes(12, 5, 4)
     (27, 7)
 
-    Raises ValueError where they do not fit int32. Source of the rule: vLLM's `moe_align_block_size`.
+    Raises TypeError and ValueError for wrong arguments, such as sizes that do not fit int32. Source of the
+    rule: vLLM's `moe_align_block_size`.
     """
+    num_ids, num_experts = as_int("num_ids", num_ids), as_int("num_experts", num_experts)
+    block_size, pad_sorted_ids = as_int("block_size", block_size), as_bool("pad_sorted_ids", pad_sorted_ids)
+    check_range("num_ids", num_ids, INT32_MAX, least=0)
+    check_range("num_experts", num_experts, MAX_EXPERTS)
+    check_range("block_size", block_size, MAX_BLOCK_SIZE)
     num_slots = num_ids + num_experts * (block_size - 1)
     if pad_sorted_ids:
         num_slots = round_up(num_slots, block_size)
@@ -114,7 +114,6 @@ def divisor(value: int) -> tuple[int, int, int]:
     return value, (1 << (31 + shift)) // value + 1, shift
 
 
-@functools.cache
 def plan_align(
     num_ids: int,
     num_experts: int,
@@ -130,8 +129,6 @@ def plan_align(
     "any".
     Raises ValueError where the forced kernel cannot do it.
     """
-    if kernel is not None and kernel not in ALIGN_KERNELS:
-        raise ValueError(f"kernel={kernel!r}: expected one of {', '.join(ALIGN_KERNELS)}")
     candidates = [kernel] if kernel else _rank_align(num_ids)
     for candidate in candidates:
         try:
@@ -198,27 +195,27 @@ def _plan_small(num_ids: int, num_slots: int, block_size: int, reader: str) -> A
     grid = max(1, ceil_div(num_slots, per_block))
     lanes = 1 if num_ids <= 16 else 2 if num_ids <= 32 else 4  # a thread compares with 16 to 32 ids
     block = round_up((num_ids + 1) * lanes, WARP)
-    return AlignPlan((LaunchPlan(f"align_small/align_small_{reader}", grid, block, 0),), per_block, lanes)
+    launch = LaunchPlan(f"align_small/align_small_{reader}", grid, block, 0)
+    return AlignPlan("small", (launch,), per_block, lanes)
 
 
 def _plan_shared(
     num_ids: int, num_experts: int, num_slots: int, reader: str, limits: DeviceLimits, cluster: int
 ) -> AlignPlan:
+    suffix = f"cluster{cluster}_{reader}" if cluster > 1 else reader
+    kernel = f"align_shared/align_shared_{suffix}"
     if cluster > 1:
         if reader == "any":
             raise _DoesNotFit(
                 f"kernel='cluster{cluster}' takes contiguous int32 or int64 ids aligned to 16 bytes"
             )
-        if limits.capability[0] not in CLUSTER_MAJORS:
-            raise _DoesNotFit(
-                f"kernel='cluster{cluster}' needs compute capability 9.x or 10.x, got {limits.capability}"
-            )
         if num_ids > cluster * CHUNK_MAX_IDS:
             raise _DoesNotFit(
                 f"kernel='cluster{cluster}' counts at most {cluster * CHUNK_MAX_IDS} ids, got {num_ids}"
             )
-        # GPCs are seldom whole: of the clusters that the SMs would make, one finds no place.
-        most = max(1, limits.num_sms // cluster - 1) * cluster
+        most = limits.max_clusters(kernel, cluster) * cluster
+        if most == 0:
+            raise _DoesNotFit(f"kernel='cluster{cluster}': the device runs no cluster of {cluster} blocks")
         wanted = ceil_div(num_ids, CLUSTER_IDS_PER_BLOCK)
     else:
         most = min(SHARED_MAX_BLOCKS, limits.num_sms)
@@ -236,9 +233,9 @@ def _plan_shared(
             f"{num_experts} experts need {pieces.shared_bytes} bytes of shared memory;"
             " kernel='global_large' does not"
         )
-    suffix = f"cluster{cluster}_{reader}" if cluster > 1 else reader
-    launch = LaunchPlan(f"align_shared/align_shared_{suffix}", grid, threads, pieces.shared_bytes)
-    return AlignPlan((launch,), pieces.per_block, pieces.num_rows, pieces.per_row)
+    launch = LaunchPlan(kernel, grid, threads, pieces.shared_bytes)
+    name = f"cluster{cluster}" if cluster > 1 else "shared"
+    return AlignPlan(name, (launch,), pieces.per_block, pieces.num_rows, pieces.per_row)
 
 
 def _plan_global(num_ids: int, num_experts: int, reader: str, limits: DeviceLimits, large: bool) -> AlignPlan:
@@ -266,7 +263,8 @@ def _plan_global(num_ids: int, num_experts: int, reader: str, limits: DeviceLimi
         LaunchPlan(f"align_global/align_scatter_{suffix}", grid, threads, pieces.shared_bytes),
     )
     scratch_words = grid * (_stride(num_experts) + (table // 4 if large else 0))
-    return AlignPlan(launches, pieces.per_block, pieces.num_rows, pieces.per_row, scratch_words)
+    kernel = "global_large" if large else "global"
+    return AlignPlan(kernel, launches, pieces.per_block, pieces.num_rows, pieces.per_row, scratch_words)
 
 
 # ---- moe_sum ----------------------------------------------------------------------------------------------
@@ -340,7 +338,6 @@ class GatePlan(NamedTuple):
     vector_bytes: int = 0  # of the loads of the logits, where these are aligned to it; 0: one logit at a time
 
 
-@functools.cache
 def plan_gate(
     num_tokens: int,
     num_experts: int,
@@ -365,8 +362,6 @@ def plan_gate(
             kernel = "wide"
     if kernel == "wide":
         return _plan_wide(num_tokens, num_experts, topk, num_groups, limits)
-    if kernel not in GATE_KERNELS:
-        raise ValueError(f"kernel={kernel!r}: expected one of {', '.join(GATE_KERNELS)}")
     share = _gate_share(kernel, num_experts, topk, num_groups)
     fits = share and (num_groups == 1 or kernel == "full") and (not with_bias or kernel != "plain")
     fits = fits and num_tokens <= GATE_WARP_MAX_TOKENS

@@ -45,6 +45,7 @@ class Driver:
         self.missing: dict[str, int] = {}  # entry -> CUresult
         self.loads: list[bytes] = []
         self.attributes: list[tuple[int, int, int]] = []
+        self.refused_attribute = 0
         self.current = [0]
         self.CUDADriverError = Refused
 
@@ -60,10 +61,12 @@ class Driver:
         return SimpleNamespace(ptr=1000 * (self.current[-1] + 1) + len(entry))
 
     def funcGetAttribute(self, attribute: int, function: int) -> int:
-        assert attribute == 1
-        return 1024
+        cluster = 16 if function % 1000 == len("tiny_cluster") else 0
+        return {modules._STATIC_SHARED: 1024, modules._CLUSTER_WIDTH: cluster}[attribute]
 
     def funcSetAttribute(self, function: int, attribute: int, value: int) -> None:
+        if attribute == self.refused_attribute:
+            raise Refused(1)
         self.attributes.append((function, attribute, value))
 
 
@@ -87,7 +90,7 @@ def driver(fresh: None, monkeypatch: pytest.MonkeyPatch) -> Driver:
     runtime = SimpleNamespace(
         getDevice=lambda: 0,
         getDeviceProperties=lambda device: {"name": b"Imaginary"},
-        deviceGetAttribute=lambda attribute, device: 232448,
+        deviceGetAttribute=lambda attribute, device: {97: 232448, 120: int(device == 0)}[attribute],
         cudaDevAttrMaxSharedMemoryPerBlockOptin=97,
     )
     function = SimpleNamespace(Module=lambda: driver)
@@ -100,8 +103,25 @@ def test_a_kernel_is_loaded_once_per_device_and_made_ready(driver: Driver) -> No
     pointers = {modules.kernel(device, "tiny", "tiny_add") for device in (0, 1, 0, 1)}
     assert pointers == {1008, 2008}
     assert [cache.elf_target(data) for data in driver.loads] == ["sm_90", "sm_80"]
+    shared = modules._MAX_DYNAMIC_SHARED
+    assert driver.attributes == [(1008, shared, 231424), (2008, shared, 231424)]
+
+
+def test_a_kernel_of_large_clusters_is_allowed_them_where_there_are_any(driver: Driver) -> None:
+    for device in (0, 1):
+        modules.kernel(device, "tiny", "tiny_cluster")
     shared, clusters = modules._MAX_DYNAMIC_SHARED, modules._NON_PORTABLE_CLUSTER
-    assert driver.attributes == [(1008, shared, 231424), (1008, clusters, 1), (2008, shared, 231424)]
+    assert driver.attributes == [(1012, shared, 231424), (1012, clusters, 1), (2012, shared, 231424)]
+
+
+def test_a_device_that_allows_no_large_clusters_loads_the_kernel_all_the_same(driver: Driver) -> None:
+    driver.refused_attribute = modules._NON_PORTABLE_CLUSTER
+    assert modules.kernel(0, "tiny", "tiny_cluster") == 1012
+
+
+def test_a_device_without_clusters_is_asked_for_none(driver: Driver) -> None:
+    assert modules.max_clusters(1, "tiny/tiny_cluster", 16) == 0
+    assert driver.loads == []
 
 
 def test_threads_load_once(driver: Driver) -> None:

@@ -1,0 +1,49 @@
+"""GPUs that nobody here needs to have, as plans see them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cupy_moe.plan import DeviceLimits
+
+
+@dataclass(frozen=True)
+class Clusters:
+    """How many clusters of 8 and of 16 blocks run at once."""
+
+    of_8: int = 0
+    of_16: int = 0
+
+    def __call__(self, kernel: str, size: int, /) -> int:
+        assert kernel.startswith(f"align_shared/align_shared_cluster{size}_")
+        return {8: self.of_8, 16: self.of_16}[size]
+
+
+T4 = DeviceLimits(40, 65_536, Clusters())
+A100 = DeviceLimits(108, 166_912, Clusters())
+RTX4090 = DeviceLimits(128, 101_376, Clusters())
+H20 = DeviceLimits(78, 232_448, Clusters(8, 0))
+H200 = DeviceLimits(132, 232_448, Clusters(15, 7))
+H200_SLICE = DeviceLimits(16, 232_448, Clusters(1, 0))
+B200 = DeviceLimits(148, 232_448, Clusters(17, 8))
+RTX5090 = DeviceLimits(170, 101_376, Clusters(18, 0))
+GPUS = {
+    "T4": T4,
+    "A100": A100,
+    "RTX 4090": RTX4090,
+    "H20": H20,
+    "H200": H200,
+    "slice of an H200": H200_SLICE,
+    "B200": B200,
+    "RTX 5090": RTX5090,
+}
+TARGETS = {
+    "T4": "sm_75",
+    "A100": "sm_80",
+    "RTX 4090": "sm_89",
+    "H20": "sm_90",
+    "H200": "sm_90",
+    "slice of an H200": "sm_90",
+    "B200": "sm_100",
+    "RTX 5090": "sm_120",
+}

@@ -1,0 +1,292 @@
+"""Launching: what a kernel is given, with a driver made up for the purpose, then (gpu) with a real one."""
+
+from __future__ import annotations
+
+import ctypes
+import signal
+import struct
+import threading
+import tracemalloc
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from gpus import H200
+
+from cupy_moe import align, align_batched, combine, gate, launch, modules, moe_align_block_size
+from cupy_moe.errors import KernelLaunchError
+from cupy_moe.plan import LaunchPlan
+
+PLAN = LaunchPlan("tiny/tiny_add", 3, 64, 128)
+
+
+class Refused(Exception):
+    def __init__(self, status: int) -> None:
+        super().__init__(f"CUDA_ERROR_{status}")
+        self.status = status
+
+
+class Driver:
+    """Reads the arguments of each launch as a driver does, from memory."""
+
+    CUDADriverError = Refused
+
+    def __init__(self) -> None:
+        self.given: list[tuple[int, ...]] = []
+        self.launches: list[tuple[int, ...]] = []
+        self.refusals: list[int] = []  # CUresult of the next launches
+        self.devices: list[int] = []  # made current
+
+    def launchKernel(self, *arguments: int) -> None:
+        if self.refusals:
+            raise Refused(self.refusals.pop(0))
+        *launch, address, extra = arguments
+        assert extra == 0
+        (memory,) = (ctypes.c_void_p * 1).from_address(address)
+        self.given.append(struct.unpack("@4P2I", ctypes.string_at(memory or 0, 40)))
+        self.launches.append(tuple(launch))
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
+    from cupy_moe import _cupy
+
+    driver = Driver()
+    runtime = SimpleNamespace(setDevice=driver.devices.append)
+    monkeypatch.setattr(_cupy, "cupy", SimpleNamespace(cuda=SimpleNamespace(driver=driver, runtime=runtime)))
+    monkeypatch.setattr(modules, "kernel", lambda device, unit, entry: 4242)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(launch, "_current_stream", lambda device: 99)
+    monkeypatch.setattr(launch, "_pool", [])
+    return driver
+
+
+def bind(*constants: int, device: int = 0) -> Callable[..., None]:
+    return launch.bind(PLAN, device, 4, struct.pack("@2I", *constants))
+
+
+def test_a_launch_is_given_pointers_then_constants(driver: Driver) -> None:
+    bind(7, 8)(10, 20, 30, 40)
+    assert driver.given == [(10, 20, 30, 40, 7, 8)]
+    assert driver.launches == [(4242, 3, 1, 1, 64, 1, 1, 128, 99)]
+
+
+def test_more_than_four_pointers_come_in_order(driver: Driver) -> None:
+    launch.bind(PLAN, 0, 5, struct.pack("@2I", 7, 8))(1, 2, 3, 4, 5)
+    (given,) = driver.given
+    assert given == (1, 2, 3, 4, 5, 0)  # the fifth where the constants of four are
+
+
+def test_a_launch_between_packing_and_launching_mixes_nothing(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As that of a signal handler is, which may run between any two steps of a call."""
+    first, second = bind(1, 2), bind(3, 4)
+    steps = [lambda: second(5, 6, 7, 8), lambda: None]
+    monkeypatch.setattr(launch, "_current_stream", lambda device: (steps.pop(0)(), 99)[1])
+    first(10, 20, 30, 40)
+    assert driver.given == [(5, 6, 7, 8, 3, 4), (10, 20, 30, 40, 1, 2)]
+
+
+def test_a_call_that_is_interrupted_loses_no_more_than_its_buffer(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(device: int) -> int:
+        raise KeyboardInterrupt
+
+    call = bind(1, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(launch, "_current_stream", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            call(10, 20, 30, 40)
+    for i in range(100):
+        call(i, i, i, i)
+    assert driver.given == [(i, i, i, i, 1, 2) for i in range(100)]
+    assert len(launch._pool) == 1
+
+
+def test_threads_share_no_arguments(driver: Driver) -> None:
+    def work(i: int) -> None:
+        call = bind(i, i)
+        for _ in range(300):
+            call(i, i, i, i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(driver.given) == sorted((i,) * 6 for i in range(8) for _ in range(300))
+
+
+def test_a_thread_without_a_context_gets_one(driver: Driver) -> None:
+    driver.refusals = [launch._INVALID_CONTEXT]
+    bind(1, 2, device=3)(10, 20, 30, 40)
+    assert driver.devices == [3]
+    assert driver.given == [(10, 20, 30, 40, 1, 2)]
+
+
+def test_a_refused_launch_names_the_kernel(driver: Driver) -> None:
+    driver.refusals = [912]
+    with pytest.raises(KernelLaunchError, match="tiny/tiny_add on device 2, 3 blocks: CUDA_ERROR_912"):
+        bind(1, 2, device=2)(10, 20, 30, 40)
+    assert driver.given == []
+    assert driver.devices == []
+
+
+def test_all_that_is_remembered_of_calls_takes_less_than_20_mb(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (align, gate, combine):
+        monkeypatch.setattr(module, "device_limits", lambda device: H200)
+    cuda = torch.device("cuda", 0)
+
+    def prepare(i: int) -> None:
+        for kind in ("i32", "i64"):
+            dtype = {"i32": torch.int32, "i64": torch.int64}[kind]
+            align._prepare(8 * i, 16, 256, False, dtype, None, 0, 0, None)
+        align_batched._prepare(8, i, 16, cuda)
+        numbers = 8, True, "softmax", 1, 1, False, 1.0 + i, 0.0
+        gate._prepare(i, 256, 256, torch.float32, cuda, True, *numbers, torch.int32, None)
+        rows = (i, 8, 4096), (32768, 4096, 1), (4096, 1), torch.float32
+        combine._prepare(*rows, cuda, True, False, 1.0, None, 2**31)
+
+    caches = align._prepare, align_batched._prepare, gate._prepare, combine._prepare
+    for cache in caches:
+        cache.cache_clear()
+    tracemalloc.start()
+    before, _ = tracemalloc.get_traced_memory()
+    for i in range(1, 3 * launch.CACHED_CALLS):
+        prepare(i)
+    after, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert all(cache.cache_info().currsize == launch.CACHED_CALLS for cache in caches)
+    for cache in caches:
+        cache.cache_clear()
+    assert 2e6 < after - before < 20e6
+
+
+# ---- a real one
+
+
+@pytest.fixture
+def ids() -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(-1, 65, (60_000,), generator=generator, dtype=torch.int32)
+
+
+def equal(results: Any, expected: Any) -> bool:
+    return all(torch.equal(result.cpu(), want) for result, want in zip(results, expected, strict=True))
+
+
+@pytest.mark.gpu
+def test_the_first_call_of_a_thread_needs_no_context(ids: torch.Tensor) -> None:
+    expected, on_gpu = moe_align_block_size(ids, 64, 64), ids.cuda()
+    out = moe_align_block_size(on_gpu, 64, 64)
+    torch.cuda.synchronize()
+    for result in out:
+        result.fill_(-77)
+    torch.cuda.synchronize()
+    errors: list[BaseException] = []
+
+    def work() -> None:  # nothing else of CUDA before it
+        try:
+            moe_align_block_size(on_gpu, 64, 64, out=out)
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert errors == []
+    torch.cuda.synchronize()
+    assert equal(out, expected)
+
+
+@pytest.mark.gpu
+def test_a_signal_handler_may_launch_at_any_time(ids: torch.Tensor) -> None:
+    """Interrupted every 0.2 ms by a handler that calls the same operator."""
+    small, large = ids[:500].cuda(), ids[:20_000].cuda()
+    expected = [moe_align_block_size(x.cpu(), 16, 64) for x in (small, large)]
+    results: list[tuple[int, Any]] = []
+
+    def handler(*_: object) -> None:
+        if len(results) < 4000:
+            results.append((0, moe_align_block_size(small, 16, 64)))
+
+    handler()
+    before = signal.signal(signal.SIGALRM, handler)
+    signal.setitimer(signal.ITIMER_REAL, 2e-4, 2e-4)
+    try:
+        for _ in range(3000):
+            results.append((1, moe_align_block_size(large, 16, 64)))
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert sum(which == 0 for which, _ in results) > 10
+    for which, result in results[::7]:
+        assert equal(result, expected[which])
+
+
+@pytest.fixture
+def clusters() -> None:
+    limits = launch.device_limits(torch.cuda.current_device())
+    if not limits.max_clusters("align_shared/align_shared_cluster16_i32", 16):
+        pytest.skip("this GPU runs no clusters of 16 blocks")
+
+
+@pytest.fixture
+def refusing(monkeypatch: pytest.MonkeyPatch, clusters: None) -> Iterator[list[str]]:
+    """A driver that refuses clusters at launch; the kernels that were launched."""
+    launched: list[str] = []
+    real_bind = align.bind
+
+    def bind(plan: LaunchPlan, *arguments: Any) -> Callable[..., None]:
+        real = real_bind(plan, *arguments)
+
+        def call(*pointers: int) -> None:
+            launched.append(plan.kernel)
+            if "cluster" in plan.kernel:
+                raise KernelLaunchError("no room for clusters")
+            real(*pointers)
+
+        return call
+
+    monkeypatch.setattr(align, "bind", bind)
+    align._prepare.cache_clear()
+    yield launched
+    align._prepare.cache_clear()
+
+
+@pytest.mark.gpu
+def test_where_the_driver_refuses_clusters_others_step_in(ids: torch.Tensor, refusing: list[str]) -> None:
+    for count, fallback in (
+        (20_000, "align_shared/align_shared_i32"),
+        (60_000, "align_global/align_count_i32"),
+    ):
+        for _ in range(2):
+            refusing.clear()
+            result = moe_align_block_size(ids[:count].cuda(), 64, 64)
+            assert equal(result, moe_align_block_size(ids[:count], 64, 64))
+            assert "cluster" in refusing[0]
+            assert refusing[1] == fallback
+    with pytest.raises(KernelLaunchError, match="no room"):
+        moe_align_block_size(ids.cuda(), 64, 64, kernel="cluster16")
+
+
+@pytest.mark.gpu
+def test_in_a_green_context_too_small_for_clusters(ids: torch.Tensor, clusters: None) -> None:
+    if not hasattr(torch.cuda, "GreenContext"):
+        pytest.skip("this torch has no green contexts")
+    on_gpu, expected = ids.cuda(), moe_align_block_size(ids, 64, 64)
+    torch.cuda.synchronize()
+    context: Any = torch.cuda.GreenContext.create(num_sms=8, device_id=0)
+    context.set_context()
+    try:
+        results = moe_align_block_size(on_gpu, 64, 64)
+        torch.cuda.synchronize()
+    finally:
+        context.pop_context()
+    assert equal(results, expected)
