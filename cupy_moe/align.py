@@ -4,33 +4,26 @@ from __future__ import annotations
 
 import functools
 import struct
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple
 
 import torch
 
-from . import arrays, cpu, library
-from .launch import Launch, bind, device_limits
-from .plan import (
-    MAX_BLOCK_SIZE,
-    MAX_EXPERTS,
-    aligned_sizes,
-    ceil_div,
-    check_int,
-    divisor,
-    plan_align,
-    round_up,
-)
-
-_is_compiling, _Tensor, _int32 = torch.compiler.is_dynamo_compiling, torch.Tensor, torch.int32
+from . import cpu
+from .arguments import as_bool, as_int, check_choice
+from .arrays import Array, DLPackArray
+from .errors import KernelLaunchError
+from .launch import CACHED_CALLS, Launch, bind, device_limits
+from .library import Operator, has_modes, in_transform, is_compiling
+from .plan import ALIGN_KERNELS, aligned_sizes, ceil_div, divisor, plan_align, round_up
+from .tensors import PLAIN, PlainTensor, check_layout, check_tensor
 
 __all__ = ["MoEAlignment", "aligned_sizes", "moe_align_block_size"]
 
-# AlignArgs in align.cuh: what changes with every call, and what follows from sizes, strides, types and flags.
-# The last two of the pointers are null in most calls, and then constants, too.
-_POINTERS, _CONSTANTS = struct.Struct("@6P"), struct.Struct("@15I2q")
-_FEW_POINTERS, _NULLS = struct.Struct("@4P"), bytes(2 * struct.calcsize("P"))
+# AlignArgs in align.cuh: what follows from sizes, strides, types and flags, after six pointers, of which the
+# last two are null in most calls, and then constants, too.
+_CONSTANTS, _TWO_NULLS = struct.Struct("@15I2q"), bytes(2 * struct.calcsize("P"))
 _NO_MAP, _MAP_BLOCKS, _MAP_IDS = 0, 1, 2
-# IdType in align.cuh. Ids of 2^31 and more are no experts, so u32 is read as i32: the same ids are dropped.
+# IdType in align.cuh. Unsigned ids of 4 and 8 bytes are read as signed: what turns negative is no expert.
 _ID_TYPES = {
     torch.int8: 0,
     torch.uint8: 1,
@@ -39,29 +32,39 @@ _ID_TYPES = {
     torch.int32: 4,
     torch.uint32: 4,
     torch.int64: 5,
+    torch.uint64: 5,
 }
 _READERS = {4: "i32", 5: "i64"}
+_Tensor, _int32 = torch.Tensor, torch.int32
 
+if TYPE_CHECKING:  # at run time only from Python 3.11 on
 
-class MoEAlignment(NamedTuple):
-    """What `moe_align_block_size` returns: int32 tensors on the device of `topk_ids`."""
+    class MoEAlignment(NamedTuple, Generic[Array]):
+        sorted_token_ids: Array
+        expert_ids: Array
+        num_tokens_post_pad: Array
 
-    sorted_token_ids: torch.Tensor
-    expert_ids: torch.Tensor
-    num_tokens_post_pad: torch.Tensor
+else:
+
+    class MoEAlignment(NamedTuple):
+        """What `moe_align_block_size` returns: int32, beside `topk_ids`, and arrays of its kind."""
+
+        sorted_token_ids: torch.Tensor
+        expert_ids: torch.Tensor
+        num_tokens_post_pad: torch.Tensor
 
 
 def moe_align_block_size(
-    topk_ids: torch.Tensor,
+    topk_ids: Array,
     block_size: int,
     num_experts: int,
-    expert_map: torch.Tensor | None = None,
+    expert_map: DLPackArray | None = None,
     pad_sorted_ids: bool = False,
     ignore_invalid_experts: bool = False,
     *,
-    out: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
+    out: tuple[Array, Array, Array] | None = None,
     kernel: str | None = None,
-) -> MoEAlignment:
+) -> MoEAlignment[Array]:
     """Group the flat indices of `topk_ids` by expert, each group padded to whole blocks.
 
     With n = topk_ids.numel(), E = num_experts, B = block_size and M, the number of slots, as told by
@@ -104,23 +107,53 @@ def moe_align_block_size(
     Raises TypeError and ValueError for wrong arguments, before anything is launched; and what loading a
     kernel for the first time raises. Semantics: vLLM's function of this name, made deterministic.
     """
-    if type(topk_ids) is not _Tensor or _is_compiling():
-        return _indirectly(
-            topk_ids, block_size, num_experts, expert_map, pad_sorted_ids, ignore_invalid_experts, out, kernel
-        )
+    tensor: PlainTensor = topk_ids
+    local: PlainTensor = expert_map
+    num_ids = tensor.numel() if type(tensor) in PLAIN else None
+    if (
+        type(num_ids) is not int  # under torch.jit.trace it is a tensor
+        or is_compiling()
+        or has_modes()
+        or in_transform()
+        or not (local is None or type(local) in PLAIN)
+    ):
+        if isinstance(local, int):
+            raise TypeError(
+                f"expert_map: expected an int32 tensor or None, got the int {local}; the order is"
+                " (topk_ids, block_size, num_experts, expert_map), and topk is not an argument"
+            )
+        flags = pad_sorted_ids, ignore_invalid_experts
+        return _operator(topk_ids, block_size, num_experts, expert_map, *flags, out=out, kernel=kernel)
+    # Of one type each, so that equal values of others do not find what is cached for these.
+    if type(block_size) is not int:
+        block_size = as_int("block_size", block_size)
+    if type(num_experts) is not int:
+        num_experts = as_int("num_experts", num_experts)
+    if pad_sorted_ids is not False and pad_sorted_ids is not True:
+        pad_sorted_ids = as_bool("pad_sorted_ids", pad_sorted_ids)
+    if ignore_invalid_experts is not False and ignore_invalid_experts is not True:
+        ignore_invalid_experts = as_bool("ignore_invalid_experts", ignore_invalid_experts)
+    if kernel is not None:
+        check_choice("kernel", kernel, ALIGN_KERNELS)
     # An index where it can be one: torch.device is slow to make, to hash and to compare.
-    device = topk_ids.get_device() if topk_ids.is_cuda else topk_ids.device
-    if expert_map is not None:
-        _check_expert_map(expert_map, num_experts, topk_ids.device)
-    ids, strides = topk_ids.data_ptr(), None
-    if ids % 16 or not topk_ids.is_contiguous():
-        topk_ids, strides = _as_rows(topk_ids)
-        ids = topk_ids.data_ptr()
+    device: int | torch.device = tensor.get_device()
+    if device == -1:
+        device = tensor.device
+        check_layout("topk_ids", tensor)
+    if local is not None:
+        check_tensor("expert_map", local, (_int32,), (num_experts,), tensor.device)
+    ids, strides = tensor.data_ptr(), None
+    if ids % 16 or not tensor.is_contiguous():
+        tensor, strides = _as_rows(tensor)
+        ids = tensor.data_ptr()
+    map_mode = _NO_MAP if expert_map is None else _MAP_IDS if ignore_invalid_experts else _MAP_BLOCKS
     call = _prepare(
-        topk_ids.numel(), topk_ids.dtype, strides, device, block_size, num_experts, pad_sorted_ids,
-        _NO_MAP if expert_map is None else _MAP_IDS if ignore_invalid_experts else _MAP_BLOCKS, kernel,
-    )  # fmt: skip
-    num_slots, num_blocks, sizes, launches, scratch_words = call
+        num_ids, block_size, num_experts, pad_sorted_ids, tensor.dtype, strides, device, map_mode, kernel
+    )
+    num_slots, num_blocks, launches, scratch_words, fallback = call
+    first: PlainTensor
+    second: PlainTensor
+    third: PlainTensor
     if out is None:
         outputs = allocate(num_slots, num_blocks, device)
         first, second, third = outputs
@@ -128,7 +161,8 @@ def moe_align_block_size(
         try:
             first, second, third = out
             fits = (  # the cheapest calls of each kind, and in place: this runs with every launch
-                first.dtype is second.dtype is third.dtype is _int32
+                type(first) is type(second) is type(third) is _Tensor
+                and first.dtype is second.dtype is third.dtype is _int32
                 and first.numel() == num_slots
                 and second.numel() == num_blocks
                 and third.numel() == 1
@@ -136,26 +170,40 @@ def moe_align_block_size(
                 and first.is_contiguous()
                 and second.is_contiguous()
             )
-        except (AttributeError, TypeError, ValueError):
+        except (RuntimeError, TypeError, ValueError):
             fits = False
         if not fits:
-            check_out(out, num_slots, num_blocks, device)
-        outputs = out if type(out) is MoEAlignment else MoEAlignment(*out)
+            if not are_outputs(out):
+                flags = pad_sorted_ids, ignore_invalid_experts
+                return _operator(
+                    topk_ids, block_size, num_experts, expert_map, *flags, out=out, kernel=kernel
+                )
+            check_out(out, num_slots, num_blocks, tensor.device)
+        outputs = out if type(out) is MoEAlignment else MoEAlignment(first, second, third)
     if launches is None:
         results = cpu.moe_align_block_size(
-            topk_ids, *sizes, expert_map, pad_sorted_ids, ignore_invalid_experts
+            tensor, block_size, num_experts, local, pad_sorted_ids, ignore_invalid_experts
         )
         for output, result in zip(outputs, results, strict=True):
             output.view(-1).copy_(result)
         return outputs
 
-    pointers: tuple[int, ...] = ids, first.data_ptr(), second.data_ptr(), third.data_ptr()
-    if scratch_words or expert_map is not None:
-        scratch = torch.empty(scratch_words, dtype=torch.int32, device=device) if scratch_words else None
-        optional = (0 if tensor is None else tensor.data_ptr() for tensor in (expert_map, scratch))
-        pointers = *pointers, *optional
-    for launch in launches:
-        launch(*pointers)
+    a, b, c = first.data_ptr(), second.data_ptr(), third.data_ptr()
+    try:
+        if scratch_words or local is not None:
+            scratch = torch.empty(scratch_words, dtype=_int32, device=device) if scratch_words else None
+            more = 0 if local is None else local.data_ptr(), 0 if scratch is None else scratch.data_ptr()
+            for launch in launches:
+                launch(ids, a, b, c, *more)
+        else:
+            for launch in launches:
+                launch(ids, a, b, c)
+    except KernelLaunchError:
+        if fallback is None:
+            raise
+        # The clusters fit the device, but not what is left of it here, in a green context, say.
+        flags = pad_sorted_ids, ignore_invalid_experts
+        moe_align_block_size(topk_ids, block_size, num_experts, local, *flags, out=outputs, kernel=fallback)
     return outputs
 
 
@@ -164,67 +212,47 @@ class _Call(NamedTuple):
 
     num_slots: int
     num_blocks: int
-    sizes: tuple[int, int]  # block_size and num_experts as ints, where the arguments may be equal to them
     launches: tuple[Launch, ...] | None = None  # None: on the CPU
     scratch_words: int = 0
+    fallback: str | None = None  # the kernel to take where the driver refuses to launch clusters
 
 
-@functools.lru_cache(maxsize=65_536)
+@functools.lru_cache(CACHED_CALLS)
 def _prepare(
     num_ids: int,
-    dtype: torch.dtype,
-    strides: tuple[int, int, int] | None,
-    device: int | torch.device,
     block_size: int,
     num_experts: int,
     pad_sorted_ids: bool,
+    dtype: torch.dtype,
+    strides: tuple[int, int, int] | None,
+    device: int | torch.device,
     map_mode: int,
     kernel: str | None,
 ) -> _Call:
     if dtype not in _ID_TYPES:
-        raise TypeError(
-            f"topk_ids: expected an integer tensor (unsigned: of up to 32 bits), got {dtype}; cast it"
-        )
-    check_int("block_size", block_size, MAX_BLOCK_SIZE)
-    check_int("num_experts", num_experts, MAX_EXPERTS)
+        raise TypeError(f"topk_ids: expected an integer tensor, got {dtype}; cast it")
     num_slots, num_blocks = aligned_sizes(num_ids, num_experts, block_size, pad_sorted_ids)
     if isinstance(device, torch.device):
         if device.type != "cpu":
             raise ValueError(f"topk_ids: expected a CUDA or CPU tensor, got one on {device}")
-        return _Call(num_slots, num_blocks, (block_size, num_experts))
+        return _Call(num_slots, num_blocks)
     id_type = _ID_TYPES[dtype]
     reader = "any" if strides else _READERS.get(id_type, "any")
-    plan = plan_align(num_ids, num_experts, num_slots, block_size, reader, device_limits(device), kernel)
+
+    limits = device_limits(device)
+    sizes = num_ids, num_experts, num_slots, block_size, reader
+    plan, fallback = plan_align(*sizes, limits, kernel), None
+    if kernel is None and plan.kernel.startswith("cluster"):
+        fallback = plan_align(*sizes, limits._replace(max_clusters=lambda *_: 0)).kernel
     constants = _CONSTANTS.pack(
         num_ids, num_experts, num_slots, num_blocks, map_mode, *divisor(block_size), plan.per_block,
         *divisor(plan.per_row), plan.num_rows, id_type, *(strides or (1, 1, 1)),
     )  # fmt: skip
-    pointers = _POINTERS
+    num_pointers = 6
     if map_mode == _NO_MAP and not plan.scratch_words:
-        pointers, constants = _FEW_POINTERS, _NULLS + constants
-    launches = tuple(bind(launch, device, pointers, constants) for launch in plan.launches)
-    return _Call(num_slots, num_blocks, (block_size, num_experts), launches, plan.scratch_words)
-
-
-def _check_expert_map(expert_map: torch.Tensor, num_experts: int, device: torch.device) -> None:
-    if isinstance(expert_map, int):
-        raise TypeError(
-            f"expert_map: expected an int32 tensor or None, got the int {expert_map}; the order is"
-            " (topk_ids, block_size, num_experts, expert_map), and topk is not an argument"
-        )
-    if not isinstance(expert_map, torch.Tensor):
-        raise TypeError(f"expert_map: expected an int32 tensor or None, got {type(expert_map).__name__}")
-    if expert_map.dtype is not torch.int32:
-        raise TypeError(
-            f"expert_map: expected torch.int32, got {expert_map.dtype}; cast it once, when loading"
-        )
-    if expert_map.shape != (num_experts,) or not expert_map.is_contiguous():
-        raise ValueError(
-            f"expert_map: expected a contiguous tensor of shape [num_experts] = [{num_experts}],"
-            f" got {list(expert_map.shape)} with strides {list(expert_map.stride())}"
-        )
-    if expert_map.device != device:
-        raise ValueError(f"expert_map: expected it beside topk_ids on {device}, got {expert_map.device}")
+        num_pointers, constants = 4, _TWO_NULLS + constants
+    launches = tuple(bind(launch, device, num_pointers, constants) for launch in plan.launches)
+    return _Call(num_slots, num_blocks, launches, plan.scratch_words, fallback)
 
 
 def allocate(num_slots: int, num_blocks: int, device: int | torch.device) -> MoEAlignment:
@@ -236,23 +264,26 @@ def allocate(num_slots: int, num_blocks: int, device: int | torch.device) -> MoE
     )
 
 
-def check_out(out: Any, num_slots: int, num_blocks: int, device: int | torch.device) -> None:
+def are_outputs(out: Any) -> bool:
+    """Whether `out` is three tensors that a kernel can write to.
+
+    Integers are not asked for a pending negation, which only private functions of torch can give them.
+    """
+    try:
+        first, second, third = out
+    except (TypeError, ValueError):
+        return False
+    return type(first) is type(second) is type(third) is _Tensor and type(out) is not _Tensor
+
+
+def check_out(out: Any, num_slots: int, num_blocks: int, device: torch.device) -> None:
     """Raises what is wrong with `out`: it is to be like what `allocate` makes, but for the shapes."""
-    if not isinstance(out, (tuple, list)) or len(out) != 3:
-        names = ", ".join(MoEAlignment._fields)
-        raise TypeError(f"out: expected the three tensors {names}, got {type(out).__name__}")
-    lengths = num_slots, num_blocks, 1
-    for tensor, name, length in zip(out, MoEAlignment._fields, lengths, strict=True):
-        if not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"out: expected a torch.Tensor for {name}, got {type(tensor).__name__}")
-        if tensor.dtype is not torch.int32:
-            raise TypeError(f"out: expected torch.int32 for {name}, got {tensor.dtype}")
-        if tensor.numel() != length or not tensor.is_contiguous() or tensor.device != torch.device(device):
-            raise ValueError(
-                f"out: expected {name} of shape [{length}], contiguous, on {torch.device(device)} (see"
-                f" aligned_sizes), got {list(tensor.shape)} with strides {list(tensor.stride())} on"
-                f" {tensor.device}"
-            )
+    for tensor, name, length in zip(out, MoEAlignment._fields, (num_slots, num_blocks, 1), strict=True):
+        name = f"out: {name}"
+        check_layout(name, tensor)
+        check_tensor(
+            name, tensor.view(-1) if tensor.is_contiguous() else tensor, (_int32,), (length,), device
+        )
 
 
 def _as_rows(topk_ids: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int, int]]:
@@ -272,58 +303,8 @@ def _as_rows(topk_ids: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int, int]
     return topk_ids, (num_cols, row_stride, col_stride)
 
 
-def _indirectly(
-    topk_ids: Any, block_size: int, num_experts: int, expert_map: Any, pad: bool, ignore: bool, out: Any,
-    kernel: str | None,
-) -> MoEAlignment:  # fmt: skip
-    """What is not a plain tensor: one that is traced, one of a subclass, or an array of another library."""
-    if not isinstance(topk_ids, torch.Tensor):
-        return _with_other_arrays(topk_ids, block_size, num_experts, expert_map, pad, ignore, out, kernel)
-    arguments = block_size, num_experts, expert_map, pad, ignore
-    if not library.is_traced(topk_ids):
-        return moe_align_block_size(topk_ids.as_subclass(torch.Tensor), *arguments, out=out, kernel=kernel)
-    if kernel is not None:  # the compiler cannot take an argument of this name
-        raise ValueError(f"kernel={kernel!r}: cannot be forced in code that is traced or compiled")
-    operator = torch.ops.cupy_moe.moe_align_block_size
-    if out is None:
-        return MoEAlignment(*operator(topk_ids, *arguments))
-    outputs = MoEAlignment(*out)
-    operator.out(topk_ids, *arguments, **outputs._asdict())
-    return outputs
-
-
-def _with_other_arrays(
-    topk_ids: Any, block_size: int, num_experts: int, expert_map: Any, pad: bool, ignore: bool, out: Any,
-    kernel: str | None,
-) -> MoEAlignment:  # fmt: skip
-    ids = arrays.from_array("topk_ids", topk_ids)
-    tensors = out
-    if isinstance(out, (tuple, list)):
-        tensors = tuple(arrays.from_array("out", array) for array in out)
-    if expert_map is not None and not isinstance(expert_map, int):
-        expert_map = arrays.from_array("expert_map", expert_map)
-    results = moe_align_block_size(
-        ids, block_size, num_experts, expert_map, pad, ignore, out=tensors, kernel=kernel
-    )
-    return MoEAlignment(*(out if out is not None else map(arrays.like(topk_ids), results)))
-
-
-def _fill_out(
-    *arguments: Any,
-    sorted_token_ids: torch.Tensor,
-    expert_ids: torch.Tensor,
-    num_tokens_post_pad: torch.Tensor,
-) -> None:
-    moe_align_block_size(*arguments, out=(sorted_token_ids, expert_ids, num_tokens_post_pad))
-
-
 def _fake(
-    topk_ids: torch.Tensor,
-    block_size: int,
-    num_experts: int,
-    expert_map: torch.Tensor | None = None,
-    pad_sorted_ids: bool = False,
-    ignore_invalid_experts: bool = False,
+    topk_ids: torch.Tensor, block_size: int, num_experts: int, pad_sorted_ids: bool, **_: Any
 ) -> tuple[torch.Tensor, ...]:
     """Outputs of the right shapes: `aligned_sizes` without branches, for sizes that are not known yet."""
     num_ids = topk_ids.numel()
@@ -335,11 +316,11 @@ def _fake(
     return tuple(topk_ids.new_empty((length,), dtype=torch.int32) for length in lengths)
 
 
-_SCHEMA = (
-    "(Tensor topk_ids, SymInt block_size, SymInt num_experts, Tensor? expert_map=None,"
-    " bool pad_sorted_ids=False, bool ignore_invalid_experts=False"
+_operator = Operator(
+    "moe_align_block_size",
+    "Tensor topk_ids, SymInt block_size, SymInt num_experts, Tensor? expert_map=None,"
+    " bool pad_sorted_ids=False, bool ignore_invalid_experts=False",
+    MoEAlignment,
+    moe_align_block_size,
+    _fake,
 )
-_OUT = ", *, Tensor(a!) sorted_token_ids, Tensor(b!) expert_ids, Tensor(c!) num_tokens_post_pad"
-_RESULTS = "(Tensor sorted_token_ids, Tensor expert_ids, Tensor num_tokens_post_pad)"
-library.register(f"moe_align_block_size{_SCHEMA}) -> {_RESULTS}", moe_align_block_size, _fake)
-library.register(f"moe_align_block_size.out{_SCHEMA}{_OUT}) -> ()", _fill_out, lambda *_, **__: None)

@@ -4,28 +4,31 @@ from __future__ import annotations
 
 import functools
 import struct
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
-from . import arrays, cpu, library
-from .align import MoEAlignment, allocate, check_out
-from .launch import Launch, bind
-from .plan import INT32_MAX, MAX_BLOCK_SIZE, MAX_EXPERTS, check_int, divisor, plan_batched, round_up
+from . import cpu
+from .align import MoEAlignment, allocate, are_outputs, check_out
+from .arguments import INT32_MAX, as_int, check_range
+from .arrays import Array
+from .launch import CACHED_CALLS, Launch, bind
+from .library import Operator, is_watched
+from .plan import MAX_BLOCK_SIZE, MAX_EXPERTS, divisor, plan_batched, round_up
+from .tensors import check_layout, check_tensor, is_plain
 
 __all__ = ["batched_moe_align_block_size"]
 
-_POINTERS, _CONSTANTS = struct.Struct("@4P"), struct.Struct("@8I")  # BatchedArgs in align_batched.cu
-_is_compiling = torch.compiler.is_dynamo_compiling
+_CONSTANTS = struct.Struct("@8I")  # BatchedArgs in align_batched.cu, after four pointers
 
 
 def batched_moe_align_block_size(
     max_tokens_per_batch: int,
     block_size: int,
-    expert_num_tokens: torch.Tensor,
+    expert_num_tokens: Array,
     *,
-    out: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
-) -> MoEAlignment:
+    out: tuple[Array, Array, Array] | None = None,
+) -> MoEAlignment[Array]:
     """Align activations [experts, max_tokens_per_batch, hidden], of which the first rows of each are tokens.
 
     With E experts, T = max_tokens_per_batch, B = block_size and M = E * (T rounded up to whole blocks):
@@ -56,27 +59,28 @@ def batched_moe_align_block_size(
     Raises TypeError and ValueError for wrong arguments, before anything is launched; and what loading a
     kernel for the first time raises. Semantics: vLLM's function of this name.
     """
-    if type(expert_num_tokens) is not torch.Tensor or _is_compiling():
-        return _indirectly(max_tokens_per_batch, block_size, expert_num_tokens, out)
-    device = expert_num_tokens.get_device() if expert_num_tokens.is_cuda else expert_num_tokens.device
-    if expert_num_tokens.dtype is not torch.int32:
-        raise TypeError(f"expert_num_tokens: expected torch.int32, got {expert_num_tokens.dtype}; cast it")
+    if is_watched() or not is_plain(expert_num_tokens) or not (out is None or are_outputs(out)):
+        return _operator(max_tokens_per_batch, block_size, expert_num_tokens, out=out)
+    max_tokens = as_int("max_tokens_per_batch", max_tokens_per_batch)
+    block_size, device = as_int("block_size", block_size), expert_num_tokens.device
+    check_layout("expert_num_tokens", expert_num_tokens)
     if expert_num_tokens.dim() != 1:
         raise ValueError(f"expert_num_tokens: expected shape [experts], got {list(expert_num_tokens.shape)}")
-    expert_num_tokens = expert_num_tokens.contiguous()
-    call = _prepare(len(expert_num_tokens), max_tokens_per_batch, block_size, device)
+    shape = expert_num_tokens.shape
+    check_tensor("expert_num_tokens", expert_num_tokens, (torch.int32,), shape, device, strided=True)
+    counts = expert_num_tokens.contiguous()
+    call = _prepare(len(counts), max_tokens, block_size, device)
     if out is None:
         outputs = allocate(call.num_slots, call.num_blocks, device)
     else:
         check_out(out, call.num_slots, call.num_blocks, device)
         outputs = MoEAlignment(*out)
     if call.launch is None:
-        max_tokens, size = call.sizes
-        results = cpu.batched_moe_align_block_size(max_tokens, size, expert_num_tokens)
+        results = cpu.batched_moe_align_block_size(max_tokens, block_size, counts)
         for output, result in zip(outputs, results, strict=True):
             output.view(-1).copy_(result)
     else:
-        call.launch(expert_num_tokens.data_ptr(), *(output.data_ptr() for output in outputs))
+        call.launch(counts.data_ptr(), *(output.data_ptr() for output in outputs))
     return outputs
 
 
@@ -85,14 +89,13 @@ class _Call(NamedTuple):
 
     num_slots: int
     num_blocks: int
-    sizes: tuple[int, int]  # max_tokens and block_size as ints, where the arguments may be equal to them
     launch: Launch | None = None  # None: on the CPU
 
 
-@functools.lru_cache(maxsize=65_536)
-def _prepare(num_batches: int, max_tokens: int, block_size: int, device: int | torch.device) -> _Call:
-    check_int("max_tokens_per_batch", max_tokens, INT32_MAX)
-    check_int("block_size", block_size, MAX_BLOCK_SIZE)
+@functools.lru_cache(CACHED_CALLS)
+def _prepare(num_batches: int, max_tokens: int, block_size: int, device: torch.device) -> _Call:
+    check_range("max_tokens_per_batch", max_tokens, INT32_MAX)
+    check_range("block_size", block_size, MAX_BLOCK_SIZE)
     if num_batches > MAX_EXPERTS:
         raise ValueError(f"expert_num_tokens: expected at most {MAX_EXPERTS} experts, got {num_batches}")
     width = round_up(max_tokens, block_size)
@@ -103,49 +106,27 @@ def _prepare(num_batches: int, max_tokens: int, block_size: int, device: int | t
             " with a block to spare"
         )
     num_blocks = num_slots // block_size
-    if isinstance(device, torch.device):
-        if device.type != "cpu":
-            raise ValueError(f"expert_num_tokens: expected a CUDA or CPU tensor, got one on {device}")
-        return _Call(num_slots, num_blocks, (max_tokens, block_size))
+    if device.type == "cpu":
+        return _Call(num_slots, num_blocks)
+    if device.type != "cuda":
+        raise ValueError(f"expert_num_tokens: expected a CUDA or CPU tensor, got one on {device}")
     plan, parts = plan_batched(num_batches, width)
     constants = _CONSTANTS.pack(num_batches, max_tokens, num_slots, num_blocks, *divisor(block_size), parts)
-    launch = bind(plan, device, _POINTERS, constants)
-    return _Call(num_slots, num_blocks, (max_tokens, block_size), launch)
+    return _Call(num_slots, num_blocks, bind(plan, device.index, 4, constants))
 
 
-def _indirectly(max_tokens: int, block_size: int, expert_num_tokens: Any, out: Any) -> MoEAlignment:
-    """What is not a plain tensor: one that is traced, one of a subclass, or an array of another library."""
-    if not isinstance(expert_num_tokens, torch.Tensor):
-        counts = arrays.from_array("expert_num_tokens", expert_num_tokens)
-        tensors = out
-        if isinstance(out, (tuple, list)):
-            tensors = tuple(arrays.from_array("out", array) for array in out)
-        results = batched_moe_align_block_size(max_tokens, block_size, counts, out=tensors)
-        return MoEAlignment(*(out if out is not None else map(arrays.like(expert_num_tokens), results)))
-    if not library.is_traced(expert_num_tokens):
-        counts = expert_num_tokens.as_subclass(torch.Tensor)
-        return batched_moe_align_block_size(max_tokens, block_size, counts, out=out)
-    operator = torch.ops.cupy_moe.batched_moe_align_block_size
-    if out is None:
-        return MoEAlignment(*operator(max_tokens, block_size, expert_num_tokens))
-    outputs = MoEAlignment(*out)
-    operator.out(max_tokens, block_size, expert_num_tokens, **outputs._asdict())
-    return outputs
-
-
-def _fill_out(max_tokens: int, block_size: int, expert_num_tokens: torch.Tensor, **out: torch.Tensor) -> None:
-    outputs = out["sorted_token_ids"], out["expert_ids"], out["num_tokens_post_pad"]
-    batched_moe_align_block_size(max_tokens, block_size, expert_num_tokens, out=outputs)
-
-
-def _fake(max_tokens: int, block_size: int, expert_num_tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    num_slots = expert_num_tokens.shape[0] * round_up(max_tokens, block_size)
+def _fake(
+    max_tokens_per_batch: int, block_size: int, expert_num_tokens: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    num_slots = expert_num_tokens.shape[0] * round_up(max_tokens_per_batch, block_size)
     lengths = num_slots, num_slots // block_size, 1
     return tuple(expert_num_tokens.new_empty((length,), dtype=torch.int32) for length in lengths)
 
 
-_SCHEMA = "(SymInt max_tokens_per_batch, SymInt block_size, Tensor expert_num_tokens"
-_OUT = ", *, Tensor(a!) sorted_token_ids, Tensor(b!) expert_ids, Tensor(c!) num_tokens_post_pad"
-_RESULTS = "(Tensor sorted_token_ids, Tensor expert_ids, Tensor num_tokens_post_pad)"
-library.register(f"batched_moe_align_block_size{_SCHEMA}) -> {_RESULTS}", batched_moe_align_block_size, _fake)
-library.register(f"batched_moe_align_block_size.out{_SCHEMA}{_OUT}) -> ()", _fill_out, lambda *_, **__: None)
+_operator = Operator(
+    "batched_moe_align_block_size",
+    "SymInt max_tokens_per_batch, SymInt block_size, Tensor expert_num_tokens",
+    MoEAlignment,
+    batched_moe_align_block_size,
+    _fake,
+)

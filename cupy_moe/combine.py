@@ -8,30 +8,34 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import arrays, cpu, library
-from .launch import Launch, bind, device_limits
+from . import cpu
+from .arguments import as_float
+from .arrays import Array, DLPackArray
+from .launch import CACHED_CALLS, Launch, bind, device_limits
+from .library import Operator, is_watched
 from .plan import divisor, plan_sum
+from .tensors import PlainTensor, check_layout, check_tensor, is_plain
 
 __all__ = ["moe_sum"]
 
-_is_compiling = torch.compiler.is_dynamo_compiling
-_POINTERS, _CONSTANTS = struct.Struct("@6P"), struct.Struct("@3q8If2q")  # SumArgs in moe_sum.cu
+_CONSTANTS = struct.Struct("@3q8If2q")  # SumArgs in moe_sum.cu, after six pointers
 _ELEMENTS = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 _ID_TYPES = (torch.int32, torch.int64, torch.uint32)
-# Without a map, ids from here on are no experts: they are negative, or unsigned and stand for -1.
+_FLOAT, _INT32 = (torch.float32,), (torch.int32,)
+# Without a map, ids from here on are no experts: they are negative, unsigned and stand for -1, or nonsense.
 _NO_MAP = 2**31
 
 
 def moe_sum(
-    input: torch.Tensor,
-    out: torch.Tensor | None = None,
+    input: Array,
+    out: Array | None = None,
     *,
-    topk_weights: torch.Tensor | None = None,
-    topk_ids: torch.Tensor | None = None,
-    expert_map: torch.Tensor | None = None,
+    topk_weights: DLPackArray | None = None,
+    topk_ids: DLPackArray | None = None,
+    expert_map: DLPackArray | None = None,
     routed_scaling_factor: float = 1.0,
-    shared_output: torch.Tensor | None = None,
-) -> torch.Tensor:
+    shared_output: DLPackArray | None = None,
+) -> Array:
     """Add up the outputs of the experts of each token: the end of a MoE layer, in one launch.
 
     out[t] = routed_scaling_factor * sum over k of topk_weights[t, k] * input[t, k], plus shared_output[t]
@@ -46,8 +50,9 @@ def moe_sum(
 
     Returns [T, H] of the type of `input`; it is `out`, if that is given.
 
-    A slot is not read, and so may hold anything, NaN too, where its id is negative or, with an `expert_map`,
-    where the id is outside [0, E) or mapped outside [0, E). `expert_map` means nothing without `topk_ids`.
+    A slot is not read, and so may hold anything, NaN too, where its id is outside [0, 2^31) (in uint32, -1
+    is) or, with an `expert_map`, outside [0, E) or mapped outside [0, E). `expert_map` means nothing without
+    `topk_ids`.
 
     All is added in fp32, k ascending, each product and sum rounded by itself, and rounded to the type of the
     output once. So the result is the same to the last bit at every call, on every GPU and on the CPU.
@@ -70,47 +75,66 @@ def moe_sum(
     kernel for the first time raises. Semantics: vLLM's `moe_sum`, with the weights, the factor and the shared
     experts that other engines add in further launches.
     """
-    if type(input) is not torch.Tensor or _is_compiling():
-        return _indirectly(
-            input, out, topk_weights, topk_ids, expert_map, routed_scaling_factor, shared_output
-        )
-    if input.dim() != 3:
-        raise ValueError(f"input: expected [tokens, topk, hidden], got {list(input.shape)}")
-    num_tokens, topk, hidden = input.shape
-    device = input.device
+    if (
+        is_watched()
+        or not is_plain(input)
+        or not (out is None or is_plain(out))
+        or not (topk_weights is None or is_plain(topk_weights))
+        or not (topk_ids is None or is_plain(topk_ids))
+        or not (expert_map is None or is_plain(expert_map))
+        or not (shared_output is None or is_plain(shared_output))
+    ):
+        options = topk_weights, topk_ids, expert_map, routed_scaling_factor, shared_output
+        return _operator(input, *options, out=out)
+    factor = routed_scaling_factor
+    if type(factor) is not float:
+        factor = as_float("routed_scaling_factor", factor)
+    factor = factor or 0.0  # not -0.0, which would find what is cached for 0.0
+    try:
+        (num_tokens, topk, hidden), strides, source = input.shape, input.stride(), input.data_ptr()
+    except (RuntimeError, ValueError):
+        check_layout("input", input)
+        raise ValueError(f"input: expected [tokens, topk, hidden], got {list(input.shape)}") from None
+    dtype, device = input.dtype, input.device
     weights = ids = shared = 0
     if topk_weights is not None:
-        topk_weights = _check("topk_weights", topk_weights, (torch.float32,), (num_tokens, topk), device)
+        topk_weights = _check("topk_weights", topk_weights, _FLOAT, (num_tokens, topk), device)
         weights = topk_weights.data_ptr()
     if topk_ids is not None:
         topk_ids = _check("topk_ids", topk_ids, _ID_TYPES, (num_tokens, topk), device)
         ids = topk_ids.data_ptr()
     if expert_map is not None:
-        expert_map = _check("expert_map", expert_map, (torch.int32,), None, device)
+        check_layout("expert_map", expert_map)
+        if expert_map.dim() != 1:
+            raise ValueError(f"expert_map: expected shape [experts], got {list(expert_map.shape)}")
+        expert_map = _check("expert_map", expert_map, _INT32, expert_map.shape, device)
     if shared_output is not None:
-        shared_output = _check("shared_output", shared_output, (input.dtype,), (num_tokens, hidden), device)
+        shared_output = _check("shared_output", shared_output, (dtype,), (num_tokens, hidden), device)
         shared = shared_output.data_ptr()
+    output: PlainTensor = out
     if out is None:
-        out = torch.empty((num_tokens, hidden), dtype=input.dtype, device=device)
+        output = torch.empty((num_tokens, hidden), dtype=dtype, device=device)
     else:
-        _check_out(out, input)
-
-    source, target = input.data_ptr(), out.data_ptr()
+        check_tensor("out", out, (dtype,), (num_tokens, hidden), device, strided=True)
+    target, out_strides = output.data_ptr(), output.stride()
+    if hidden > 1 and out_strides[1] != 1:
+        raise ValueError(f"out: expected rows of neighbouring elements, got strides {list(out_strides)}")
     call = _prepare(
-        input.shape, input.stride(), out.stride(), input.dtype, device, (source | target | shared) % 16 == 0,
-        bool(shared or weights or ids), routed_scaling_factor,
-        None if topk_ids is None else topk_ids.dtype, _NO_MAP if expert_map is None else len(expert_map),
+        (num_tokens, topk, hidden), strides, out_strides, dtype, device, (source | target | shared) % 16 == 0,
+        bool(shared or weights or ids), factor, None if topk_ids is None else topk_ids.dtype,
+        _NO_MAP if expert_map is None else len(expert_map),
     )  # fmt: skip
     if call.launches is None:
-        result = cpu.moe_sum(input, topk_weights, topk_ids, expert_map, routed_scaling_factor, shared_output)
-        return out.copy_(result)
+        result = cpu.moe_sum(input, topk_weights, topk_ids, expert_map, factor, shared_output)
+        with torch.no_grad():
+            return output.copy_(result)
     for launch, (input_offset, out_offset, shared_offset, weights_offset, ids_offset) in call.launches:
         launch(
             source + input_offset, target + out_offset, shared and shared + shared_offset,
             weights and weights + weights_offset, ids and ids + ids_offset,
             0 if expert_map is None else expert_map.data_ptr(),
         )  # fmt: skip
-    return out
+    return output
 
 
 class _Call(NamedTuple):
@@ -119,9 +143,9 @@ class _Call(NamedTuple):
     launches: tuple[tuple[Launch, tuple[int, ...]], ...] | None  # and where each begins; None: on the CPU
 
 
-@functools.lru_cache(maxsize=65_536)
+@functools.lru_cache(CACHED_CALLS)
 def _prepare(
-    shape: torch.Size,
+    shape: tuple[int, int, int],
     strides: tuple[int, ...],
     out_strides: tuple[int, ...],
     dtype: torch.dtype,
@@ -164,7 +188,7 @@ def _prepare(
         )  # fmt: skip
         bytes_per_token = token_bytes, out_bytes, row_bytes, 4 * topk, id_bytes * topk
         offsets = tuple(first * per_token for per_token in bytes_per_token)
-        launches.append((bind(plan.launch, device.index, _POINTERS, constants), offsets))
+        launches.append((bind(plan.launch, device.index, 6, constants), offsets))
         first += plan.num_tokens
     return _Call(tuple(launches))
 
@@ -172,65 +196,23 @@ def _prepare(
 def _check(
     name: str,
     tensor: torch.Tensor,
-    dtypes: tuple[torch.dtype, ...],
-    shape: tuple[int, ...] | None,
+    dtypes: tuple[Any, ...],
+    shape: tuple[int, ...],
     device: torch.device,
 ) -> torch.Tensor:
-    if not isinstance(tensor, torch.Tensor):
-        raise TypeError(f"{name}: expected a tensor or None, got {type(tensor).__name__}")
-    if tensor.dtype not in dtypes:
-        raise TypeError(f"{name}: expected {' or '.join(map(str, dtypes))}, got {tensor.dtype}; cast it")
-    if tensor.shape != shape and (shape is not None or tensor.dim() != 1):
-        expected = "[experts]" if shape is None else f"{list(shape)}"
-        raise ValueError(f"{name}: expected shape {expected}, got {list(tensor.shape)}")
-    if tensor.device != device:
-        raise ValueError(f"{name}: expected it beside input on {device}, got {tensor.device}")
-    return tensor if tensor.is_contiguous() else tensor.contiguous()
-
-
-def _check_out(out: torch.Tensor, input: torch.Tensor) -> None:
-    if not isinstance(out, torch.Tensor):
-        raise TypeError(f"out: expected a tensor or None, got {type(out).__name__}")
-    if out.dtype is not input.dtype:
-        raise TypeError(f"out: expected {input.dtype} as input, got {out.dtype}")
-    num_tokens, _, hidden = input.shape
-    if out.shape != (num_tokens, hidden) or out.device != input.device or (hidden > 1 and out.stride(1) != 1):
-        raise ValueError(
-            f"out: expected shape [{num_tokens}, {hidden}] with rows of neighbouring elements on"
-            f" {input.device}, got {list(out.shape)} with strides {list(out.stride())} on {out.device}"
-        )
-
-
-def _indirectly(input: Any, out: Any, *others: Any) -> Any:
-    """What is not a plain tensor: one that is traced, one of a subclass, or an array of another library."""
-    names = "topk_weights", "topk_ids", "expert_map", "routed_scaling_factor", "shared_output"
-    options = dict(zip(names, others, strict=True))
-    if not isinstance(input, torch.Tensor):
-        for name in ("topk_weights", "topk_ids", "expert_map", "shared_output"):
-            if options[name] is not None:
-                options[name] = arrays.from_array(name, options[name])
-        target = None if out is None else arrays.from_array("out", out)
-        result = moe_sum(arrays.from_array("input", input), target, **options)
-        return arrays.like(input)(result) if out is None else out
-    if not library.is_traced(input):
-        return moe_sum(input.as_subclass(torch.Tensor), out, **options)
-    if out is None:
-        return torch.ops.cupy_moe.moe_sum(input, **options)
-    torch.ops.cupy_moe.moe_sum.out(input, **options, out=out)
-    return out
-
-
-def _fill_out(input: torch.Tensor, *, out: torch.Tensor, **options: Any) -> None:
-    moe_sum(input, out, **options)
+    check_tensor(name, tensor, dtypes, shape, device, strided=True)
+    return tensor.contiguous()
 
 
 def _fake(input: torch.Tensor, **options: Any) -> torch.Tensor:
     return input.new_empty((input.shape[0], input.shape[2]))
 
 
-_SCHEMA = (
-    "(Tensor input, *, Tensor? topk_weights=None, Tensor? topk_ids=None, Tensor? expert_map=None,"
-    " float routed_scaling_factor=1.0, Tensor? shared_output=None"
+_operator = Operator(
+    "moe_sum",
+    "Tensor input, *, Tensor? topk_weights=None, Tensor? topk_ids=None, Tensor? expert_map=None,"
+    " float routed_scaling_factor=1.0, Tensor? shared_output=None",
+    None,
+    moe_sum,
+    _fake,
 )
-library.register(f"moe_sum{_SCHEMA}) -> Tensor", moe_sum, _fake)
-library.register(f"moe_sum.out{_SCHEMA}, Tensor(a!) out) -> ()", _fill_out, lambda *_, **__: None)

@@ -4,43 +4,55 @@ from __future__ import annotations
 
 import functools
 import struct
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple
 
 import torch
 
-from . import arrays, cpu, library
-from .launch import Launch, bind, device_limits
-from .plan import MAX_EXPERTS, MAX_TOPK, check_int, plan_gate
+from . import cpu
+from .arguments import as_bool, as_float, as_int, check_choice, check_range
+from .arrays import Array, DLPackArray
+from .launch import CACHED_CALLS, Launch, bind, device_limits
+from .library import Operator, is_watched
+from .plan import GATE_KERNELS, MAX_EXPERTS, MAX_TOPK, plan_gate
+from .tensors import PlainTensor, check_layout, check_tensor, is_plain
 
 __all__ = ["TopK", "grouped_topk", "topk_sigmoid", "topk_softmax"]
 
-_is_compiling = torch.compiler.is_dynamo_compiling
-_POINTERS, _CONSTANTS = struct.Struct("@5P"), struct.Struct("@q13I2f")  # GateArgs in gate.cuh
+_CONSTANTS = struct.Struct("@q13I2f")  # GateArgs in gate.cuh, after five pointers
 _ELEMENTS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # ElementType in gate.cuh
 _ID_TYPES = (torch.int32, torch.int64, torch.uint32)
+_FLOAT, _BOOL = (torch.float32,), (torch.bool,)
 _SCORING = {"softmax": 0, "sigmoid": 1, "none": 2}  # Scoring in gate.cuh
 
 
-class TopK(NamedTuple):
-    """What gating returns, on the device of the logits; each row in descending order of what selected it."""
+if TYPE_CHECKING:  # at run time only from Python 3.11 on
 
-    topk_weights: torch.Tensor  # [T, K] fp32
-    topk_ids: torch.Tensor  # [T, K] of `ids_dtype`
+    class TopK(NamedTuple, Generic[Array]):
+        topk_weights: Array
+        topk_ids: Array
+
+else:
+
+    class TopK(NamedTuple):
+        """What gating returns, beside the logits; each row in descending order of what selected it."""
+
+        topk_weights: torch.Tensor  # [T, K] fp32
+        topk_ids: torch.Tensor  # [T, K] of `ids_dtype`
 
 
 def topk_softmax(
-    gating_output: torch.Tensor,
+    gating_output: Array,
     topk: int,
     renormalize: bool = False,
     *,
-    e_score_correction_bias: torch.Tensor | None = None,
+    e_score_correction_bias: DLPackArray | None = None,
     routed_scaling_factor: float = 1.0,
     softcap: float = 0.0,
-    padding_mask: torch.Tensor | None = None,
+    padding_mask: DLPackArray | None = None,
     ids_dtype: torch.dtype = torch.int32,
-    out: tuple[torch.Tensor, torch.Tensor] | None = None,
+    out: tuple[Array, Array] | None = None,
     kernel: str | None = None,
-) -> TopK:
+) -> TopK[Array]:
     """The topk experts of each token by the softmax of its logits, with their scores as weights.
 
     gating_output           [T, E]   fp32, fp16, bf16     logits of the router; rows may be strided
@@ -58,10 +70,10 @@ def topk_softmax(
     topk_weights            [T, K]   fp32                 the scores of the selected experts
     topk_ids                [T, K]   ids_dtype            the selected experts, all different, best first
 
-    Scores are computed in fp32. One that is NaN or infinite counts as 0; softmax has these for all of a row
-    or for none of it. Without a bias, logits select, whose order scores have as far as fp32 tells them
-    apart; with one, scores plus bias do. There, NaN counts as -Inf. Of equals the lower id comes first.
-    Weights whose sum is 0 (or no normal number of fp32) are not renormalised.
+    Scores are computed in fp32. One that is NaN, infinite or below 2^-126 (no normal number of fp32) counts
+    as 0; softmax has NaN for all of a row or for none of it. Without a bias, logits select, whose order
+    scores have as far as fp32 tells them apart; with one, scores plus bias do. There, NaN counts as -Inf. Of
+    equals the lower id comes first. Weights are renormalised if their sum is between 2^-126 and 2^126.
 
     >>> logits = torch.tensor([[1.0, 3.0, 2.0, 3.0], [0.0, -1.0, 1.0, torch.nan]])
     >>> weights, ids = topk_softmax(logits, topk=2, renormalize=True)
@@ -69,7 +81,8 @@ def topk_softmax(
     ([[0.5, 0.5], [0.0, 0.0]], [[1, 3], [0, 1]])
 
     The result is the same to the last bit at every call. Without a bias, ids are the same on the CPU, too.
-    Weights are within 1e-6 of their value, relatively; with a softcap, as near as fp32 has the capped logits.
+    Weights are within 1e-6 of their value, relatively; with a softcap, as near as fp32 has the capped logits,
+    and renormalised ones of both signs ("none" of `grouped_topk`) as near as fp32 has their sum.
 
     Cost: one launch on torch's current stream, no synchronisation, and the outputs as the only allocation;
     `gating_output` is copied first, where the elements of a row are strided. Arrays with `__dlpack__` (cupy,
@@ -85,18 +98,18 @@ def topk_softmax(
 
 
 def topk_sigmoid(
-    gating_output: torch.Tensor,
+    gating_output: Array,
     topk: int,
     renormalize: bool = False,
     *,
-    e_score_correction_bias: torch.Tensor | None = None,
+    e_score_correction_bias: DLPackArray | None = None,
     routed_scaling_factor: float = 1.0,
     softcap: float = 0.0,
-    padding_mask: torch.Tensor | None = None,
+    padding_mask: DLPackArray | None = None,
     ids_dtype: torch.dtype = torch.int32,
-    out: tuple[torch.Tensor, torch.Tensor] | None = None,
+    out: tuple[Array, Array] | None = None,
     kernel: str | None = None,
-) -> TopK:
+) -> TopK[Array]:
     """As `topk_softmax`, with the sigmoid of each logit as its score; there, a NaN spoils no other score.
 
     >>> logits = torch.tensor([[0.0, torch.nan, -1.0, torch.inf]])
@@ -113,20 +126,20 @@ def topk_sigmoid(
 
 
 def grouped_topk(
-    gating_output: torch.Tensor,
+    gating_output: Array,
     topk: int,
     renormalize: bool,
     num_expert_group: int,
     topk_group: int,
     scoring_func: str = "softmax",
     routed_scaling_factor: float = 1.0,
-    e_score_correction_bias: torch.Tensor | None = None,
+    e_score_correction_bias: DLPackArray | None = None,
     *,
-    padding_mask: torch.Tensor | None = None,
+    padding_mask: DLPackArray | None = None,
     ids_dtype: torch.dtype = torch.int32,
-    out: tuple[torch.Tensor, torch.Tensor] | None = None,
+    out: tuple[Array, Array] | None = None,
     kernel: str | None = None,
-) -> TopK:
+) -> TopK[Array]:
     """Top-k within the best groups of experts, as DeepSeek's models route.
 
     gating_output           [T, E]    fp32, fp16, bf16    logits of the router; rows may be strided
@@ -148,6 +161,11 @@ def grouped_topk(
 
     Semantics: vLLM's and SGLang's functions of this name. Errors and cost are those of `topk_softmax`.
     """
+    check_choice("scoring_func", scoring_func, _SCORING)
+    if type(num_expert_group) is not int:
+        num_expert_group = as_int("num_expert_group", num_expert_group)
+    if type(topk_group) is not int:
+        topk_group = as_int("topk_group", topk_group)
     return _gate(
         gating_output, topk, renormalize, scoring_func, num_expert_group, topk_group, e_score_correction_bias,
         routed_scaling_factor, 0.0, padding_mask, ids_dtype, out, kernel,
@@ -155,55 +173,87 @@ def grouped_topk(
 
 
 def _gate(
-    gating_output: torch.Tensor,
+    gating_output: PlainTensor,
     topk: int,
     renormalize: bool,
     scoring_func: str,
-    num_groups: int,
+    num_expert_group: int,
     topk_group: int,
-    bias: torch.Tensor | None,
-    factor: float,
+    e_score_correction_bias: PlainTensor | None,
+    routed_scaling_factor: float,
     softcap: float,
-    padding_mask: torch.Tensor | None,
-    ids_dtype: torch.dtype,
-    out: tuple[torch.Tensor, torch.Tensor] | None,
-    kernel: str | None,
-) -> TopK:
-    if type(gating_output) is not torch.Tensor or _is_compiling():
-        return _indirectly(
-            gating_output, topk, renormalize, scoring_func, num_groups, topk_group, bias, factor, softcap,
-            padding_mask, ids_dtype, out, kernel,
+    padding_mask: PlainTensor | None,
+    ids_dtype: torch.dtype | None,
+    out: tuple[PlainTensor, ...] | None = None,
+    kernel: str | None = None,
+) -> Any:
+    if (
+        is_watched()
+        or not is_plain(gating_output)
+        or not (e_score_correction_bias is None or is_plain(e_score_correction_bias))
+        or not (padding_mask is None or is_plain(padding_mask))
+        or not (out is None or _can_be_out(out))
+    ):
+        return _operator(
+            gating_output, topk, renormalize, scoring_func, num_expert_group, topk_group,
+            e_score_correction_bias, routed_scaling_factor, softcap, padding_mask, ids_dtype, out=out,
+            kernel=kernel,
         )  # fmt: skip
-    device = gating_output.device
+    # Of one type each, so that equal values of others do not find what is cached for these.
+    if type(topk) is not int:
+        topk = as_int("topk", topk)
+    if renormalize is not True and renormalize is not False:
+        renormalize = as_bool("renormalize", renormalize)
+    if type(routed_scaling_factor) is not float:
+        routed_scaling_factor = as_float("routed_scaling_factor", routed_scaling_factor)
+    if type(softcap) is not float:
+        softcap = as_float("softcap", softcap)
+    factor, softcap = routed_scaling_factor or 0.0, softcap or 0.0  # -0.0 finds what is cached for 0.0
+    if kernel is not None:
+        check_choice("kernel", kernel, GATE_KERNELS)
+    try:
+        (num_tokens, num_experts), strides = gating_output.shape, gating_output.stride()
+        if num_experts > 1 and strides[1] != 1:
+            gating_output = gating_output.contiguous()
+            strides = gating_output.stride()
+        logits = gating_output.data_ptr()
+    except (RuntimeError, ValueError):
+        check_layout("gating_output", gating_output)
+        raise ValueError(
+            f"gating_output: expected [tokens, experts], got {list(gating_output.shape)}"
+        ) from None
+    device, bias = gating_output.device, e_score_correction_bias
     if out is not None:
-        ids_dtype = _check_out(out, topk, gating_output)
-    call = _prepare(
-        gating_output.shape, gating_output.stride(), gating_output.dtype, device, topk, bool(renormalize),
-        scoring_func, num_groups, topk_group, bias is not None, factor, softcap, ids_dtype, kernel,
+        _check_out(out, (num_tokens, topk), device)
+        ids_dtype = out[1].dtype
+    elif ids_dtype is None:
+        ids_dtype = torch.int32
+    elif ids_dtype not in _ID_TYPES:
+        raise TypeError(f"ids_dtype: expected torch.int32, int64 or uint32, got {ids_dtype!r}")
+    launch = _prepare(
+        num_tokens, num_experts, strides[0], gating_output.dtype, device, logits % 16 == 0, topk,
+        renormalize, scoring_func, num_expert_group, topk_group, bias is not None, factor, softcap, ids_dtype,
+        kernel,
     )  # fmt: skip
-    num_tokens, num_experts = gating_output.shape
-    topk = call.topk
     if bias is not None:
-        _check("e_score_correction_bias", bias, torch.float32, num_experts, device)
+        check_tensor("e_score_correction_bias", bias, _FLOAT, (num_experts,), device)
     if padding_mask is not None:
-        _check("padding_mask", padding_mask, torch.bool, num_tokens, device)
+        check_tensor("padding_mask", padding_mask, _BOOL, (num_tokens,), device)
     if out is None:
         topk_weights = torch.empty((num_tokens, topk), dtype=torch.float32, device=device)
         topk_ids = torch.empty((num_tokens, topk), dtype=ids_dtype, device=device)
     else:
         topk_weights, topk_ids = out
-    if call.launches is None:
+    if launch is None:
         weights, ids = cpu.gate(
-            gating_output, topk, scoring_func, renormalize, bias, factor, softcap, padding_mask, num_groups,
-            topk_group,
+            gating_output, topk, scoring_func, renormalize, bias, factor, softcap, padding_mask,
+            num_expert_group, topk_group,
         )  # fmt: skip
-        topk_weights.copy_(weights)
-        topk_ids.copy_(ids)
+        with torch.no_grad():
+            topk_weights.copy_(weights)
+            topk_ids.copy_(ids)
     elif num_tokens:
-        if call.copies:
-            gating_output = gating_output.contiguous()
-        logits = gating_output.data_ptr()
-        call.launches[logits % 16 != 0](
+        launch(
             logits, 0 if bias is None else bias.data_ptr(),
             0 if padding_mask is None else padding_mask.data_ptr(),
             topk_weights.data_ptr(), topk_ids.data_ptr(),
@@ -211,20 +261,14 @@ def _gate(
     return TopK(topk_weights, topk_ids)
 
 
-class _Call(NamedTuple):
-    """All that follows from sizes, types and flags: worked out and checked once, looked up later."""
-
-    topk: int  # where the argument may be a float equal to it
-    copies: bool = False
-    launches: tuple[Launch, ...] | None = None  # for logits aligned to 16 bytes, and others; None: on the CPU
-
-
-@functools.lru_cache(maxsize=65_536)
+@functools.lru_cache(CACHED_CALLS)
 def _prepare(
-    shape: torch.Size,
-    strides: tuple[int, ...],
+    num_tokens: int,
+    num_experts: int,
+    row_stride: int,
     dtype: torch.dtype,
     device: torch.device,
+    aligned: bool,
     topk: int,
     renormalize: bool,
     scoring_func: str,
@@ -235,135 +279,67 @@ def _prepare(
     softcap: float,
     ids_dtype: torch.dtype,
     kernel: str | None,
-) -> _Call:
+) -> Launch | None:
+    """The launch, checked and bound; None on the CPU. `aligned`: the logits are at a multiple of 16 bytes."""
     if dtype not in _ELEMENTS:
         raise TypeError(f"gating_output: expected torch.float32, float16 or bfloat16, got {dtype}; cast it")
-    if len(shape) != 2:
-        raise ValueError(f"gating_output: expected [tokens, experts], got {list(shape)}")
-    if ids_dtype not in _ID_TYPES:
-        raise TypeError(f"ids_dtype: expected torch.int32, int64 or uint32, got {ids_dtype}")
-    if scoring_func not in _SCORING:
-        raise ValueError(f"scoring_func: expected 'softmax', 'sigmoid' or 'none', got {scoring_func!r}")
+    check_choice("scoring_func", scoring_func, _SCORING)
     if not softcap >= 0:
         raise ValueError(f"softcap: expected 0 (none) or more, got {softcap}")
-    num_tokens, num_experts = shape
-    check_int("number of experts", num_experts, MAX_EXPERTS)
-    check_int("num_expert_group", num_groups, num_experts)
+    check_range("gating_output: number of experts", num_experts, MAX_EXPERTS)
+    check_range("num_expert_group", num_groups, num_experts)
     if num_experts % num_groups:
         raise ValueError(f"num_expert_group: expected a divisor of {num_experts} experts, got {num_groups}")
-    check_int("topk_group", topk_group, num_groups)
-    check_int("topk", topk, min(MAX_TOPK, topk_group * (num_experts // num_groups)))
+    check_range("topk_group", topk_group, num_groups)
+    check_range("topk", topk, min(MAX_TOPK, topk_group * (num_experts // num_groups)))
     if device.type == "cpu":
-        return _Call(topk)
+        return None
     if device.type != "cuda":
         raise ValueError(f"gating_output: expected a CUDA or CPU tensor, got one on {device}")
 
-    if num_tokens == 0:
-        return _Call(topk, launches=())
-    copies = num_experts > 1 and strides[1] != 1
-    row_bytes = (num_experts if copies or num_tokens == 1 else strides[0]) * dtype.itemsize
+    row_bytes = (num_experts if num_tokens <= 1 else row_stride) * dtype.itemsize
     plan = plan_gate(
-        num_tokens, num_experts, topk, num_groups, dtype.itemsize, with_bias, softcap != 0,
+        max(1, num_tokens), num_experts, topk, num_groups, dtype.itemsize, with_bias, softcap != 0,
         device_limits(device.index), kernel,
     )  # fmt: skip
-    vectors = plan.vector_bytes > 0 and row_bytes % plan.vector_bytes == 0
+    vectors = aligned and plan.vector_bytes > 0 and row_bytes % plan.vector_bytes == 0
     lanes = plan.lanes_per_row
-    launches = tuple(
-        bind(
-            plan.launch, device.index, _POINTERS,
-            _CONSTANTS.pack(
-                row_bytes, num_tokens, num_experts, topk, num_groups, topk_group, _ELEMENTS[dtype],
-                ids_dtype.itemsize // 4, aligned and vectors, _SCORING[scoring_func], renormalize, lanes,
-                lanes.bit_length() - 1, plan.launch.block, factor, softcap,
-            ),
-        )
-        for aligned in (True, False)
+    constants = _CONSTANTS.pack(
+        row_bytes, num_tokens, num_experts, topk, num_groups, topk_group, _ELEMENTS[dtype],
+        ids_dtype.itemsize // 4, vectors, _SCORING[scoring_func], renormalize, lanes, lanes.bit_length() - 1,
+        plan.launch.block, factor, softcap,
     )  # fmt: skip
-    return _Call(topk, copies, launches)
+    return bind(plan.launch, device.index, 5, constants)
 
 
-def _check(name: str, tensor: torch.Tensor, dtype: torch.dtype, length: int, device: torch.device) -> None:
-    if not isinstance(tensor, torch.Tensor):
-        raise TypeError(f"{name}: expected a {dtype} tensor or None, got {type(tensor).__name__}")
-    if tensor.dtype is not dtype:
-        raise TypeError(f"{name}: expected {dtype}, got {tensor.dtype}; cast it")
-    if tensor.shape != (length,) or not tensor.is_contiguous():
-        raise ValueError(
-            f"{name}: expected a contiguous tensor of shape [{length}],"
-            f" got {list(tensor.shape)} with strides {list(tensor.stride())}"
-        )
-    if tensor.device != device:
-        raise ValueError(f"{name}: expected it beside gating_output on {device}, got {tensor.device}")
+def _can_be_out(out: Any) -> bool:
+    try:
+        topk_weights, topk_ids = out
+    except (TypeError, ValueError):
+        return False
+    return type(out) is not torch.Tensor and is_plain(topk_weights) and is_plain(topk_ids)
 
 
-def _check_out(out: Any, topk: int, gating_output: torch.Tensor) -> torch.dtype:
-    """The type of the ids of `out`, which is checked otherwise."""
-    if not isinstance(out, (tuple, list)) or len(out) != 2:
-        raise TypeError(f"out: expected the two tensors topk_weights, topk_ids, got {type(out).__name__}")
-    for tensor, name, dtypes in zip(out, TopK._fields, ((torch.float32,), _ID_TYPES), strict=True):
-        if not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"out: expected a tensor for {name}, got {type(tensor).__name__}")
-        if tensor.dtype not in dtypes:
-            raise TypeError(f"out: expected {' or '.join(map(str, dtypes))} for {name}, got {tensor.dtype}")
-        shape = (*gating_output.shape[:1], topk)
-        if tensor.shape != shape or not tensor.is_contiguous() or tensor.device != gating_output.device:
-            raise ValueError(
-                f"out: expected {name} of shape {list(shape)}, contiguous, on {gating_output.device}, got"
-                f" {list(tensor.shape)} with strides {list(tensor.stride())} on {tensor.device}"
-            )
-    return out[1].dtype
+def _check_out(out: Any, shape: tuple[int, ...], device: torch.device) -> None:
+    topk_weights, topk_ids = out
+    check_tensor("out: topk_weights", topk_weights, _FLOAT, shape, device)
+    check_tensor("out: topk_ids", topk_ids, _ID_TYPES, shape, device)
 
 
-def _indirectly(gating_output: Any, *arguments: Any) -> TopK:
-    """What is not a plain tensor: one that is traced, one of a subclass, or an array of another library."""
-    *before, bias, factor, softcap, padding_mask, ids_dtype, out, kernel = arguments
-    if not isinstance(gating_output, torch.Tensor):
-        logits = arrays.from_array("gating_output", gating_output)
-        if bias is not None:
-            bias = arrays.from_array("e_score_correction_bias", bias)
-        if padding_mask is not None:
-            padding_mask = arrays.from_array("padding_mask", padding_mask)
-        tensors = None if out is None else tuple(arrays.from_array("out", array) for array in out)
-        converted = [*before, bias, factor, softcap, padding_mask, ids_dtype, tensors, kernel]
-        results = _gate(logits, *converted)
-        return TopK(*(out if out is not None else map(arrays.like(gating_output), results)))
-    if not library.is_traced(gating_output):
-        return _gate(gating_output.as_subclass(torch.Tensor), *arguments)
-    if kernel is not None:  # the compiler cannot take an argument of this name
-        raise ValueError(f"kernel={kernel!r}: cannot be forced in code that is traced or compiled")
-    operator, options = torch.ops.cupy_moe.gate, (*before, bias, factor, softcap, padding_mask)
-    if out is None:
-        return TopK(*operator(gating_output, *options, ids_dtype))
-    results = TopK(*out)
-    operator.out(gating_output, *options, **results._asdict())
-    return results
-
-
-def _run(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    options = [*arguments, None, None]
-    return _gate(*options)
-
-
-def _fill_out(*arguments: Any, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> None:
-    options = [*arguments, topk_ids.dtype, (topk_weights, topk_ids), None]
-    _gate(*options)
-
-
-def _fake(gating_output: torch.Tensor, topk: int, *options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def _fake(
+    gating_output: torch.Tensor, topk: int, ids_dtype: torch.dtype | None, **_: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
     shape = gating_output.shape[0], topk
     weights = gating_output.new_empty(shape, dtype=torch.float32)
-    return weights, weights.new_empty(shape, dtype=options[-1])
+    return weights, weights.new_empty(shape, dtype=ids_dtype or torch.int32)
 
 
-_SCHEMA = (
-    "(Tensor gating_output, SymInt topk, bool renormalize, str scoring_func, int num_expert_group,"
+_operator = Operator(
+    "gate",
+    "Tensor gating_output, SymInt topk, bool renormalize, str scoring_func, int num_expert_group,"
     " int topk_group, Tensor? e_score_correction_bias, float routed_scaling_factor, float softcap,"
-    " Tensor? padding_mask"
-)
-_RESULTS = "(Tensor topk_weights, Tensor topk_ids)"
-library.register(f"gate{_SCHEMA}, ScalarType ids_dtype) -> {_RESULTS}", _run, _fake)
-library.register(
-    f"gate.out{_SCHEMA}, *, Tensor(a!) topk_weights, Tensor(b!) topk_ids) -> ()",
-    _fill_out,
-    lambda *_, **__: None,
+    " Tensor? padding_mask, ScalarType? ids_dtype=None",
+    TopK,
+    _gate,
+    _fake,
 )

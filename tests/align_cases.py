@@ -6,9 +6,11 @@ from collections.abc import Sequence
 
 import torch
 
-from cupy_moe.plan import ALIGN_KERNELS, AlignPlan
+from cupy_moe.plan import ALIGN_KERNELS
 
-ID_TYPES = (torch.uint8, torch.int8, torch.uint16, torch.int16, torch.uint32, torch.int32, torch.int64)
+ID_TYPES = (
+    torch.uint8, torch.int8, torch.uint16, torch.int16, torch.uint32, torch.int32, torch.uint64, torch.int64
+)  # fmt: skip
 Lists = tuple[list[int], list[int], list[int]]
 
 
@@ -78,9 +80,9 @@ def layouts(ids: torch.Tensor) -> dict[str, torch.Tensor]:
     return found
 
 
-def kernel_of(plan: AlignPlan) -> str:
-    """Which of ALIGN_KERNELS a plan launches."""
-    unit, _, entry = plan.launches[0].kernel.partition("/")
+def kernel_of(launched: Sequence[str]) -> str:
+    """Which of ALIGN_KERNELS it is that launches these entry points."""
+    unit, _, entry = launched[0].partition("/")
     if unit == "align_global":
         return "global_large" if "_large_" in entry else "global"
     (name,) = [name for name in ALIGN_KERNELS if f"_{name}_" in entry and name != "shared"] or ["shared"]

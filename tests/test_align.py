@@ -148,13 +148,8 @@ OUT = make_out(12, 5, 4)
 WRONG: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
     "float ids": (TypeError, r"topk_ids: expected an integer .*torch\.float32", lambda: align(IDS.float())),
     "bool ids": (TypeError, r"topk_ids: .*torch\.bool", lambda: align(IDS.bool())),
-    "uint64 ids": (
-        TypeError,
-        r"topk_ids: .*unsigned: of up to 32 bits.*torch\.uint64",
-        lambda: align(IDS.to(torch.uint64)),
-    ),
-    "a list for ids": (TypeError, r"topk_ids: .*__dlpack__.*builtins\.list", lambda: align(EXAMPLE)),
-    "None for ids": (TypeError, r"topk_ids: .*NoneType", lambda: align(None)),
+    "a list for ids": (TypeError, r"topk_ids: .*__dlpack__.* got list", lambda: align(EXAMPLE)),
+    "None for ids": (TypeError, "topk_ids: .* got None", lambda: align(None)),
     "block_size 0": (ValueError, "block_size: expected 1 to 65536, got 0", lambda: align(IDS, 0)),
     "block_size -1": (ValueError, "block_size: .*got -1", lambda: align(IDS, -1)),
     "block_size too large": (ValueError, "block_size: .*got 65537", lambda: align(IDS, 65_537)),
@@ -179,7 +174,7 @@ WRONG: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
     ),
     "a map of 4": (
         ValueError,
-        r"expert_map: .*\[num_experts\] = \[5\], got \[4\]",
+        r"expert_map: .* shape \[5\], got \[4\]",
         lambda: align(map=MAP[:4]),
     ),
     "a map of [5, 1]": (ValueError, r"expert_map: .*got \[5, 1\]", lambda: align(map=MAP[:, None])),
@@ -192,10 +187,10 @@ WRONG: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
     "a list for the map": (TypeError, "expert_map: .*got list", lambda: align(map=MAP.tolist())),
     "one tensor for out": (
         TypeError,
-        "out: expected the three tensors sorted_token_ids,",
+        "out: expected the tensors sorted_token_ids, .* got torch.Tensor",
         lambda: align(out=MAP),
     ),
-    "two for out": (TypeError, "out: expected the three tensors", lambda: align(out=OUT[:2])),
+    "two for out": (TypeError, "out: expected the tensors .* got 2 of them", lambda: align(out=OUT[:2])),
     "a list in out": (TypeError, "out: .*for expert_ids, got list", lambda: align(out=(OUT[0], [0], OUT[2]))),
     "int64 in out": (TypeError, r"out: .*num_tokens.*int64", lambda: align(out=(*OUT[:2], OUT[2].long()))),
     "a short out": (
@@ -209,7 +204,11 @@ WRONG: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
         lambda: align(out=(OUT[0], OUT[1].repeat(2), OUT[2])),
     ),
     "a strided out": (ValueError, "out: .*strides", lambda: align(out=(OUT[0].repeat(2)[::2], *OUT[1:]))),
-    "out elsewhere": (ValueError, "out: .*on meta", lambda: align(out=(OUT[0].to("meta"), *OUT[1:]))),
+    "out elsewhere": (
+        ValueError,
+        "out: sorted_token_ids: .* beside .* got meta",
+        lambda: align(out=(OUT[0].to("meta"), *OUT[1:])),
+    ),
     "out for other flags": (ValueError, r"out: .*\[28\]", lambda: align(pad_sorted_ids=True, out=OUT)),
     "ids on no known device": (ValueError, "topk_ids: .*meta", lambda: align(IDS.to("meta"))),
     "more than int32 numbers": (
@@ -234,23 +233,17 @@ def test_a_wrong_call_says_what_is_wrong(name: str) -> None:
     assert all(torch.equal(tensor, before) for tensor, before in zip(OUT, poison, strict=True))
 
 
-def test_equal_values_of_other_types_find_the_same_call_in_the_cache() -> None:
-    """4.0 == 4, also as keys of a cache: refused before, harmless afterwards."""
-    expected = as_lists(align(IDS, 4, 5))
-    assert as_lists(align(IDS, 4.0, np.int64(5))) == expected
-
-
 # ---- arrays of other libraries --------------------------------------------------------------
 
 
 def test_numpy() -> None:
     expert_map = np.array([0, -1, 1, -1, 2], dtype=np.int32)
-    for dtype in (np.uint8, np.int8, np.int16, np.int32, np.int64):
+    for dtype in (np.uint8, np.int8, np.int16, np.int32, np.int64, np.uint64):
         ids = np.array(EXAMPLE, dtype=dtype)
-        aligned = moe_align_block_size(ids, 4, 5)  # type: ignore[arg-type]
+        aligned = moe_align_block_size(ids, 4, 5)
         assert all(isinstance(result, np.ndarray) and result.dtype == np.int32 for result in aligned)
         assert tuple(result.tolist() for result in aligned) == naive(IDS.flatten().tolist(), 4, 5)
-        mapped = moe_align_block_size(ids, 4, 5, expert_map, True, True)  # type: ignore[arg-type]
+        mapped = moe_align_block_size(ids, 4, 5, expert_map, True, True)
         expected = naive(IDS.flatten().tolist(), 4, 5, expert_map.tolist(), True, True)
         assert tuple(result.tolist() for result in mapped) == expected
 
@@ -273,7 +266,7 @@ def test_numpy_errors() -> None:
     with pytest.raises(TypeError, match="the order is"):
         moe_align_block_size(ids, 5, 4, 3)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"topk_ids: expected an integer .*float64"):
-        moe_align_block_size(ids.astype(np.float64), 4, 5)  # type: ignore[arg-type]
+        moe_align_block_size(ids.astype(np.float64), 4, 5)
     with pytest.raises(TypeError, match="out: "):
         moe_align_block_size(ids, 4, 5, out=ids)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="out: "):
@@ -290,7 +283,7 @@ def test_any_array_with_dlpack() -> None:
         def __dlpack_device__(self) -> Any:
             return IDS.__dlpack_device__()
 
-    aligned = moe_align_block_size(Array(), 4, 5)  # type: ignore[arg-type]
+    aligned = moe_align_block_size(Array(), 4, 5)
     assert as_lists(aligned) == naive(IDS.flatten().tolist(), 4, 5)  # as tensors, then
 
 

@@ -72,7 +72,7 @@ def test_out_of_other_shapes() -> None:
 
 
 def test_numpy() -> None:
-    aligned: Any = batched_moe_align_block_size(8, 4, np.array([2, 0, 5], dtype=np.int32))  # type: ignore[arg-type]
+    aligned: Any = batched_moe_align_block_size(8, 4, np.array([2, 0, 5], dtype=np.int32))
     assert all(isinstance(result, np.ndarray) for result in aligned)
     assert as_lists(aligned) == naive(8, 4, [2, 0, 5])
 

@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 import torch
 from cache_helpers import Everything, everything
+from gpus import H200
 
 import cupy_moe
 from cupy_moe import cpu, moe_sum, plan
-from cupy_moe.plan import DeviceLimits, plan_sum
+from cupy_moe.plan import plan_sum
 
 __all__ = ["everything"]  # a fixture
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-H200 = DeviceLimits((9, 0), 132, 232_448)
 
 
 def layout(kind: int, x: torch.Tensor) -> torch.Tensor:
@@ -126,18 +126,18 @@ X = torch.ones(3, 2, 4)
         ({"input": X[0]}, ValueError, "input: expected .tokens, topk, hidden., got .2, 4."),
         ({"input": X.double()}, TypeError, "input: expected torch.float32, .* got torch.float64"),
         ({"input": X.to("meta")}, ValueError, "input: expected a CUDA or CPU tensor"),
-        ({"out": 3}, TypeError, "out: expected a tensor or None, got int"),
-        ({"out": torch.ones(3, 4).half()}, TypeError, "out: expected torch.float32 as input"),
+        ({"out": 3}, TypeError, "out: expected a tensor for out, got int"),
+        ({"out": torch.ones(3, 4).half()}, TypeError, "out: expected torch.float32, got torch.float16"),
         ({"out": torch.ones(3, 5)}, ValueError, r"out: expected shape \[3, 4\]"),
         ({"out": torch.ones(4, 3).T}, ValueError, "rows of neighbouring elements"),
         ({"topk_weights": torch.ones(3, 3)}, ValueError, r"topk_weights: expected shape \[3, 2\]"),
         ({"topk_weights": torch.ones(3, 2).half()}, TypeError, "topk_weights: expected torch.float32"),
         ({"topk_ids": torch.ones(3, 2)}, TypeError, "topk_ids: expected torch.int32 or torch.int64"),
-        ({"topk_ids": [[1, 2]] * 3}, TypeError, "topk_ids: expected a tensor or None, got list"),
+        ({"topk_ids": [[1, 2]] * 3}, TypeError, "topk_ids: .* got list"),
         ({"expert_map": torch.ones(3, dtype=torch.int64)}, TypeError, "expert_map: expected torch.int32"),
         ({"expert_map": torch.ones(3, 1, dtype=torch.int32)}, ValueError, r"expert_map: .* \[experts\]"),
         ({"shared_output": torch.ones(3, 4).half()}, TypeError, "shared_output: expected torch.float32"),
-        ({"shared_output": torch.ones(3, 4, device="meta")}, ValueError, "shared_output: .* beside input"),
+        ({"shared_output": torch.ones(3, 4, device="meta")}, ValueError, "shared_output: .* beside"),
     ],
 )
 def test_wrong_arguments(options: dict[str, Any], error: type[Exception], message: str) -> None:

@@ -17,7 +17,8 @@ from ..combine import moe_sum as _sum
 from ..gate import grouped_topk as _grouped_topk
 from ..gate import topk_sigmoid as _topk_sigmoid
 from ..gate import topk_softmax as _topk_softmax
-from ..library import is_traced
+from ..library import is_watched
+from ..tensors import is_plain
 from ._engine import Switch, heads
 
 
@@ -56,7 +57,7 @@ def _expert_map(topk_ids: torch.Tensor, num_experts: int, ignore_invalid_expert:
     Kept, unless a graph that is being captured or traced has to make it itself: made on the host and copied,
     which waits for the copy, so that it can be read on any stream.
     """
-    device, in_graph = topk_ids.device, is_traced(topk_ids)
+    device, in_graph = topk_ids.device, is_watched() or not is_plain(topk_ids)
     key = num_experts, ignore_invalid_expert, device
     if not in_graph and key in _expert_maps:
         return _expert_maps[key]

@@ -1,0 +1,52 @@
+"""What tensors may be: of one of these types, of this shape, on this device, and what is in memory.
+
+Errors name the argument, what was expected and what was given. Nothing looks at the elements, which would
+wait for the GPU. All of this runs with every call: what is right is found right in as few steps as possible.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias, TypeGuard
+
+import torch
+
+PlainTensor: TypeAlias = Any  # a torch.Tensor that `is_plain`, which type checkers cannot be told
+
+# Types whose tensors are read where `data_ptr` says.
+PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
+_strided = torch.strided
+
+
+def is_plain(tensor: Any) -> TypeGuard[torch.Tensor]:
+    """Whether a kernel can take the tensor's pointer for the tensor."""
+    return type(tensor) in PLAIN and not tensor.is_neg()
+
+
+def check_tensor(
+    name: str,
+    tensor: PlainTensor,
+    dtypes: tuple[torch.dtype, ...],
+    shape: tuple[int, ...],
+    device: torch.device,
+    *,
+    strided: bool = False,
+) -> None:
+    """Raises TypeError or ValueError unless a tensor is as told, and contiguous or `strided`."""
+    if tensor.dtype not in dtypes:
+        raise TypeError(f"{name}: expected {' or '.join(map(str, dtypes))}, got {tensor.dtype}; cast it")
+    if tensor.layout is not _strided or tensor.is_nested:
+        check_layout(name, tensor)
+    if tensor.shape != shape or not (strided or tensor.is_contiguous()):
+        raise ValueError(
+            f"{name}: expected {'shape' if strided else 'a contiguous tensor of shape'} {list(shape)},"
+            f" got {list(tensor.shape)} with strides {list(tensor.stride())}"
+        )
+    if tensor.device != device:
+        raise ValueError(f"{name}: expected it beside the other tensors on {device}, got {tensor.device}")
+
+
+def check_layout(name: str, tensor: PlainTensor) -> None:
+    """Raises TypeError unless the elements of a tensor are in memory at strides, as kernels read them."""
+    if tensor.layout is not _strided or tensor.is_nested:
+        what = "nested" if tensor.is_nested else tensor.layout
+        raise TypeError(f"{name}: expected a dense tensor, got a {what} one; make it dense")
