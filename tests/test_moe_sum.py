@@ -11,13 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cache_helpers import Everything, everything
+from cache_helpers import Everything
 
 import cupy_moe
 from cupy_moe import cpu, moe_sum, plan
 from cupy_moe.plan import DeviceLimits, plan_sum
-
-__all__ = ["everything"]  # a fixture
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 H200 = DeviceLimits((9, 0), 132, 232_448)

@@ -15,12 +15,10 @@ from typing import Any
 import moe_layer
 import pytest
 import torch
-from cache_helpers import Everything, copy_package, everything, run_python
+from cache_helpers import Everything, copy_package, run_python
 
 import cupy_moe
 from cupy_moe import __version__, build, cli, config
-
-__all__ = ["everything"]  # a fixture
 
 ROOT = Path(__file__).parents[1]
 FAKE_CACHE = ("v1/sm_90/align-0123456789abcdef.cubin", "v1/sm_90/align-0123456789abcdef.json")

@@ -7,7 +7,7 @@ from bisect import bisect_left
 
 import pytest
 from align_cases import kernel_of
-from cache_helpers import Everything, everything
+from cache_helpers import Everything
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -21,8 +21,6 @@ from cupy_moe.plan import (
     divisor,
     plan_align,
 )
-
-__all__ = ["everything"]  # a fixture
 
 T4 = DeviceLimits((7, 5), 40, 65_536)
 A100 = DeviceLimits((8, 0), 108, 166_912)
