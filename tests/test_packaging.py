@@ -77,7 +77,8 @@ def test_sdist_makes_the_same_wheel(tree: Path, tmp_path: Path, monkeypatch: pyt
     hatchling = pytest.importorskip("hatchling.build")
     monkeypatch.chdir(tree)
     with tarfile.open(tmp_path / hatchling.build_sdist(str(tmp_path))) as sdist:
-        sdist.extractall(tmp_path, filter="data")
+        sdist.extraction_filter = getattr(tarfile, "data_filter", None)  # not before 3.10.12 and 3.11.4
+        sdist.extractall(tmp_path)
     unpacked = tmp_path / f"cupy_moe-{__version__}"
     assert wheel_names(unpacked, tmp_path, monkeypatch) == wheel_names(tree, tmp_path, monkeypatch)
 
