@@ -162,6 +162,18 @@ def test_readme_examples_run_without_a_gpu() -> None:
         torch.testing.assert_close(names["moe_layer"](a, b, c, d, 2), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_readme_states_the_oldest_versions() -> None:
+    install = (ROOT / "README.md").read_text().partition("## Install")[2].partition("## Use")[0]
+    project = (ROOT / "pyproject.toml").read_text()
+    for label, requirement in (
+        ("| Python, on Linux | ", 'requires-python = ">='),
+        ("| torch | ", '"torch>='),
+        ("| CuPy | ", '"cupy-cuda12x>='),
+        (" for CUDA 12, ", '"cupy-cuda13x>='),
+    ):
+        assert label + project.partition(requirement)[2].partition('"')[0] in install
+
+
 def test_readme_names_every_function_and_script() -> None:
     text = (ROOT / "README.md").read_text()
     public = [name for name in cupy_moe.__all__ if name[0].islower()]
