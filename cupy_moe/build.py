@@ -7,13 +7,19 @@ path is part of a compilation or of a digest, and images can be moved between ma
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import functools
 import hashlib
 import json
 import re
 import struct
+import sys
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from . import config
@@ -133,18 +139,79 @@ def native_targets(capability: tuple[int, int]) -> list[str]:
 
 # ---- NVRTC ----------------------------------------------------------------------------------------------
 
+_WHEELS = {12: "nvidia-cuda-nvrtc-cu12", 13: "nvidia-cuda-nvrtc"}  # of each CUDA that there is a CuPy for
+_loading = threading.Lock()
+
+
+def _nvrtc() -> Any:
+    return _loaded()[0]
+
+
+def toolchain() -> Toolchain:
+    """The NVRTC in use, to the patch level that `getVersion` does not tell."""
+    return _loaded()[1]
+
+
+def _loaded() -> tuple[Any, Toolchain]:
+    with _loading:  # a second thread would find the library open, but not yet what it needs beside it
+        return _load()
+
 
 @functools.cache
-def _nvrtc() -> Any:
+def _load() -> tuple[Any, Toolchain]:
+    """CuPy's bindings to the NVRTC of CuPy's own CUDA, after a first compilation: that of nothing, to PTX,
+    which states the version."""
     from ._cupy import cupy
 
-    nvrtc = cupy.cuda.nvrtc
+    nvrtc, cuda = cupy.cuda.nvrtc, cupy.cuda.driver.get_build_version() // 1000
+    wheel = _WHEELS.get(cuda, _WHEELS[13])
+    library = _open_library(f"libnvrtc.so.{cuda}", wheel)
     try:
-        nvrtc.getVersion()
+        with _offered_to_cupy(library):
+            version = nvrtc.getVersion()
     except Exception as error:  # the class depends on the versions of CuPy and cuda-pathfinder
-        package = "nvidia-cuda-nvrtc" if installed_version("cupy-cuda13x") else "nvidia-cuda-nvrtc-cu12"
-        raise DependencyError(f"NVRTC cannot be loaded ({error}); pip install {package}") from error
-    return nvrtc
+        raise DependencyError(f"NVRTC cannot be loaded ({error}); pip install {wheel}") from error
+    found = ".".join(map(str, version))
+    if version[0] != cuda:
+        fix = f"pip install {wheel}" if library is None else "call cupy_moe before CuPy compiles anything"
+        raise DependencyError(f"CuPy is for CUDA {cuda}, but has loaded NVRTC {found}; {fix}")
+    ptx, _ = _run_nvrtc(nvrtc, "empty.cu", b"", {}, (), PTX_TARGET)
+    text = ptx.decode(errors="replace")
+    patch, build = re.search(r"\bV(\d+\.\d+\.\d+)", text), re.search(r"\b(CL-\d+)", text)
+    return nvrtc, Toolchain(patch[1] if patch else found, build[1] if build else "")
+
+
+def _open_library(name: str, wheel: str) -> ctypes.CDLL | None:
+    """The library in a wheel, else what the loader knows by its name; None where CuPy has to look further."""
+    from importlib import metadata
+
+    with contextlib.suppress(metadata.PackageNotFoundError, OSError):
+        for file in metadata.files(wheel) or ():
+            if file.name == name:
+                path = Path(str(file.locate())).resolve()
+                for builtins in path.parent.glob(name.replace("nvrtc", "nvrtc-builtins") + ".*"):
+                    ctypes.CDLL(str(builtins))  # which the NVRTC of CUDA 13.0 does not find beside itself
+                return ctypes.CDLL(str(path))
+    with contextlib.suppress(OSError):
+        return ctypes.CDLL(name)
+    return None
+
+
+@contextlib.contextmanager
+def _offered_to_cupy(library: ctypes.CDLL | None) -> Iterator[None]:
+    """Inside, cuda-pathfinder has this library for CuPy, where it would take NVRTC of the newest CUDA found.
+    CuPy before 14 does not ask it, but opens the name of its own CUDA's, and so finds what is open."""
+    pathfinder: Any = sys.modules.get("cuda.pathfinder")
+    if library is None or pathfinder is None:
+        yield
+        return
+    load = pathfinder.load_nvidia_dynamic_lib
+    nvrtc = SimpleNamespace(abs_path=library._name, _handle_uint=library._handle)  # what CuPy reads
+    pathfinder.load_nvidia_dynamic_lib = lambda name: nvrtc if name == "nvrtc" else load(name)
+    try:
+        yield
+    finally:
+        pathfinder.load_nvidia_dynamic_lib = load
 
 
 def installed_version(distribution: str) -> str | None:
@@ -158,18 +225,10 @@ def installed_version(distribution: str) -> str | None:
 
 @functools.cache
 def installed_nvrtc() -> frozenset[str]:
-    """Versions of the NVRTC wheels installed here, without loading the 100 MB library (about 1 ms)."""
-    return frozenset(filter(None, map(installed_version, ("nvidia-cuda-nvrtc-cu12", "nvidia-cuda-nvrtc"))))
-
-
-@functools.cache
-def toolchain() -> Toolchain:
-    """The NVRTC in use, to the patch level that `getVersion` does not tell: read from the PTX of nothing."""
-    ptx, _ = _run_nvrtc("empty.cu", b"", {}, (), PTX_TARGET)
-    text = ptx.decode(errors="replace")
-    version, build = re.search(r"\bV(\d+\.\d+\.\d+)", text), re.search(r"\b(CL-\d+)", text)
-    fallback = ".".join(map(str, _nvrtc().getVersion()))
-    return Toolchain(version[1] if version else fallback, build[1] if build else "")
+    """Version of the NVRTC wheel of CuPy's CUDA, without loading the 100 MB library (about 1 ms). Of each,
+    where the name of CuPy's package does not tell its CUDA."""
+    wheels = [wheel for cuda, wheel in _WHEELS.items() if installed_version(f"cupy-cuda{cuda}x")]
+    return frozenset(filter(None, map(installed_version, wheels or _WHEELS.values())))
 
 
 def supported_targets() -> list[str]:
@@ -189,16 +248,15 @@ def compile(unit: Unit, target: str) -> Compiled:
     if number(target) not in _nvrtc().getSupportedArchs():
         known = ", ".join(supported_targets())
         raise CompileError(f"NVRTC {toolchain().nvrtc} cannot compile for {target}; it knows {known}")
-    data, log = _run_nvrtc(f"{unit.name}.cu", unit.source, unit.headers, unit.options, target)
+    data, log = _run_nvrtc(_nvrtc(), f"{unit.name}.cu", unit.source, unit.headers, unit.options, target)
     if target.startswith("compute_"):
         return Compiled(data, {name: {} for name in _ptx_entries(data)}, toolchain())
     return Compiled(_whole_elf(data), _parse_ptxas(log), toolchain())
 
 
 def _run_nvrtc(
-    name: str, source: bytes, headers: dict[str, bytes], options: tuple[str, ...], target: str
+    nvrtc: Any, name: str, source: bytes, headers: dict[str, bytes], options: tuple[str, ...], target: str
 ) -> tuple[bytes, str]:
-    nvrtc = _nvrtc()
     arguments = [*options, f"-arch={target}", "--ptxas-options=-v"]
     if nvrtc.getVersion() >= (12, 9):
         arguments.append(

@@ -83,22 +83,17 @@ def _is_complete(target: str) -> bool:
 
 
 def _compiler() -> Iterator[Check]:
-    if len(build.installed_nvrtc()) > 1:
-        found = "two NVRTC wheels are installed, and CuPy may load either"
-        yield Check("WARN", "NVRTC", found, "pip uninstall the one that is not of your CUDA major version")
     try:
         tools = build.toolchain()
     except DependencyError as error:
         needed = not any(map(_is_complete, build.TARGETS))
         yield Check("FAIL" if needed else "WARN", "NVRTC", str(error), "needed only to compile: see above")
         return
-    yield Check("PASS", "NVRTC", f"{tools.nvrtc} {tools.build} {_library()}".strip())
     from ._cupy import cupy
 
-    built = cupy.cuda.driver.get_build_version() // 1000
-    if built != int(tools.nvrtc.split(".")[0]):
-        found = f"NVRTC {tools.nvrtc} with a CuPy for CUDA {built}"
-        yield Check("WARN", "NVRTC", found, "install the NVRTC wheel of CuPy's CUDA version")
+    cuda = cupy.cuda.driver.get_build_version() // 1000
+    yield Check("PASS", "CuPy", f"{cupy.__version__} for CUDA {cuda}")
+    yield Check("PASS", "NVRTC", f"{tools.nvrtc} {tools.build} {_library(cuda)}".strip())
     target = build.supported_targets()[-1]
     smallest = min(build.units().values(), key=lambda unit: len(unit.source))
     start = time.perf_counter()
@@ -107,11 +102,11 @@ def _compiler() -> Iterator[Check]:
     yield Check("PASS", "compile", f"{smallest.name} for {target} in {milliseconds:.0f} ms")
 
 
-def _library() -> str:
-    """Where the NVRTC in use was loaded from: another package may have been first."""
+def _library(cuda: int) -> str:
+    """Where the NVRTC in use was loaded from."""
     try:
         with open("/proc/self/maps") as maps:
-            match = re.search(r"(/\S*libnvrtc\.so\S*)", maps.read())
+            match = re.search(rf"(/.*/libnvrtc\.so\.{cuda}.*)", maps.read())
     except OSError:
         return ""
     return match[1] if match else ""

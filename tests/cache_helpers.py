@@ -9,8 +9,6 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import pytest
-
 from cupy_moe import build, cache, prebuild
 
 PACKAGE = Path(build.__file__).parent
@@ -55,39 +53,10 @@ def write_sources(folder: Path) -> Path:
     return folder
 
 
-@pytest.fixture
-def sandbox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sandbox:
-    box = Sandbox(tmp_path, write_sources(tmp_path / "kernels_cu"), tmp_path / "user", tmp_path / "prebuilt")
-    for name in [name for name in os.environ if name.startswith("CUPY_MOE_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("CUPY_MOE_CACHE_DIR", str(box.user))
-    monkeypatch.setattr(build, "source_folder", lambda: box.sources)
-    monkeypatch.setattr(build, "checkout", lambda: None)
-    monkeypatch.setattr(cache, "_warned", set())
-    monkeypatch.setattr(cache, "_compiled", {})
-    return box
-
-
 @dataclass(frozen=True)
 class Everything:
     folder: Path
     results: list[prebuild.Result]
-
-
-@pytest.fixture(scope="session")
-def everything(pytestconfig: pytest.Config) -> Everything:
-    """Every kernel of the package for every target; kept between runs, as sources change seldom."""
-    assert pytestconfig.cache is not None
-    folder = pytestconfig.cache.mkdir(f"cubins-{build.toolchain().nvrtc}")
-    targets = [*build.supported_targets(), build.PTX_TARGET]
-    wanted = [(unit, target) for target in targets for unit in build.units().values()]
-    missing = [pair for pair in wanted if prebuild.state(folder, *pair).status == "missing"]
-    built = list(prebuild.run(cache.Root(folder, "prebuilt"), missing, os.cpu_count() or 1))
-    for target in targets:
-        prebuild.finish(folder, target)
-    failed = {(r.unit, r.target): r for r in built if r.status == "failed"}
-    found = [prebuild.state(folder, *pair) for pair in wanted]
-    return Everything(folder, [failed.get((r.unit, r.target), r) for r in found])
 
 
 def copy_package(folder: Path) -> Path:

@@ -1,4 +1,4 @@
-"""What the whole suite shares: the `gpu` marker, a cache folder of its own, and Hypothesis' settings."""
+"""What the whole suite shares: the `gpu` marker, caches of its own, Hypothesis' settings, and fixtures."""
 
 from __future__ import annotations
 
@@ -6,9 +6,13 @@ import functools
 import importlib.util
 import os
 import tempfile
+from pathlib import Path
 
 import hypothesis
 import pytest
+from cache_helpers import Everything, Sandbox, write_sources
+
+from cupy_moe import build, cache, prebuild
 
 # Time limits on single examples fail on a busy machine; CI has to say the same thing twice of one commit.
 hypothesis.settings.register_profile("suite", deadline=None, derandomize=bool(os.environ.get("CI")))
@@ -39,3 +43,41 @@ def missing_for_gpu() -> str | None:
     if not torch.backends.cuda.is_built():
         return "this torch is built without CUDA"
     return None if torch.cuda.is_available() else "no CUDA GPU"
+
+
+@pytest.fixture
+def sandbox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sandbox:
+    box = Sandbox(tmp_path, write_sources(tmp_path / "kernels_cu"), tmp_path / "user", tmp_path / "prebuilt")
+    for name in [name for name in os.environ if name.startswith("CUPY_MOE_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("CUPY_MOE_CACHE_DIR", str(box.user))
+    monkeypatch.setattr(build, "source_folder", lambda: box.sources)
+    monkeypatch.setattr(build, "checkout", lambda: None)
+    monkeypatch.setattr(cache, "_warned", set())
+    monkeypatch.setattr(cache, "_compiled", {})
+    return box
+
+
+@pytest.fixture(scope="session")
+def everything(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Everything:
+    """Every kernel of the package for every target; kept between runs where the checkout can be written, as
+    sources change seldom."""
+    kept = pytestconfig.rootpath / ".pytest_cache" / f"cubins-{build.toolchain().nvrtc}"
+    folder = kept if can_write(kept) else tmp_path_factory.mktemp("cubins")
+    targets = [*build.supported_targets(), build.PTX_TARGET]
+    wanted = [(unit, target) for target in targets for unit in build.units().values()]
+    missing = [pair for pair in wanted if prebuild.state(folder, *pair).status == "missing"]
+    built = list(prebuild.run(cache.Root(folder, "prebuilt"), missing, os.cpu_count() or 1))
+    for target in targets:
+        prebuild.finish(folder, target)
+    failed = {(r.unit, r.target): r for r in built if r.status == "failed"}
+    found = [prebuild.state(folder, *pair) for pair in wanted]
+    return Everything(folder, [failed.get((r.unit, r.target), r) for r in found])
+
+
+def can_write(folder: Path) -> bool:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return os.access(folder, os.W_OK)
+    except OSError:
+        return False

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import functools
+import re
 import shutil
 import subprocess
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from cache_helpers import HEADER, REAL, TINY, Everything, Sandbox, everything, sandbox
+from cache_helpers import HEADER, PACKAGE, REAL, TINY, Everything, Sandbox, run_python
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cupy_moe import build, cache, config
+from cupy_moe import build, cache, config, doctor
 from cupy_moe.errors import CompileError, ConfigError, DependencyError
-
-__all__ = ["everything", "sandbox"]  # fixtures
-
 
 # ---- digests
 
@@ -172,18 +177,83 @@ def test_a_target_that_nvrtc_lacks_is_answered_with_those_it_has(sandbox: Sandbo
         build.compile(sandbox.unit, "sm_20")
 
 
-def test_a_missing_nvrtc_is_answered_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def load_anew(monkeypatch: pytest.MonkeyPatch, version: Callable[[], tuple[int, int]]) -> None:
+    """Load NVRTC once more, which now says that it is of another version."""
     from cupy_moe._cupy import cupy
 
-    class Broken:
-        @staticmethod
-        def getVersion() -> tuple[int, int]:
-            raise RuntimeError("libnvrtc.so.12: cannot open")
+    monkeypatch.setattr(cupy.cuda, "nvrtc", SimpleNamespace(getVersion=version))
+    build._load.__wrapped__()
 
-    build._nvrtc.cache_clear()
-    monkeypatch.setattr(cupy.cuda, "nvrtc", Broken)
+
+def test_a_missing_nvrtc_is_answered_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    def version() -> tuple[int, int]:
+        raise RuntimeError("libnvrtc.so.12: cannot open")
+
     with pytest.raises(DependencyError, match=r"libnvrtc\.so\.12.*pip install nvidia-cuda-nvrtc"):
-        build._nvrtc()
+        load_anew(monkeypatch, version)
+
+
+def test_an_nvrtc_of_another_cuda_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    refused = r"CuPy is for CUDA 1\d, but has loaded NVRTC 99\.1; "
+    with pytest.raises(DependencyError, match=refused + "call cupy_moe before CuPy.*$"):
+        load_anew(monkeypatch, lambda: (99, 1))
+    monkeypatch.setattr(build, "_open_library", lambda *_: None)
+    with pytest.raises(DependencyError, match=refused + "pip install nvidia-cuda-nvrtc.*$"):
+        load_anew(monkeypatch, lambda: (99, 1))
+
+
+USE = """
+import ctypes, sys
+for path in sys.argv[1:]:
+    ctypes.CDLL(path)  # as `import torch` does
+from cupy_moe import build
+from cupy_moe._cupy import cupy
+print(cupy.cuda.driver.get_build_version() // 1000, build.toolchain().nvrtc)
+assert build.compile(build.unit("moe_sum"), "sm_90").data
+"""
+
+
+def nvrtc_libraries() -> list[str]:
+    wheels = [metadata.files(name) or [] for name in build._WHEELS.values() if build.installed_version(name)]
+    return [str(f.locate()) for files in wheels for f in files if f.name.startswith("libnvrtc.so.")]
+
+
+@pytest.mark.parametrize("first", [[], nvrtc_libraries(), nvrtc_libraries()[::-1]], ids=len)
+def test_nvrtc_is_of_cupys_cuda_whatever_is_installed_and_loaded(first: list[str]) -> None:
+    run = run_python(PACKAGE.parent, "-c", USE, *first)
+    assert run.returncode == 0, run.stderr
+    cuda, version = run.stdout.split()
+    assert version.startswith(f"{cuda}.")
+
+
+def test_doctor_shows_whose_cuda_it_is_and_where_nvrtc_is() -> None:
+    found = {check.subject: check.finding for check in doctor._compiler()}
+    cuda = found["CuPy"].rpartition(" for CUDA ")[2]
+    assert re.fullmatch(rf"{cuda}\.\d+\.\d+ CL-\d+ /.*/libnvrtc\.so\.{cuda}[.\d]*", found["NVRTC"])
+
+
+def test_the_cache_is_asked_for_the_nvrtc_of_cupys_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = {"nvidia-cuda-nvrtc-cu12": "12.9.86", "nvidia-cuda-nvrtc": "13.2.1"}
+    monkeypatch.setattr(build, "installed_version", installed.get)
+    look_up = build.installed_nvrtc.__wrapped__
+    assert look_up() == {"12.9.86", "13.2.1"}  # CuPy from elsewhere
+    installed["cupy-cuda12x"] = "14.2.0"
+    assert look_up() == {"12.9.86"}
+
+
+def test_one_thread_loads_nvrtc_while_others_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[str] = []
+
+    def load() -> tuple[Any, build.Toolchain]:
+        begun.append(threading.current_thread().name)
+        time.sleep(0.2)
+        return None, build.Toolchain("12.9.86", "")
+
+    monkeypatch.setattr(build, "_load", functools.cache(load))
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda _: build.toolchain(), range(8)))
+    assert len(begun) == 1
+    assert set(found) == {build.Toolchain("12.9.86", "")}
 
 
 @pytest.mark.parametrize("name", REAL)

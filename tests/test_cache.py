@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cache_helpers import PACKAGE, REAL, Everything, Sandbox, copy_package, everything, run_python, sandbox
+from cache_helpers import PACKAGE, REAL, Everything, Sandbox, copy_package, run_python
 
 from cupy_moe import build, cache, prebuild
 from cupy_moe.errors import CompileError, ConfigError, DependencyError, KernelNotPrebuiltError
 
-__all__ = ["everything", "sandbox"]  # fixtures
 HOPPER = (9, 0)
 
 

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cache_helpers import Sandbox, copy_package, run_python, sandbox
+from cache_helpers import Sandbox, copy_package, run_python
 from click.testing import CliRunner, Result
 
 from cupy_moe import __version__, build, cache, config, prebuild
 from cupy_moe.cli import main
 from cupy_moe.errors import DependencyError
 
-__all__ = ["sandbox"]  # a fixture
 COMMANDS = ["clean", "demo", "doctor", "list", "path", "prebuild", "show-config", "verify"]
 
 

@@ -12,13 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cache_helpers import Everything, everything
+from cache_helpers import Everything
 from gpus import H200
 
 from cupy_moe import cpu, gate, grouped_topk, plan, topk_sigmoid, topk_softmax
 from cupy_moe.plan import GATE_WARP_MAX_TOKENS, plan_gate
-
-__all__ = ["everything"]  # a fixture
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ID_TYPES = (torch.int32, torch.int64, torch.uint32)

@@ -12,13 +12,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from cache_helpers import PACKAGE, Everything, Sandbox, copy_package, everything, run_python, sandbox
+from cache_helpers import PACKAGE, Everything, Sandbox, copy_package, run_python
 
 import cupy_moe
 from cupy_moe import build, cache, modules
 from cupy_moe.errors import KernelLoadError, KernelNotPrebuiltError
-
-__all__ = ["everything", "sandbox"]  # fixtures
 
 
 @pytest.fixture
@@ -74,6 +72,7 @@ class Driver:
 def driver(fresh: None, monkeypatch: pytest.MonkeyPatch) -> Driver:
     from cupy_moe import _cupy
 
+    build.toolchain()  # with CuPy itself: the made-up one has no compiler
     driver = Driver()
 
     class Device:

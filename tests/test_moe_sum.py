@@ -11,14 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cache_helpers import Everything, everything
+from cache_helpers import Everything
 from gpus import H200
 
 import cupy_moe
 from cupy_moe import cpu, moe_sum, plan
 from cupy_moe.plan import plan_sum
-
-__all__ = ["everything"]  # a fixture
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 

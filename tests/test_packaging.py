@@ -15,12 +15,10 @@ from typing import Any
 import moe_layer
 import pytest
 import torch
-from cache_helpers import Everything, copy_package, everything, run_python
+from cache_helpers import Everything, copy_package, run_python
 
 import cupy_moe
 from cupy_moe import __version__, build, cli, config
-
-__all__ = ["everything"]  # a fixture
 
 ROOT = Path(__file__).parents[1]
 FAKE_CACHE = ("v1/sm_90/align-0123456789abcdef.cubin", "v1/sm_90/align-0123456789abcdef.json")
@@ -79,7 +77,8 @@ def test_sdist_makes_the_same_wheel(tree: Path, tmp_path: Path, monkeypatch: pyt
     hatchling = pytest.importorskip("hatchling.build")
     monkeypatch.chdir(tree)
     with tarfile.open(tmp_path / hatchling.build_sdist(str(tmp_path))) as sdist:
-        sdist.extractall(tmp_path, filter="data")
+        sdist.extraction_filter = getattr(tarfile, "data_filter", None)  # not before 3.10.12 and 3.11.4
+        sdist.extractall(tmp_path)
     unpacked = tmp_path / f"cupy_moe-{__version__}"
     assert wheel_names(unpacked, tmp_path, monkeypatch) == wheel_names(tree, tmp_path, monkeypatch)
 
@@ -161,6 +160,18 @@ def test_readme_examples_run_without_a_gpu() -> None:
         a, b, c, d = (torch.randn(shape, generator=generator) / shape[-1] ** 0.5 for shape in shapes)
         expected = moe_layer.loop_over_experts(a, b, c, d, 2)
         torch.testing.assert_close(names["moe_layer"](a, b, c, d, 2), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_readme_states_the_oldest_versions() -> None:
+    install = (ROOT / "README.md").read_text().partition("## Install")[2].partition("## Use")[0]
+    project = (ROOT / "pyproject.toml").read_text()
+    for label, requirement in (
+        ("| Python, on Linux | ", 'requires-python = ">='),
+        ("| torch | ", '"torch>='),
+        ("| CuPy | ", '"cupy-cuda12x>='),
+        (" for CUDA 12, ", '"cupy-cuda13x>='),
+    ):
+        assert label + project.partition(requirement)[2].partition('"')[0] in install
 
 
 def test_readme_names_every_function_and_script() -> None:

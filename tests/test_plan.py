@@ -6,7 +6,7 @@ import inspect
 from bisect import bisect_left
 
 import pytest
-from cache_helpers import Everything, everything
+from cache_helpers import Everything
 from gpus import A100, B200, GPUS, H20, H200, H200_SLICE, RTX4090, RTX5090, T4, TARGETS
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -21,8 +21,6 @@ from cupy_moe.plan import (
     divisor,
     plan_align,
 )
-
-__all__ = ["everything"]  # a fixture
 
 CLUSTERS = "align_shared/align_shared_cluster{}_i32"
 EXPERTS = (1, 2, 8, 31, 64, 257, 1023, 1024, 1025, 4096, 8192, 9000, 20_000, 65_535, 65_536)
