@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from cupy_moe import build, cache, prebuild
+from cupy_moe import build, cache, folders, prebuild, store
+from cupy_moe.folders import Root
 
 PACKAGE = Path(build.__file__).parent
 REAL = [path.stem for folder in ("kernels_cu", "../kernels_cu") for path in (PACKAGE / folder).glob("*.cu")]
@@ -45,7 +46,12 @@ class Sandbox:
 
     def publish(self, root: Path, target: str) -> Path:
         """The path of an image that is now there."""
-        return cache.publish(cache.Root(root, "prebuilt"), cache.compile_image(self.unit, target))
+        return store.publish(Root(root, "prebuilt"), store.compile_image(self.unit, target))
+
+
+def files(root: Path, pattern: str) -> list[Path]:
+    """Of a folder of images, whoever may read them."""
+    return sorted((root / folders.LAYOUT).glob(pattern))
 
 
 def write_sources(folder: Path) -> Path:
@@ -63,7 +69,7 @@ def sandbox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sandbox:
     monkeypatch.setenv("CUPY_MOE_CACHE_DIR", str(box.user))
     monkeypatch.setattr(build, "source_folder", lambda: box.sources)
     monkeypatch.setattr(build, "checkout", lambda: None)
-    monkeypatch.setattr(cache, "_warned", set())
+    monkeypatch.setattr(folders, "_warned", set())
     monkeypatch.setattr(cache, "_compiled", {})
     return box
 
@@ -79,14 +85,15 @@ def everything(pytestconfig: pytest.Config) -> Everything:
     """Every kernel of the package for every target; kept between runs, as sources change seldom."""
     assert pytestconfig.cache is not None
     folder = pytestconfig.cache.mkdir(f"cubins-{build.toolchain().nvrtc}")
+    root = Root(folder, "prebuilt")
     targets = [*build.supported_targets(), build.PTX_TARGET]
     wanted = [(unit, target) for target in targets for unit in build.units().values()]
-    missing = [pair for pair in wanted if prebuild.state(folder, *pair).status == "missing"]
-    built = list(prebuild.run(cache.Root(folder, "prebuilt"), missing, os.cpu_count() or 1))
+    missing = [pair for pair in wanted if prebuild.state(root, *pair).status == "missing"]
+    built = list(prebuild.run(root, missing, os.cpu_count() or 1))
     for target in targets:
-        prebuild.finish(folder, target)
+        prebuild.finish(root, target)
     failed = {(r.unit, r.target): r for r in built if r.status == "failed"}
-    found = [prebuild.state(folder, *pair) for pair in wanted]
+    found = [prebuild.state(root, *pair) for pair in wanted]
     return Everything(folder, [failed.get((r.unit, r.target), r) for r in found])
 
 

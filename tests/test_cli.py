@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cache_helpers import Sandbox, copy_package, run_python, sandbox
+from cache_helpers import Sandbox, copy_package, files, run_python, sandbox
 from click.testing import CliRunner, Result
 
-from cupy_moe import __version__, build, cache, config, prebuild
+from cupy_moe import __version__, build, config, folders, prebuild
 from cupy_moe.cli import main
 from cupy_moe.errors import DependencyError
+from cupy_moe.folders import Root
 
 __all__ = ["sandbox"]  # a fixture
 COMMANDS = ["clean", "demo", "doctor", "list", "path", "prebuild", "show-config", "verify"]
@@ -103,22 +104,22 @@ def test_lines_on_stderr_and_a_table_on_stdout(sandbox: Sandbox) -> None:
 
 
 def test_other_sources_replace_what_was_built(sandbox: Sandbox, prebuilt: Path) -> None:
-    before = {path.name for path in cache.find(prebuilt, "*/tiny-*")}
+    before = {path.name for path in files(prebuilt, "*/tiny-*")}
     (sandbox.sources / "tiny.cuh").write_text("constexpr int kOffset = 4;\n")
     assert sandbox.unit
     invoke("prebuild", "--arch", "sm_90", "--out", prebuilt, "--check", code=1)
     would = invoke_json("prebuild", "--arch", "sm_90", "--out", prebuilt, "--dry-run")
     assert [result["status"] for result in would["results"]] == ["missing"]
-    assert {path.name for path in cache.find(prebuilt, "*/tiny-*")} == before
+    assert {path.name for path in files(prebuilt, "*/tiny-*")} == before
     invoke("prebuild", "--arch", "sm_90", "--arch", "sm_80", "--out", prebuilt)
-    after = {path.name for path in cache.find(prebuilt, "*/tiny-*")}
+    after = {path.name for path in files(prebuilt, "*/tiny-*")}
     assert len(after) == 4
     assert not after & before
     invoke("prebuild", "--arch", "sm_90", "--out", prebuilt, "--check")
 
 
 def test_damage_is_rebuilt_and_force_builds_all(sandbox: Sandbox, prebuilt: Path) -> None:
-    (path,) = cache.find(prebuilt, "sm_90/*.cubin")
+    (path,) = files(prebuilt, "sm_90/*.cubin")
     good = path.read_bytes()
     path.write_bytes(b"")
     invoke("prebuild", "--arch", "sm_90", "--out", prebuilt, "--check", code=1)
@@ -133,11 +134,9 @@ def test_one_kernel_leaves_the_others(sandbox: Sandbox, prebuilt: Path) -> None:
     assert sandbox.unit
     value = invoke_json("prebuild", "--arch", "sm_90", "--out", prebuilt, "--kernel", "other")
     assert [result["unit"] for result in value["results"]] == ["other"]
-    assert len(cache.find(prebuilt, "sm_90/*.cubin")) == 2
-    assert not prebuild.problems(cache.Root(prebuilt, "prebuilt"), strict=False)
-    assert prebuild.problems(cache.Root(prebuilt, "prebuilt"), strict=True) == [
-        f"{prebuilt}: no other for sm_80"
-    ]
+    assert len(files(prebuilt, "sm_90/*.cubin")) == 2
+    assert not prebuild.problems(Root(prebuilt, "prebuilt"), strict=False)
+    assert prebuild.problems(Root(prebuilt, "prebuilt"), strict=True) == [f"{prebuilt}: no other for sm_80"]
 
 
 def test_a_kernel_that_does_not_compile_fails_alone(sandbox: Sandbox) -> None:
@@ -145,7 +144,7 @@ def test_a_kernel_that_does_not_compile_fails_alone(sandbox: Sandbox) -> None:
     assert sandbox.unit
     result = invoke("prebuild", "--arch", "sm_90", "--out", sandbox.prebuilt, code=1)
     assert "bad.cu(1): error" in result.stdout
-    assert cache.find(sandbox.prebuilt, "sm_90/tiny-*.cubin")
+    assert files(sandbox.prebuilt, "sm_90/tiny-*.cubin")
 
 
 def test_a_folder_that_cannot_be_written_is_a_failure(sandbox: Sandbox) -> None:
@@ -182,8 +181,8 @@ def test_without_out_it_writes_to_the_checkout_or_the_user_cache(
     assert invoke("path", "--prebuild").stdout.strip() == str(sandbox.user)
     sandbox.publish(sandbox.user, "sm_80")
     invoke("prebuild", "--arch", "sm_90")
-    assert {path.parent.name for path in cache.find(sandbox.user, "*/*.cubin")} == {"sm_80", "sm_90"}
-    assert not cache.find(sandbox.user, "*/manifest.json")
+    assert {path.parent.name for path in files(sandbox.user, "*/*.cubin")} == {"sm_80", "sm_90"}
+    assert not files(sandbox.user, "*/manifest.json")
     monkeypatch.setattr(build, "checkout", lambda: sandbox.folder)
     assert invoke("path", "--prebuild").stdout.strip() == str(sandbox.folder / "cache")
 
@@ -203,7 +202,7 @@ def test_list_shows_all_folders(sandbox: Sandbox, prebuilt: Path) -> None:
     assert len(invoke_json("list", "--arch", "9.0")["images"]) == 2
     (sandbox.sources / "tiny.cuh").write_text("constexpr int kOffset = 4;\n")
     assert sandbox.unit
-    cache.find(prebuilt, "sm_80/tiny-*.json")[0].write_text("")
+    files(prebuilt, "sm_80/tiny-*.json")[0].write_text("")
     assert [row["state"] for row in invoke_json("list")["images"]] == ["damaged", "stale", "stale"]
     assert "stale" in invoke("list").stdout
 
@@ -213,18 +212,18 @@ def test_an_empty_list_is_no_failure(sandbox: Sandbox) -> None:
 
 
 @pytest.mark.parametrize(
-    ("strict", "files", "contents", "said"),
+    ("strict", "damaged", "contents", "said"),
     [
         (True, "", b"", None),
         (False, "sm_90/*.cubin", b"", "has 0 bytes instead of"),
         (True, "sm_90/tiny-*.json", None, "no tiny for sm_90"),
         (False, "sm_90/tiny-*.json", None, None),  # a writer was killed before it came to this file
         (False, "sm_90/tiny-*", None, "missing, or not what the manifest lists"),
-        (False, "sm_90/manifest.json", b"{}", "cannot be read"),
+        (False, "sm_90/manifest.json", b"{}", "cannot be understood"),
     ],
 )
-def test_verify(prebuilt: Path, strict: bool, files: str, contents: bytes | None, said: str | None) -> None:
-    for path in cache.find(prebuilt, files) if files else []:
+def test_verify(prebuilt: Path, strict: bool, damaged: str, contents: bytes | None, said: str | None) -> None:
+    for path in files(prebuilt, damaged) if damaged else []:
         if contents is None:
             path.unlink()
         else:
@@ -249,7 +248,7 @@ def test_strict_wants_something_to_verify(sandbox: Sandbox) -> None:
 def test_clean_touches_the_user_cache_only(sandbox: Sandbox, prebuilt: Path) -> None:
     sandbox.publish(sandbox.user, "sm_90")
     (sandbox.user / "v1" / "sm_90" / "notes.txt").write_text("mine")
-    old, new = (sandbox.user / "v1" / "sm_90" / f"{cache.TEMPORARY}{name}" for name in ("1-old", "2-new"))
+    old, new = (sandbox.user / "v1" / "sm_90" / f"{folders.TEMPORARY}{name}" for name in ("1-old", "2-new"))
     old.write_text("")
     os.utime(old, (0, 0))
     new.write_text("")
@@ -263,8 +262,8 @@ def test_clean_touches_the_user_cache_only(sandbox: Sandbox, prebuilt: Path) -> 
     assert invoke_json("clean", "--stale")["files"] == 2
     assert invoke_json("clean", "--arch", "sm_90")["files"] == 0
     assert invoke_json("clean", "--all")["files"] == 2
-    assert [path.name for path in cache.find(sandbox.user, "*/*")] == [new.name, "notes.txt"]
-    assert len(cache.find(prebuilt, "*/*.cubin")) == 2
+    assert [path.name for path in files(sandbox.user, "*/*")] == [new.name, "notes.txt"]
+    assert len(files(prebuilt, "*/*.cubin")) == 2
 
 
 # ---- show-config, path, doctor
@@ -305,7 +304,7 @@ def test_doctor_finds_what_is_wrong(
 ) -> None:
     monkeypatch.setenv("CUPY_MOE_DISBALE_JIT", "1")
     monkeypatch.setenv("CUPY_MOE_FORCE_JIT", "x")
-    cache.find(prebuilt, "sm_90/*.cubin")[0].write_bytes(b"")
+    files(prebuilt, "sm_90/*.cubin")[0].write_bytes(b"")
     sandbox.user.write_text("")
     (sandbox.sources / "bad.cu").write_text("nonsense;")
     assert sandbox.unit

@@ -8,13 +8,14 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from cupy_moe import demo
+from cupy_moe import cli, demo
 
 SMALL = ["--device", "cpu", "--tokens", "64", "--experts", "8", "--block-size", "16"]
 
 
 def run(*arguments: str, **options) -> Result:
-    return CliRunner(charset=options.pop("charset", "utf-8")).invoke(demo.demo, arguments, **options)
+    runner = CliRunner(charset=options.pop("charset", "utf-8"))
+    return runner.invoke(cli.main, ["demo", *arguments], **options)
 
 
 def test_the_main_job_on_the_cpu() -> None:

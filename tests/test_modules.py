@@ -15,7 +15,7 @@ import pytest
 from cache_helpers import PACKAGE, Everything, Sandbox, copy_package, everything, run_python, sandbox
 
 import cupy_moe
-from cupy_moe import build, cache, modules
+from cupy_moe import build, cache, modules, store
 from cupy_moe.errors import KernelLoadError, KernelNotPrebuiltError
 
 __all__ = ["everything", "sandbox"]  # fixtures
@@ -50,7 +50,7 @@ class Driver:
 
     def load(self, data: bytes) -> None:
         self.loads.append(data)
-        kind = "compute" if data[:4] != b"\x7fELF" else cache.elf_target(data)
+        kind = "compute" if data[:4] != b"\x7fELF" else store.elf_target(data)
         if kind in self.refuses:
             raise Refused(self.refuses[kind])
 
@@ -99,7 +99,7 @@ def driver(fresh: None, monkeypatch: pytest.MonkeyPatch) -> Driver:
 def test_a_kernel_is_loaded_once_per_device_and_made_ready(driver: Driver) -> None:
     pointers = {modules.kernel(device, "tiny", "tiny_add") for device in (0, 1, 0, 1)}
     assert pointers == {1008, 2008}
-    assert [cache.elf_target(data) for data in driver.loads] == ["sm_90", "sm_80"]
+    assert [store.elf_target(data) for data in driver.loads] == ["sm_90", "sm_80"]
     shared, clusters = modules._MAX_DYNAMIC_SHARED, modules._NON_PORTABLE_CLUSTER
     assert driver.attributes == [(1008, shared, 231424), (1008, clusters, 1), (2008, shared, 231424)]
 
