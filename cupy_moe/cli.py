@@ -165,6 +165,8 @@ def prebuild_command(
     package is installed, to the user cache. Ship the folder and set CUPY_MOE_PREBUILT_DIR to it.
     """
     units = build.units()
+    if not units:
+        raise click.ClickException(f"there are no kernel sources in {build.source_folder()}")
     if unknown := set(names) - set(units):
         message = f"unknown kernel {', '.join(unknown)}; there are: {', '.join(units)}"
         raise click.BadParameter(message, param_hint="--kernel")

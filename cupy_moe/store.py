@@ -188,7 +188,7 @@ def entry_points(data: bytes, target: str) -> set[str]:
         return set(re.findall(r"\.entry\s+(\w+)", data.decode(errors="replace")))
     try:
         return set(_elf_entries(data))
-    except (struct.error, ValueError, IndexError):
+    except (struct.error, ValueError, IndexError, OverflowError):
         raise DamagedEntryError("has no symbols that can be read") from None
 
 

@@ -180,6 +180,21 @@ def test_warmup_loads_everything_and_says_so_in_one_line(
     assert cupy_moe.warmup([0]) == 3
 
 
+def test_without_a_gpu_the_error_is_one_of_ours(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cupy_moe._cupy import cupy
+
+    def fail(*_: object) -> None:
+        raise Refused(100)
+
+    monkeypatch.setattr(cupy.cuda.runtime, "CUDARuntimeError", Refused, raising=False)
+    monkeypatch.setattr(cupy.cuda.runtime, "getDevice", fail)
+    with pytest.raises(KernelLoadError, match="no GPU to load kernels on: CUDA_ERROR_100"):
+        cupy_moe.warmup()
+    monkeypatch.setattr(cupy.cuda, "Device", fail)
+    with pytest.raises(KernelLoadError, match="device 7 cannot be used: CUDA_ERROR_100"):
+        cupy_moe.warmup([7])
+
+
 # ---- a real one
 
 
