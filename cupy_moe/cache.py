@@ -27,7 +27,9 @@ def candidates(unit_name: str, capability: tuple[int, int]) -> Iterator[Image]:
     """
     unit = build.unit(unit_name)
     may_compile = config.may_compile()
-    prebuilt, user = folders.in_use()
+    roots = folders.in_use()
+    prebuilt = [root for root in roots if root.origin != "user"]
+    user = next((root for root in roots if root.origin == "user"), None)
     targets = build.native_targets(capability)
     offered: set[str] = set()
 
@@ -54,7 +56,6 @@ def candidates(unit_name: str, capability: tuple[int, int]) -> Iterator[Image]:
             yield image
             reason = "the driver refused the compiled image"
 
-    roots = [*prebuilt, *([user] if user else [])]
     limit = capability[0] * 10 + capability[1]
     ptx = {target for root in roots for target in root.targets() if target.startswith("compute_")}
     runnable = [target for target in ptx if build.number(target) <= limit]

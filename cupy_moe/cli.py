@@ -170,23 +170,21 @@ def prebuild_command(
     if unknown := set(names) - set(units):
         message = f"unknown kernel {', '.join(unknown)}; there are: {', '.join(units)}"
         raise click.BadParameter(message, param_hint="--kernel")
-    only_look = check or dry_run
-    targets = _targets(arch, ptx, offline=only_look)
+    build_nothing = check or dry_run
+    targets = _targets(arch, ptx, offline=build_nothing)
     wanted = [(units[name], target) for target in targets for name in (names or units)]
-    # Without a folder of its own to fill, it makes what a look-up would miss.
-    root = None
-    if out or build.checkout():
-        root = Root(out.absolute(), "prebuilt") if out else prebuild.default_folder()
-        results = [prebuild.state(root, unit, target) for unit, target in wanted]
-    else:
-        results = [prebuild.state_in_use(unit, target) for unit, target in wanted]
-    manifests = {}
-    if not only_look:
-        root = root or prebuild.default_folder()
+    root = Root(out.absolute(), "prebuilt") if out else prebuild.own_folder()
+    # Where there is no folder to fill, what a look-up finds anywhere need not be made.
+    roots = [root] if root else folders.in_use()
+    results = [prebuild.state(roots, unit, target) for unit, target in wanted]
+    manifests: dict[str, str] = {}
+    if not build_nothing:
         todo = [pair for pair, r in zip(wanted, results, strict=True) if force or r.status == "missing"]
-        built = {(r.target, r.unit): r for r in _build(root, todo, jobs)}
-        results = [built.get((r.target, r.unit), r) for r in results]
-        if root.origin != "user":  # which other versions may share
+        if todo:
+            root = root or prebuild.default_folder()
+            built = {(r.target, r.unit): r for r in _build(root, todo, jobs)}
+            results = [built.get((r.target, r.unit), r) for r in results]
+        if root and root.origin != "user":  # which other versions may share
             manifests = _finish(root, targets, results)
     _report(root, results, manifests, verbose, as_json)
     statuses = {result.status for result in results}
@@ -197,7 +195,7 @@ def prebuild_command(
 def _build(root: Root, todo: list[tuple[build.Unit, str]], jobs: int) -> list[prebuild.Result]:
     results = []
     running = prebuild.run(root, todo, jobs)
-    if todo and sys.stderr.isatty() and not config.plain_terminal():
+    if sys.stderr.isatty() and not config.plain_terminal():
         with click.progressbar(running, length=len(todo), label="compiling", file=sys.stderr) as bar:
             return list(bar)
     for result in running:

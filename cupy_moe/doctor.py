@@ -81,7 +81,7 @@ def _prebuilt() -> Iterator[Check]:
 
 
 def _has(unit: build.Unit, target: str) -> bool:
-    return prebuild.state_in_use(unit, target).status == "up to date"
+    return prebuild.state(folders.in_use(), unit, target).status == "up to date"
 
 
 def _is_complete(target: str) -> bool:

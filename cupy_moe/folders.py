@@ -289,9 +289,11 @@ def locate_user_root() -> tuple[Root | None, str]:
     return None, "no folder can be written: memory only"
 
 
-def in_use() -> tuple[list[Root], Root | None]:
-    """The roots of a look-up: prebuilt ones, and the user cache."""
-    return [] if config.flag("CUPY_MOE_FORCE_JIT") else prebuilt_roots(), user_root()
+def in_use() -> list[Root]:
+    """The roots of a look-up, in its order: prebuilt ones, and the user cache."""
+    prebuilt = [] if config.flag("CUPY_MOE_FORCE_JIT") else prebuilt_roots()
+    user = user_root()
+    return [*prebuilt, user] if user else prebuilt
 
 
 def _usable(root: Root) -> bool:

@@ -31,43 +31,39 @@ class Result:
     error: str = ""
 
 
+def own_folder() -> Root | None:
+    """The checkout's `cache/`, which wheels are built from."""
+    checkout = build.checkout()
+    return Root(checkout / "cache", "checkout") if checkout else None
+
+
 def default_folder() -> Root:
-    """Where `prebuild` writes: the checkout's `cache/`, which wheels are built from; else the user cache."""
-    if checkout := build.checkout():
-        return Root(checkout / "cache", "checkout")
-    root, why = folders.locate_user_root()
-    if root is None:
+    """Where `prebuild` writes: to a folder of its own, else to the user cache."""
+    if root := own_folder():
+        return root
+    user, why = folders.locate_user_root()
+    if user is None:
         raise CupyMoeError(f"there is no user cache to write to ({why}); name a folder with --out")
-    return root
+    return user
 
 
 # ---- build ----------------------------------------------------------------------------------------------
 
 
-def state(root: Root, unit: build.Unit, target: str) -> Result:
-    """Whether a look-up that may compile would take the unit for a target from this root. Needs no NVRTC."""
-    installed = build.installed_nvrtc() if root.origin == "user" else None
-    for folder in root.opened(target):
-        for _, entry in store.entries(folder, unit.name):
-            if isinstance(entry, str) or entry.source_digest != unit.digest:
-                continue
-            if installed and entry.nvrtc not in installed:
-                continue
-            try:
-                store.read(folder, entry)
-            except DamagedEntryError:
-                continue
-            return Result(target, unit.name, "up to date", entry.size, kernels=entry.kernels)
+def state(roots: list[Root], unit: build.Unit, target: str) -> Result:
+    """Whether a look-up that may compile would take a unit for a target from these roots. Needs no NVRTC."""
+    for root in roots:
+        installed = build.installed_nvrtc() if root.origin == "user" else None
+        for folder in root.opened(target):
+            for _, entry in store.entries(folder, unit.name):
+                if isinstance(entry, str) or entry.source_digest != unit.digest:
+                    continue
+                if installed and entry.nvrtc not in installed:
+                    continue
+                with contextlib.suppress(DamagedEntryError):
+                    store.read(folder, entry)
+                    return Result(target, unit.name, "up to date", entry.size, kernels=entry.kernels)
     return Result(target, unit.name, "missing")
-
-
-def state_in_use(unit: build.Unit, target: str) -> Result:
-    """The same of all roots that a look-up goes through."""
-    prebuilt, user = folders.in_use()
-    states = (state(root, unit, target) for root in (*prebuilt, *([user] if user else [])))
-    return next(
-        (found for found in states if found.status == "up to date"), Result(target, unit.name, "missing")
-    )
 
 
 def run(root: Root, work: list[tuple[build.Unit, str]], jobs: int) -> Iterator[Result]:
@@ -77,8 +73,7 @@ def run(root: Root, work: list[tuple[build.Unit, str]], jobs: int) -> Iterator[R
     that cannot be loaded, are the end: CupyMoeError. Threads compile and the caller's publishes, so that an
     interrupt leaves no file half written, and loses no more than what the threads are at.
     """
-    if work:
-        build.toolchain()  # loads NVRTC, or says once why not
+    build.toolchain()  # loads NVRTC, or says once why not
     pool = ThreadPoolExecutor(jobs)
     try:
         pairs = {pool.submit(_compile, *pair): pair for pair in work}

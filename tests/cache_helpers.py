@@ -88,12 +88,12 @@ def everything(pytestconfig: pytest.Config) -> Everything:
     root = Root(folder, "prebuilt")
     targets = [*build.supported_targets(), build.PTX_TARGET]
     wanted = [(unit, target) for target in targets for unit in build.units().values()]
-    missing = [pair for pair in wanted if prebuild.state(root, *pair).status == "missing"]
+    missing = [pair for pair in wanted if prebuild.state([root], *pair).status == "missing"]
     built = list(prebuild.run(root, missing, os.cpu_count() or 1))
     for target in targets:
         prebuild.finish(root, target)
     failed = {(r.unit, r.target): r for r in built if r.status == "failed"}
-    found = [prebuild.state(root, *pair) for pair in wanted]
+    found = [prebuild.state([root], *pair) for pair in wanted]
     return Everything(folder, [failed.get((r.unit, r.target), r) for r in found])
 
 

@@ -331,6 +331,19 @@ def test_bad_values_are_refused_by_name(
         first()
 
 
+@pytest.mark.parametrize("name", ["CUPY_MOE_PREBUILT_DIR", "CUPY_MOE_CACHE_DIR"])
+def test_a_path_relative_to_nowhere_is_refused_by_name(
+    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    gone = sandbox.folder / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    monkeypatch.setenv(name, "kernels")
+    with pytest.raises(ConfigError, match=f"{name}='kernels' is relative to a folder that is gone"):
+        first()
+
+
 # ---- where the user cache is
 
 
