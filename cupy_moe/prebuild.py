@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 
-from . import build, folders, store
+from . import build, config, folders, store
 from ._version import __version__
 from .errors import CupyMoeError
 from .folders import Folder, Root
@@ -51,9 +51,10 @@ def default_folder() -> Root:
 
 
 def state(roots: list[Root], unit: build.Unit, target: str) -> Result:
-    """Whether a look-up that may compile would take a unit for a target from these roots. Needs no NVRTC."""
+    """Whether a look-up would take a unit for a target from these roots and not compile. Needs no NVRTC."""
     for root in roots:
-        installed = build.installed_nvrtc() if root.origin == "user" else None
+        chooses = root.origin == "user" and config.may_compile()
+        installed = build.installed_nvrtc() if chooses else None
         for folder in root.opened(target):
             for _, entry in store.entries(folder, unit.name):
                 if isinstance(entry, str) or entry.source_digest != unit.digest:
@@ -115,11 +116,14 @@ def finish(root: Root, target: str) -> str | None:
     newest: dict[str, tuple[float, Entry]] = {}
     for folder in root.opened(target):
         for path, entry in store.entries(folder):
-            if isinstance(entry, Entry) and entry.unit in units:
-                made = folder.status(path.name).st_mtime
-                fresh = entry.source_digest == units[entry.unit].digest
-                if fresh and made >= newest.get(entry.unit, (0.0, entry))[0]:
-                    newest[entry.unit] = made, entry
+            if isinstance(entry, str) or entry.unit not in units:
+                continue
+            if entry.source_digest == units[entry.unit].digest:
+                with contextlib.suppress(DamagedEntryError, FileNotFoundError):
+                    store.read(folder, entry)
+                    made = folder.status(path.name).st_mtime
+                    if made >= newest.get(entry.unit, (0.0, entry))[0]:
+                        newest[entry.unit] = made, entry
     kept = {entry.stem: entry for _, entry in newest.values()}
     sweep(root, target, lambda entry: entry is not None and entry.stem not in kept)
 

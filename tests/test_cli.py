@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -290,6 +291,7 @@ def test_an_interrupt_stops_at_once_and_leaves_what_is_done(tmp_path: Path) -> N
     with subprocess.Popen(command, cwd=PACKAGE.parent, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         assert "built" in process.stderr.readline()
+        time.sleep(0.1)  # it waits for the next
         start = time.monotonic()
         process.send_signal(signal.SIGINT)
         said = process.stderr.read()
@@ -313,6 +315,21 @@ def test_prebuilding_at_the_same_time_takes_nothing_from_the_other(sandbox: Sand
         os.utime(sandbox.prebuilt / "v1" / "sm_90" / name, (0, 0))
         prebuild.finish(root, "sm_90")
         assert folder.names() == []
+
+
+def test_of_two_images_the_newest_whole_one_stays(sandbox: Sandbox, prebuilt: Path) -> None:
+    (good,) = files(prebuilt, "sm_90/*.cubin")
+    image = store.compile_image(sandbox.unit, "sm_90")
+    newer = replace(image, entry=replace(image.entry, entry_key="f" * 64, nvrtc="99.0.1"))
+    path = store.publish(Root(prebuilt, "prebuilt"), newer)
+    path.write_bytes(b"")
+    os.utime(good.with_suffix(".json"), (0, 0))
+    invoke("prebuild", "--arch", "sm_90", "--out", prebuilt)
+    assert files(prebuilt, "sm_90/*.cubin") == [good]
+    store.publish(Root(prebuilt, "prebuilt"), newer)
+    invoke("prebuild", "--arch", "sm_90", "--out", prebuilt)
+    assert files(prebuilt, "sm_90/*.cubin") == [path]
+    invoke("verify", "--strict", prebuilt)
 
 
 @pytest.fixture
@@ -351,6 +368,8 @@ def test_the_user_cache_counts_only_for_the_compiler_that_is_installed(
     invoke("prebuild", "--arch", "sm_90", "--check")
     monkeypatch.setattr(build, "installed_nvrtc", lambda: frozenset({"99.0.1"}))
     invoke("prebuild", "--arch", "sm_90", "--check", code=1)
+    monkeypatch.setenv("CUPY_MOE_DISABLE_JIT", "1")  # then anything is better than nothing
+    invoke("prebuild", "--arch", "sm_90", "--check")
 
 
 def test_wrong_usage_exits_with_2(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -438,6 +457,23 @@ def test_verify(prebuilt: Path, strict: bool, damaged: str, contents: bytes | No
     for where in ([], [prebuilt]):
         result = invoke("verify", *(["--strict"] if strict else []), *where, code=1 if said else 0)
         assert (said or "0 problems") in result.stdout
+
+
+@pytest.mark.parametrize("kind", ["tiny-*.json", "manifest.json", "*.cubin"])
+def test_verify_goes_on_past_what_it_may_not_read(
+    prebuilt: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    may_open = os.open
+
+    def refuse(path: Any, *arguments: Any, **options: Any) -> int:
+        if Path(path).match(kind):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return may_open(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", refuse)
+    problems = invoke_json("verify", code=1)["problems"]
+    for path in files(prebuilt, f"*/{kind}"):
+        assert f"{path}: cannot be read (Permission denied)" in problems
 
 
 def test_verify_names_the_file_that_changed(sandbox: Sandbox, prebuilt: Path) -> None:
