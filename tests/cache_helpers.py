@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -124,3 +126,36 @@ def run_python(folder: Path, *arguments: str, **options: object) -> subprocess.C
         check=False,
         **options,  # type: ignore[call-overload]
     )
+
+
+# ---- other users
+
+USER = 54321
+
+
+@contextlib.contextmanager
+def acting_as(uid: int, *groups: int) -> Iterator[None]:
+    before = os.getgroups()
+    try:
+        os.setgroups(groups)
+        os.setegid(uid)
+        os.seteuid(uid)
+        yield
+    finally:
+        os.seteuid(0)
+        os.setegid(0)
+        os.setgroups(before)
+
+
+def can_act_as_others() -> bool:
+    """Root can, unless it is root of a namespace that has no other users."""
+    if os.geteuid() != 0:
+        return False
+    try:
+        with acting_as(USER):
+            return True
+    except OSError:
+        return False
+
+
+needs_uids = pytest.mark.skipif(not can_act_as_others(), reason="only root can act as other users")

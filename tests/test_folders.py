@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 import tempfile
@@ -10,29 +9,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from cache_helpers import Sandbox, files, sandbox
+from cache_helpers import USER, Sandbox, acting_as, files, needs_uids, sandbox
 
 from cupy_moe import build, cache, folders, store
 from cupy_moe.errors import KernelNotPrebuiltError
 from cupy_moe.folders import Root, UntrustedError
 
 __all__ = ["sandbox"]  # a fixture
-USER, STRANGER, COLLEAGUE, TEAM = 54321, 54322, 54323, 54400
-needs_uids = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become other users")
-
-
-@contextlib.contextmanager
-def acting_as(uid: int, *groups: int) -> Iterator[None]:
-    before = os.getgroups()
-    os.setgroups(groups)
-    os.setegid(uid)
-    os.seteuid(uid)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
-        os.setegid(0)
-        os.setgroups(before)
+STRANGER, COLLEAGUE, TEAM = 54322, 54323, 54400
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cache_helpers import Sandbox, files, sandbox
+from cache_helpers import USER, Sandbox, acting_as, files, needs_uids, sandbox
 from click.testing import CliRunner
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
@@ -208,7 +208,7 @@ def test_a_user_cache_that_cannot_exist_costs_warnings_and_a_compilation(
     assert len(caplog.records) <= 2
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody who may not search a folder")
+@needs_uids
 @pytest.mark.parametrize("parts", ["", "v1", "v1/sm_90"])
 def test_a_folder_that_may_not_be_searched_is_passed_over(
     sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, parts: str
@@ -216,11 +216,8 @@ def test_a_folder_that_may_not_be_searched_is_passed_over(
     sandbox.publish(sandbox.user, "sm_90")
     assert next(cache.candidates("tiny", (9, 0))).origin == "user"
     (sandbox.user / parts).chmod(0)
-    os.seteuid(54321)  # who may not search the folders above, either
-    try:
+    with acting_as(USER):  # who may not search the folders above, either
         assert next(cache.candidates("tiny", (9, 0))).origin == "compiled"
-    finally:
-        os.seteuid(0)
 
 
 # ---- entry points
