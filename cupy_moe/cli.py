@@ -1,22 +1,26 @@
 """The command line. No command but `demo` imports torch; only `prebuild` and `doctor` load CuPy and NVRTC.
 
-Data goes to stdout, everything else to stderr; exit 0 is success, 1 a failure, 2 wrong usage.
+Data goes to stdout, everything else to stderr. Exit 0 is success, 1 a failure, 2 wrong usage, 130 an
+interrupt.
 """
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
-from . import build, cache, config, prebuild
+from . import build, config, folders, prebuild, store
 from ._version import __version__
 from .errors import ConfigError, CupyMoeError
+from .folders import Root
 
 
 class _Main(click.Group):
@@ -29,12 +33,25 @@ class _Main(click.Group):
             raise  # click's own affair
         except (CupyMoeError, OSError) as error:
             raise click.ClickException(str(error)) from error
+        except KeyboardInterrupt:
+            _leave()
+
+
+def _leave() -> NoReturn:
+    """Exit at once: a thread in NVRTC cannot be stopped, and `sys.exit` would wait for it."""
+    click.echo("\ninterrupted; what is done is valid", err=True)
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    os._exit(130)
 
 
 @click.group(cls=_Main, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="cupy-moe")
-def main() -> None:
+@click.pass_context
+def main(ctx: click.Context) -> None:
     """MoE routing kernels for NVIDIA GPUs: build them ahead of time, and see what is built."""
+    if config.plain_terminal():
+        ctx.color = False
 
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -57,10 +74,27 @@ def _size(count: float) -> str:
 # ---- prebuild -------------------------------------------------------------------------------------------
 
 
-def _parse_arch(ctx: click.Context, param: click.Parameter, value: str | None) -> str:
-    """A target, or the pattern of all."""
+def _completes(values: Callable[[], list[str]]) -> Callable[..., list[str]]:
+    """What a shell offers for an option."""
+    return lambda ctx, param, incomplete: [value for value in values() if value.startswith(incomplete)]
+
+
+def _known_targets() -> list[str]:
+    return [*build.TARGETS, build.PTX_TARGET]
+
+
+class _Folder(click.Path):
+    """Not "": an unset variable of a shell script means no folder, and least of all the current one."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "":
+            self.fail("the name of the folder is empty", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+def _parse_arch(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
     try:
-        return build.parse_target(value) if value else "*"
+        return None if value is None else build.parse_target(value)
     except ConfigError as error:
         raise click.BadParameter(str(error)) from None
 
@@ -90,9 +124,22 @@ def _native() -> str:
 
 
 @main.command("prebuild")
-@click.option("--arch", multiple=True, required=True, metavar="ARCH", help="sm_90, 9.0, all, native; repeat.")
-@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder to write to.")
-@click.option("--kernel", "names", multiple=True, help="Only this file of kernels_cu/ (without .cu); repeat.")
+@click.option(
+    "--arch",
+    multiple=True,
+    required=True,
+    metavar="ARCH",
+    help="sm_90, 9.0, all, native; repeat.",
+    shell_complete=_completes(lambda: [*_known_targets(), "all", "native"]),
+)
+@click.option("--out", type=_Folder(file_okay=False, path_type=Path), help="Folder to write to.")
+@click.option(
+    "--kernel",
+    "names",
+    multiple=True,
+    help="Only this file of kernels_cu/ (without .cu); repeat.",
+    shell_complete=_completes(lambda: list(build.units())),
+)
 @click.option("--ptx/--no-ptx", help=f"Also {build.PTX_TARGET}, for GPUs newer than every cubin.")
 @click.option("--jobs", "-j", type=click.IntRange(1), default=os.cpu_count, help="How many at once.")
 @click.option("--force", is_flag=True, help="Compile again what is up to date.")
@@ -118,30 +165,37 @@ def prebuild_command(
     package is installed, to the user cache. Ship the folder and set CUPY_MOE_PREBUILT_DIR to it.
     """
     units = build.units()
+    if not units:
+        raise click.ClickException(f"there are no kernel sources in {build.source_folder()}")
     if unknown := set(names) - set(units):
         message = f"unknown kernel {', '.join(unknown)}; there are: {', '.join(units)}"
         raise click.BadParameter(message, param_hint="--kernel")
-    root = cache.Root(out.absolute(), "prebuilt") if out else prebuild.default_folder()
-    targets = _targets(arch, ptx, offline=check or dry_run)
+    build_nothing = check or dry_run
+    targets = _targets(arch, ptx, offline=build_nothing)
     wanted = [(units[name], target) for target in targets for name in (names or units)]
-    results = [prebuild.state(root.path, unit, target) for unit, target in wanted]
-    manifests = {}
-    if not (check or dry_run):
+    root = Root(out.absolute(), "prebuilt") if out else prebuild.own_folder()
+    # Where there is no folder to fill, what a look-up finds anywhere need not be made.
+    roots = [root] if root else folders.in_use()
+    results = [prebuild.state(roots, unit, target) for unit, target in wanted]
+    manifests: dict[str, str] = {}
+    if not build_nothing:
         todo = [pair for pair, r in zip(wanted, results, strict=True) if force or r.status == "missing"]
-        built = {(r.target, r.unit): r for r in _build(root, todo, jobs)}
-        results = [built.get((r.target, r.unit), r) for r in results]
-        if root.origin != "user":  # which other versions may share
-            manifests = {target: prebuild.finish(root.path, target) for target in targets}
-    _report(root.path, results, manifests, verbose, as_json)
+        if todo:
+            root = root or prebuild.default_folder()
+            built = {(r.target, r.unit): r for r in _build(root, todo, jobs)}
+            results = [built.get((r.target, r.unit), r) for r in results]
+        if root and root.origin != "user":  # which other versions may share
+            manifests = _finish(root, targets, results)
+    _report(root, results, manifests, verbose, as_json)
     statuses = {result.status for result in results}
     if "failed" in statuses or (check and "missing" in statuses):
         sys.exit(1)
 
 
-def _build(root: cache.Root, todo: list[tuple[build.Unit, str]], jobs: int) -> list[prebuild.Result]:
+def _build(root: Root, todo: list[tuple[build.Unit, str]], jobs: int) -> list[prebuild.Result]:
     results = []
     running = prebuild.run(root, todo, jobs)
-    if todo and sys.stderr.isatty():
+    if sys.stderr.isatty() and not config.plain_terminal():
         with click.progressbar(running, length=len(todo), label="compiling", file=sys.stderr) as bar:
             return list(bar)
     for result in running:
@@ -150,8 +204,28 @@ def _build(root: cache.Root, todo: list[tuple[build.Unit, str]], jobs: int) -> l
     return results
 
 
+def _finish(root: Root, targets: list[str], results: list[prebuild.Result]) -> dict[str, str]:
+    """The manifests' sha256. A target of which a kernel failed keeps what it had."""
+    manifests = {}
+    for target in targets:
+        statuses = {result.status for result in results if result.target == target}
+        if "failed" in statuses:
+            continue
+        try:
+            if digest := prebuild.finish(root, target):
+                manifests[target] = digest
+        except OSError as error:
+            if "built" in statuses:  # else all was there, and the folder may well be read-only
+                raise prebuild.cannot_write(f"the manifest of {target}", root, error) from error
+    return manifests
+
+
 def _report(
-    root: Path, results: list[prebuild.Result], manifests: dict[str, str], verbose: bool, as_json: bool
+    root: Root | None,
+    results: list[prebuild.Result],
+    manifests: dict[str, str],
+    verbose: bool,
+    as_json: bool,
 ) -> None:
     rows = [[r.target, r.unit, r.status, len(r.kernels), _size(r.size), f"{r.ms:.0f} ms"] for r in results]
     lines = [_table(["target", "unit", "status", "kernels", "size", "time"], rows)]
@@ -164,57 +238,65 @@ def _report(
         lines += ["", _table(["target", "kernel", "registers", "spill", "stack", "shared"], figures)]
     lines += [f"\n{r.error}" for r in results if r.error]
     lines += ["", *(f"{target} manifest sha256 {digest}" for target, digest in manifests.items())]
-    lines.append(f"{_size(sum(r.size for r in results))} in {root}")
-    value = {"out": root, "results": [asdict(r) for r in results], "manifests": manifests}
+    where = root.path if root else "the folders of a look-up, which `cupy-moe show-config` lists"
+    lines.append(f"{_size(sum(r.size for r in results))} in {where}")
+    value = {"out": root and root.path, "results": [asdict(r) for r in results], "manifests": manifests}
     _print(value, as_json, "\n".join(lines))
 
 
 # ---- look and clean -------------------------------------------------------------------------------------
 
 
-def _roots() -> list[cache.Root]:
-    user = cache.user_root()
-    return [*cache.prebuilt_roots(), *([user] if user and user.path.is_dir() else [])]
+def _roots() -> list[Root]:
+    user = folders.user_root()
+    return [*folders.prebuilt_roots(), *([user] if user and os.path.isdir(user.path) else [])]
+
+
+def _arch_option(text: str) -> Callable[[Any], Any]:
+    completes = _completes(_known_targets)
+    return click.option("--arch", metavar="ARCH", callback=_parse_arch, help=text, shell_complete=completes)
 
 
 @main.command("list")
-@click.option("--arch", metavar="ARCH", callback=_parse_arch, help="Only this architecture.")
+@_arch_option("Only this architecture.")
 @as_json
-def list_command(arch: str, as_json: bool) -> None:
+def list_command(arch: str | None, as_json: bool) -> None:
     """Show every image in every folder, in the order of their lookup."""
-    units = build.units()
-    images = []
-    for root in _roots():
-        for sidecar, entry in cache.entries(root.path, arch):
-            image: dict[str, Any] = {"origin": root.origin, "state": "damaged", "sidecar": sidecar}
-            image |= {
-                "target": sidecar.parent.name,
-                "unit": sidecar.stem,
-                "kernels": {},
-                "size": 0,
-                "nvrtc": "",
-            }
-            if entry:
-                fresh = entry.unit in units and units[entry.unit].digest == entry.source_digest
-                image |= asdict(entry) | {"state": "fresh" if fresh else "stale"}
-            images.append(image)
+    images = [
+        {"origin": root.origin, "sidecar": sidecar, **_describe(folder, sidecar, entry)}
+        for root in _roots()
+        for folder in root.opened(arch)
+        for sidecar, entry in store.entries(folder)
+    ]
     head = ["origin", "state", "target", "unit", "nvrtc", "kernels", "size"]
     rows = [[*(i[key] for key in head[:5]), len(i["kernels"]), _size(i["size"])] for i in images]
     text = _table(head, rows) if rows else "no images; cupy-moe prebuild makes some"
     _print({"images": images}, as_json, text)
 
 
+def _describe(folder: folders.Folder, sidecar: Path, entry: store.Entry | str) -> dict[str, Any]:
+    unknown = {"target": folder.path.name, "unit": sidecar.stem, "kernels": {}, "size": 0, "nvrtc": ""}
+    if isinstance(entry, str):
+        return {**unknown, "state": "damaged", "problem": entry}
+    try:
+        store.read(folder, entry)
+    except store.DamagedEntryError as error:
+        return {**asdict(entry), "state": "damaged", "problem": str(error)}
+    unit = build.units().get(entry.unit)
+    return {**asdict(entry), "state": "fresh" if unit and unit.digest == entry.source_digest else "stale"}
+
+
 @main.command("verify")
-@click.argument("path", required=False, type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("path", required=False, type=_Folder(exists=True, file_okay=False, path_type=Path))
 @click.option("--strict", is_flag=True, help="Prebuilt folders must also be complete and up to date.")
 @as_json
 def verify_command(path: Path | None, strict: bool, as_json: bool) -> None:
-    """Check images: sha256, architecture, manifest and (--strict) sources; exit 1 if any is wrong."""
-    roots = [cache.Root(path.absolute(), "prebuilt")] if path else _roots()
+    """Check images: sha256, architecture, kernels, manifest, (--strict) sources; exit 1 if one is wrong."""
+    roots = [Root(path.absolute(), "prebuilt")] if path else _roots()
     found = [text for root in roots for text in prebuild.problems(root, strict and root.origin != "user")]
     if strict and not any(root.origin != "user" for root in roots):
         found.append("there is no prebuilt folder")
-    images = sum(1 for root in roots for _ in cache.entries(root.path))
+    images = sum(1 for root in roots for folder in root.opened() for _ in store.entries(folder))
     summary = f"{images} images in {len(roots)} folders, {len(found)} problems"
     value = {"images": images, "folders": [root.path for root in roots], "problems": found}
     _print(value, as_json, "\n".join([*found, summary]))
@@ -225,23 +307,20 @@ def verify_command(path: Path | None, strict: bool, as_json: bool) -> None:
 @main.command("clean")
 @click.option("--stale", is_flag=True, help="What no kernel of this version uses (the default).")
 @click.option("--all", "everything", is_flag=True, help="Every image.")
-@click.option("--arch", metavar="ARCH", callback=_parse_arch, help="Every image of this architecture.")
+@_arch_option("Every image of this architecture.")
 @click.option("--dry-run", is_flag=True, help="Remove nothing; show how much it would be.")
 @as_json
-def clean_command(stale: bool, everything: bool, arch: str, dry_run: bool, as_json: bool) -> None:
+def clean_command(stale: bool, everything: bool, arch: str | None, dry_run: bool, as_json: bool) -> None:
     """Remove images from the user cache; prebuilt folders are never touched."""
-    if stale + everything + (arch != "*") > 1:
+    if stale + everything + (arch is not None) > 1:
         raise click.UsageError("--stale, --all and --arch exclude each other")
-    digests = {name: unit.digest for name, unit in build.units().items()}
-    root, why = cache.locate_user_root()
-    files, size = 0, 0
-    if root:
-        files, size = prebuild.sweep(
-            root.path,
-            arch,
-            lambda entry: everything or arch != "*" or digests.get(entry.unit) != entry.source_digest,
-            dry_run,
-        )
+    digests = {unit.digest for unit in build.units().values()}
+
+    def is_unwanted(entry: store.Entry | None) -> bool:
+        return everything or arch is not None or (entry is not None and entry.source_digest not in digests)
+
+    root, why = folders.locate_user_root()
+    files, size = prebuild.sweep(root, arch, is_unwanted, dry_run) if root else (0, 0)
     verb = "would remove" if dry_run else "removed"
     text = f"{verb} {files} files, {_size(size)}, from {root.path if root else f'nowhere ({why})'}"
     _print({"path": root and root.path, "files": files, "bytes": size, "dry_run": dry_run}, as_json, text)
@@ -255,7 +334,7 @@ def clean_command(stale: bool, everything: bool, arch: str, dry_run: bool, as_js
 @as_json
 def path_command(of_prebuild: bool, as_json: bool) -> None:
     """Print the folder of the user cache."""
-    root, why = (prebuild.default_folder(), "") if of_prebuild else cache.locate_user_root()
+    root, why = (prebuild.default_folder(), "") if of_prebuild else folders.locate_user_root()
     if root is None:
         raise click.ClickException(f"there is no user cache ({why})")
     _print({"path": root.path}, as_json, str(root.path))
@@ -265,12 +344,12 @@ def path_command(of_prebuild: bool, as_json: bool) -> None:
 @as_json
 def show_config_command(as_json: bool) -> None:
     """Show folders, digests, versions and environment variables, and why each folder is the one used."""
-    user, why = cache.locate_user_root()
+    user, why = folders.locate_user_root()
     distributions = ("cupy-cuda12x", "cupy-cuda13x", "nvidia-cuda-nvrtc-cu12", "nvidia-cuda-nvrtc", "torch")
     value: dict[str, dict[str, Any]] = {
         "folders": {
             "kernel sources": build.source_folder(),
-            **{f"prebuilt {n}": f"{r.path} ({r.origin})" for n, r in enumerate(cache.prebuilt_roots(), 1)},
+            **{f"prebuilt {n}": f"{r.path} ({r.origin})" for n, r in enumerate(folders.prebuilt_roots(), 1)},
             "user cache": f"{user.path if user else None} ({why})",
         },
         "kernels": {name: unit.digest[:16] for name, unit in build.units().items()},
@@ -300,10 +379,21 @@ def doctor_command(gpu: bool, as_json: bool) -> None:
         sys.exit(1)
 
 
-@main.command("demo", context_settings={"ignore_unknown_options": True, "help_option_names": []})
-@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
-def demo_command(arguments: tuple[str, ...]) -> None:
-    """Route tokens to experts, on a GPU if there is one (imports torch)."""
-    from .demo import demo
+@main.command("demo")
+@click.option("--tokens", default=4096, show_default=True, type=click.IntRange(1, 2**17))
+@click.option("--topk", default=2, show_default=True, type=click.IntRange(1, 64))
+@click.option("--experts", default=64, show_default=True, type=click.IntRange(1, 4096))
+@click.option("--block-size", default=128, show_default=True, type=click.IntRange(1, 4096))
+@click.option("--seed", default=0, show_default=True)
+@click.option("--device", default="auto", show_default=True, type=click.Choice(["auto", "cuda", "cpu"]))
+def demo_command(**arguments: Any) -> None:
+    """Group routed tokens by expert, and show what comes out (imports torch).
 
-    demo.main(list(arguments), prog_name="cupy-moe demo")
+    First the example of the documentation, then a routing as skewed as real ones: on the GPU where there is
+    one, else on the CPU.
+    """
+    try:
+        from . import demo
+    except ImportError as error:
+        raise click.ClickException(f"the demo needs torch ({error}); pip install torch") from error
+    demo.run(**arguments)

@@ -13,8 +13,9 @@ VARIABLES = {
     "CUPY_MOE_DISABLE_CACHE": "1: keep compiled kernels in memory only",
     "CUPY_MOE_DISABLE_JIT": "1: never compile; a kernel that is not prebuilt is an error",
     "CUPY_MOE_FORCE_JIT": "1: ignore prebuilt images",
-    "CUPY_MOE_NVRTC_FLAGS": "extra NVRTC options, e.g. -lineinfo; they are part of the source digest",
+    "CUPY_MOE_NVRTC_FLAGS": "more NVRTC options, e.g. -lineinfo; kernels prebuilt without them are not used",
 }
+OF_SCRIPTS = ("CUPY_MOE_PYTHON", "CUPY_MOE_REQUIRE_GPU")
 
 FLAGS = ("CUPY_MOE_DISABLE_CACHE", "CUPY_MOE_DISABLE_JIT", "CUPY_MOE_FORCE_JIT")
 
@@ -26,6 +27,13 @@ def flag(name: str) -> bool:
     if value == "1":
         return True
     raise ConfigError(f"{name}={value!r}: expected 0 or 1")
+
+
+def may_compile() -> bool:
+    allowed = not flag("CUPY_MOE_DISABLE_JIT")
+    if flag("CUPY_MOE_FORCE_JIT") and not allowed:
+        raise ConfigError("CUPY_MOE_FORCE_JIT=1 contradicts CUPY_MOE_DISABLE_JIT=1")
+    return allowed
 
 
 def nvrtc_flags() -> tuple[str, ...]:
@@ -42,18 +50,31 @@ def nvrtc_flags() -> tuple[str, ...]:
 
 
 def prebuilt_dirs() -> list[Path]:
-    folders = [Path(part) for part in os.environ.get("CUPY_MOE_PREBUILT_DIR", "").split(os.pathsep) if part]
-    for folder in folders:
-        if not folder.is_dir():
-            raise ConfigError(f"CUPY_MOE_PREBUILT_DIR: {str(folder)!r} is not a folder")
-    return folders
+    parts = os.environ.get("CUPY_MOE_PREBUILT_DIR", "").split(os.pathsep)
+    found = [_folder("CUPY_MOE_PREBUILT_DIR", part) for part in parts if part]
+    for path in found:
+        if not os.path.isdir(path):
+            raise ConfigError(f"CUPY_MOE_PREBUILT_DIR: {str(path)!r} is not a folder")
+    return found
 
 
 def cache_dir() -> Path | None:
     value = os.environ.get("CUPY_MOE_CACHE_DIR", "")
     if not value:
         return None
-    path = Path(os.path.abspath(os.path.expanduser(value)))
-    if path.exists() and not path.is_dir():
+    path = _folder("CUPY_MOE_CACHE_DIR", value)
+    if os.path.lexists(path) and not os.path.isdir(path):
         raise ConfigError(f"CUPY_MOE_CACHE_DIR={value!r} is not a folder")
     return path
+
+
+def _folder(name: str, value: str) -> Path:
+    try:
+        return Path(os.path.abspath(os.path.expanduser(value)))
+    except OSError as error:  # the current folder was removed
+        raise ConfigError(f"{name}={value!r} is relative to a folder that is gone ({error})") from None
+
+
+def plain_terminal() -> bool:
+    """Whether a terminal is not to be sent colours, nor lines that are drawn over."""
+    return os.environ.get("TERM") == "dumb" or bool(os.environ.get("NO_COLOR"))

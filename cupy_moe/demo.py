@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import statistics
 import sys
 import time
@@ -21,30 +20,14 @@ CHART_WIDTH, CHART_HEIGHT = 64, 12  # with its axis inside 80 columns
 EIGHTHS = " ▁▂▃▄▅▆▇█"
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--tokens", default=4096, show_default=True, type=click.IntRange(1, 2**17))
-@click.option("--topk", default=2, show_default=True, type=click.IntRange(1, 64))
-@click.option("--experts", default=64, show_default=True, type=click.IntRange(1, 4096))
-@click.option("--block-size", default=128, show_default=True, type=click.IntRange(1, 4096))
-@click.option("--seed", default=0, show_default=True)
-@click.option("--device", default="auto", show_default=True, type=click.Choice(["auto", "cuda", "cpu"]))
-@click.pass_context
-def demo(
-    ctx: click.Context, tokens: int, topk: int, experts: int, block_size: int, seed: int, device: str
-) -> None:
-    """Group routed tokens by expert, and show what comes out.
-
-    First the example of the documentation, then a routing as skewed as real ones: on the GPU where there is
-    one, else on the CPU.
-    """
+def run(tokens: int, topk: int, experts: int, block_size: int, seed: int, device: str) -> None:
+    """What the command does; it is declared in cli.py, as its help is to be had without torch."""
     if topk > experts:
         raise click.BadParameter(f"a token cannot go to {topk} of {experts} experts", param_hint="--topk")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     elif device == "cuda" and not torch.cuda.is_available():
         raise click.BadParameter("torch sees no CUDA GPU here", param_hint="--device")
-    if os.environ.get("NO_COLOR"):
-        ctx.color = False
 
     where = torch.cuda.get_device_name() if device == "cuda" else "the CPU"
     click.echo(f"cupy_moe {__version__} on {click.style(where, bold=True)}, torch {torch.__version__}")

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from . import build, cache, config, prebuild
+from . import build, config, folders, prebuild
 from .errors import ConfigError, CupyMoeError, DependencyError
 
 
@@ -21,7 +21,7 @@ class Check:
 
 
 def examine(gpu: bool) -> list[Check]:
-    steps: list[Callable[[], Iterator[Check]]] = [_environment, _cache, _prebuilt, _compiler]
+    steps: list[Callable[[], Iterator[Check]]] = [_environment, _cache, _prebuilt, _cupy, _compiler]
     checks: list[Check] = []
     for step in [*steps, _gpu] if gpu else steps:
         try:
@@ -35,11 +35,12 @@ def _environment() -> Iterator[Check]:
     yield Check("PASS", "sources", f"{len(build.units())} kernel files in {build.source_folder()}")
     given = sorted(name for name in os.environ if name.startswith("CUPY_MOE_"))
     for name in given:
-        if name not in config.VARIABLES:
+        if name not in config.VARIABLES and name not in config.OF_SCRIPTS:
             yield Check(
                 "WARN", "environment", f"{name} is not a variable of cupy_moe", "cupy-moe show-config"
             )
     try:
+        config.may_compile()
         for name in config.FLAGS:
             config.flag(name)
         config.nvrtc_flags(), config.prebuilt_dirs(), config.cache_dir()
@@ -49,15 +50,15 @@ def _environment() -> Iterator[Check]:
 
 
 def _cache() -> Iterator[Check]:
-    root, why = cache.locate_user_root()
+    root, why = folders.locate_user_root()
     if root is None:
         yield Check("WARN", "user cache", why, "set CUPY_MOE_CACHE_DIR to a folder that can be written")
         return
-    probe = root.path / cache.LAYOUT / f"{cache.TEMPORARY}doctor"
+    probe = f"{folders.TEMPORARY}doctor"
     try:
-        root.create()
-        cache.write_file(probe, b"\0" * 65536)
-        probe.unlink()
+        with root.open(folders.LAYOUT, create=True) as folder:
+            folder.write(probe, b"\0" * 65536)
+            folder.remove(probe)
         yield Check("PASS", "user cache", f"{root.path} ({why})")
     except OSError as error:
         fix = "set CUPY_MOE_CACHE_DIR to a folder that can be written; until then kernels are kept in memory"
@@ -65,21 +66,35 @@ def _cache() -> Iterator[Check]:
 
 
 def _prebuilt() -> Iterator[Check]:
-    roots = cache.prebuilt_roots()
-    for root in roots:
+    for root in folders.prebuilt_roots():
         for problem in prebuild.problems(root, strict=False):
             yield Check("FAIL", "prebuilt", problem, f"cupy-moe prebuild --arch ARCH --out {root.path}")
-    complete = [target for target in (*build.TARGETS, build.PTX_TARGET) if _is_complete(target)]
-    if complete:
+    targets = (*build.TARGETS, build.PTX_TARGET)
+    may_compile = config.may_compile()
+    fix = "cupy-moe prebuild --arch ARCH" + (", or let the first use compile" if may_compile else "")
+    if complete := [target for target in targets if _is_complete(target)]:
         yield Check("PASS", "prebuilt", f"every kernel for {', '.join(complete)}")
-    else:
-        fix = "cupy-moe prebuild --arch ARCH, or let the first use compile"
+    elif may_compile or any(_has(unit, target) for target in targets for unit in build.units().values()):
         yield Check("WARN", "prebuilt", "no target has every kernel", fix)
+    else:
+        yield Check("FAIL", "prebuilt", "no kernel, and CUPY_MOE_DISABLE_JIT=1 forbids compiling", fix)
+
+
+def _has(unit: build.Unit, target: str) -> bool:
+    return prebuild.state(folders.in_use(), unit, target).status == "up to date"
 
 
 def _is_complete(target: str) -> bool:
-    roots, units = cache.prebuilt_roots(), build.units().values()
-    return all(any(prebuild.state(r.path, unit, target).size for r in roots) for unit in units)
+    return all(_has(unit, target) for unit in build.units().values())
+
+
+def _cupy() -> Iterator[Check]:
+    try:
+        from ._cupy import cupy
+    except DependencyError as error:
+        yield Check("FAIL", "CuPy", str(error), "without it nothing but the CPU path works")
+    else:
+        yield Check("PASS", "CuPy", cupy.__version__)
 
 
 def _compiler() -> Iterator[Check]:

@@ -47,13 +47,18 @@ def kernel(device: int, unit: str, entry: str) -> int:
 
 def warmup(devices: int | Iterable[int] | None = None) -> int:
     """Load every kernel on the devices (default: the current one), so that no later call has to, e.g. one
-    inside a CUDA graph capture. Returns how many kernels are ready, and logs where they came from."""
+    inside a CUDA graph capture. Returns how many kernels are ready, and logs where they came from.
+    Raises what `kernel` raises, and KernelLoadError where there is no such device or no GPU at all."""
     from ._cupy import cupy
 
     if devices is None:
-        devices = cupy.cuda.runtime.getDevice()
+        try:
+            devices = cupy.cuda.runtime.getDevice()
+        except cupy.cuda.runtime.CUDARuntimeError as error:
+            raise KernelLoadError(f"no GPU to load kernels on: {error}") from error
     total = 0
     for device in [devices] if isinstance(devices, int) else devices:
+        capability(device)  # or an error that says which device there is none of
         start = time.perf_counter()
         origins: Counter[str] = Counter()
         for unit in build.units():
@@ -74,9 +79,13 @@ def image(device: int, unit: str) -> cache.Image:
 
 
 def capability(device: int) -> tuple[int, int]:
+    """Raises KernelLoadError where there is no such device."""
     from ._cupy import cupy
 
-    digits = cupy.cuda.Device(device).compute_capability
+    try:
+        digits = cupy.cuda.Device(device).compute_capability
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        raise KernelLoadError(f"device {device} cannot be used: {error}") from error
     return int(digits[:-1]), int(digits[-1])
 
 

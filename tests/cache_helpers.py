@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from cupy_moe import build, cache, prebuild
+import pytest
+
+from cupy_moe import build, folders, prebuild, store
+from cupy_moe.folders import Root
 
 PACKAGE = Path(build.__file__).parent
 REAL = [path.stem for folder in ("kernels_cu", "../kernels_cu") for path in (PACKAGE / folder).glob("*.cu")]
@@ -43,7 +48,12 @@ class Sandbox:
 
     def publish(self, root: Path, target: str) -> Path:
         """The path of an image that is now there."""
-        return cache.publish(cache.Root(root, "prebuilt"), cache.compile_image(self.unit, target))
+        return store.publish(Root(root, "prebuilt"), store.compile_image(self.unit, target))
+
+
+def files(root: Path, pattern: str) -> list[Path]:
+    """Of a folder of images, whoever may read them."""
+    return sorted((root / folders.LAYOUT).glob(pattern))
 
 
 def write_sources(folder: Path) -> Path:
@@ -86,3 +96,36 @@ def run_python(folder: Path, *arguments: str, **options: object) -> subprocess.C
         check=False,
         **options,  # type: ignore[call-overload]
     )
+
+
+# ---- other users
+
+USER = 54321
+
+
+@contextlib.contextmanager
+def acting_as(uid: int, *groups: int) -> Iterator[None]:
+    before = os.getgroups()
+    try:
+        os.setgroups(groups)
+        os.setegid(uid)
+        os.seteuid(uid)
+        yield
+    finally:
+        os.seteuid(0)
+        os.setegid(0)
+        os.setgroups(before)
+
+
+def can_act_as_others() -> bool:
+    """Root can, unless it is root of a namespace that has no other users."""
+    if os.geteuid() != 0:
+        return False
+    try:
+        with acting_as(USER):
+            return True
+    except OSError:
+        return False
+
+
+needs_uids = pytest.mark.skipif(not can_act_as_others(), reason="only root can act as other users")

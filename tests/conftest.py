@@ -12,7 +12,8 @@ import hypothesis
 import pytest
 from cache_helpers import Everything, Sandbox, write_sources
 
-from cupy_moe import build, cache, prebuild
+from cupy_moe import build, cache, folders, prebuild
+from cupy_moe.folders import Root
 
 # Time limits on single examples fail on a busy machine; CI has to say the same thing twice of one commit.
 hypothesis.settings.register_profile("suite", deadline=None, derandomize=bool(os.environ.get("CI")))
@@ -53,7 +54,7 @@ def sandbox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sandbox:
     monkeypatch.setenv("CUPY_MOE_CACHE_DIR", str(box.user))
     monkeypatch.setattr(build, "source_folder", lambda: box.sources)
     monkeypatch.setattr(build, "checkout", lambda: None)
-    monkeypatch.setattr(cache, "_warned", set())
+    monkeypatch.setattr(folders, "_warned", set())
     monkeypatch.setattr(cache, "_compiled", {})
     return box
 
@@ -64,14 +65,15 @@ def everything(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFac
     sources change seldom."""
     kept = pytestconfig.rootpath / ".pytest_cache" / f"cubins-{build.toolchain().nvrtc}"
     folder = kept if can_write(kept) else tmp_path_factory.mktemp("cubins")
+    root = Root(folder, "prebuilt")
     targets = [*build.supported_targets(), build.PTX_TARGET]
     wanted = [(unit, target) for target in targets for unit in build.units().values()]
-    missing = [pair for pair in wanted if prebuild.state(folder, *pair).status == "missing"]
-    built = list(prebuild.run(cache.Root(folder, "prebuilt"), missing, os.cpu_count() or 1))
+    missing = [pair for pair in wanted if prebuild.state([root], *pair).status == "missing"]
+    built = list(prebuild.run(root, missing, os.cpu_count() or 1))
     for target in targets:
-        prebuild.finish(folder, target)
+        prebuild.finish(root, target)
     failed = {(r.unit, r.target): r for r in built if r.status == "failed"}
-    found = [prebuild.state(folder, *pair) for pair in wanted]
+    found = [prebuild.state([root], *pair) for pair in wanted]
     return Everything(folder, [failed.get((r.unit, r.target), r) for r in found])
 
 

@@ -15,7 +15,8 @@ import time
 import warnings
 from pathlib import Path
 
-from cupy_moe import build, cache, prebuild
+from cupy_moe import build, cache, folders, prebuild, store
+from cupy_moe.folders import Root
 
 WORKERS, REPEATS, TIMEOUT = 16, 40, 60.0
 
@@ -29,7 +30,7 @@ def work(seed: int, expected: bytes) -> None:
         if image.data != expected:
             os._exit(3)
         with contextlib.suppress(FileNotFoundError):  # removed under us three times in a row
-            cache.publish(cache.Root(Path(os.environ["CUPY_MOE_CACHE_DIR"]), "user"), image)
+            store.publish(Root(Path(os.environ["CUPY_MOE_CACHE_DIR"]), "user"), image)
     os._exit(0)
 
 
@@ -72,8 +73,8 @@ def main(sources: Path, folder: Path, rounds: int) -> None:
 
         cache._compiled.clear()  # what is left behind hinders nobody
         assert next(cache.candidates("tiny", (9, 0))).data == expected
-        assert prebuild.problems(cache.Root(folder, "user"), strict=False) == []
-        leftovers += len(cache.find(folder, f"*/{cache.TEMPORARY}*"))
+        assert prebuild.problems(Root(folder, "user"), strict=False) == []
+        leftovers += len(list(folder.glob(f"*/*/{folders.TEMPORARY}*")))
     print(f"{rounds} rounds of {WORKERS}: {finished} finished, {killed} killed, {leftovers} temporary files")
 
 

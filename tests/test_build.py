@@ -20,7 +20,7 @@ from cache_helpers import HEADER, PACKAGE, REAL, TINY, Everything, Sandbox, run_
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cupy_moe import build, cache, config, doctor
+from cupy_moe import build, config, doctor, store
 from cupy_moe.errors import CompileError, ConfigError, DependencyError
 
 # ---- digests
@@ -123,7 +123,7 @@ def test_a_cubin_is_whole_and_of_its_target(sandbox: Sandbox, target: str) -> No
     if target not in build.supported_targets():
         pytest.skip(f"this NVRTC does not know {target}")
     made = build.compile(sandbox.unit, target)
-    assert cache.elf_target(made.data) == target
+    assert store.elf_target(made.data) == target
     assert build.elf_end(made.data) == len(made.data)
     clusters = build.number(target) >= 90
     assert set(made.kernels) == {"tiny_add", "tiny_reverse"} | ({"tiny_cluster"} if clusters else set())

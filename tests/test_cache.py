@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cache_helpers import PACKAGE, REAL, Everything, Sandbox, copy_package, run_python
+from cache_helpers import PACKAGE, REAL, Everything, Sandbox, copy_package, files, run_python
 
-from cupy_moe import build, cache, prebuild
+from cupy_moe import build, cache, folders, prebuild, store
 from cupy_moe.errors import CompileError, ConfigError, DependencyError, KernelNotPrebuiltError
+from cupy_moe.folders import Root
 
 HOPPER = (9, 0)
 
@@ -119,14 +120,14 @@ def test_force_jit_ignores_prebuilt(
 def test_prebuilt_images_match_whatever_compiler_made_them(
     sandbox: Sandbox, use_prebuilt: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    image = cache.compile_image(sandbox.unit, "sm_90")
+    image = store.compile_image(sandbox.unit, "sm_90")
     other = build.Toolchain("13.5.1", "CL-9")
     key = build.entry_key(sandbox.unit, "sm_90", other)
     foreign = replace(
         image, entry=replace(image.entry, nvrtc=other.nvrtc, nvrtc_build=other.build, entry_key=key)
     )
-    cache.publish(cache.Root(use_prebuilt, "prebuilt"), foreign)
-    cache.publish(cache.Root(sandbox.user, "user"), foreign)
+    store.publish(Root(use_prebuilt, "prebuilt"), foreign)
+    store.publish(Root(sandbox.user, "user"), foreign)
     assert first().origin == "prebuilt"
     monkeypatch.delenv("CUPY_MOE_PREBUILT_DIR")
     assert first().origin == "compiled"  # the user cache wants the compiler that is installed ...
@@ -183,18 +184,18 @@ def _flip(path: Path) -> None:
 
 def _other_architecture(path: Path) -> None:
     """Well-formed in all but what the ELF header says."""
-    data = cache.compile_image(build.unit("tiny"), "sm_80").data
+    data = store.compile_image(build.unit("tiny"), "sm_80").data
     sidecar = path.with_suffix(".json")
     entry = json.loads(sidecar.read_bytes())
     sha256 = __import__("hashlib").sha256(data).hexdigest()
-    sidecar.write_bytes(cache.to_json(entry | {"size": len(data), "sha256": sha256}))
+    sidecar.write_bytes(store.to_json(entry | {"size": len(data), "sha256": sha256}))
     path.write_bytes(data)
 
 
 def _edit(**changes: Any) -> Any:
     def edit(path: Path) -> None:
         sidecar = path.with_suffix(".json")
-        sidecar.write_bytes(cache.to_json(json.loads(sidecar.read_bytes()) | changes))
+        sidecar.write_bytes(store.to_json(json.loads(sidecar.read_bytes()) | changes))
 
     return edit
 
@@ -228,19 +229,19 @@ def test_damage_costs_one_warning_and_a_compilation(
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert len(warnings) == 1
     assert str(use_prebuilt) in warnings[0]
-    assert prebuild.problems(cache.Root(use_prebuilt, "prebuilt"), strict=False)
+    assert prebuild.problems(Root(use_prebuilt, "prebuilt"), strict=False)
 
 
 @pytest.mark.parametrize("damage", [name for name in DAMAGES if name != "a folder"])
 def test_the_user_cache_repairs_itself(sandbox: Sandbox, damage: str) -> None:
     good = first()
-    (path,) = cache.find(sandbox.user, "sm_90/*.cubin")
+    (path,) = files(sandbox.user, "sm_90/*.cubin")
     DAMAGES[damage](path)
     cache._compiled.clear()
     assert first().origin == "compiled"
     assert first().origin == "user"
     assert first().data == good.data
-    assert prebuild.problems(cache.Root(sandbox.user, "user"), strict=False) == []
+    assert prebuild.problems(Root(sandbox.user, "user"), strict=False) == []
 
 
 def test_without_nvrtc_ptx_serves(sandbox: Sandbox, use_prebuilt: Path, no_compiler: None) -> None:
@@ -283,7 +284,7 @@ def test_a_disk_that_takes_nothing_costs_one_warning(
     assert first().origin == "compiled"
     assert caplog.text.count("WARNING") == 1
     assert "CUPY_MOE_CACHE_DIR" in caplog.text
-    assert cache.find(sandbox.user, "*/*") == []  # no temporary file is left
+    assert files(sandbox.user, "*/*") == []  # no temporary file is left
 
 
 def test_a_cache_folder_that_is_a_file_further_up_costs_one_warning(
@@ -319,6 +320,19 @@ def test_bad_values_are_refused_by_name(
         first()
 
 
+@pytest.mark.parametrize("name", ["CUPY_MOE_PREBUILT_DIR", "CUPY_MOE_CACHE_DIR"])
+def test_a_path_relative_to_nowhere_is_refused_by_name(
+    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    gone = sandbox.folder / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    monkeypatch.setenv(name, "kernels")
+    with pytest.raises(ConfigError, match=f"{name}='kernels' is relative to a folder that is gone"):
+        first()
+
+
 # ---- where the user cache is
 
 
@@ -332,7 +346,7 @@ def test_the_user_cache_is_the_first_folder_that_can_be_used(
     monkeypatch.setenv("HOME", str(home))
 
     def where() -> Path | None:
-        root = cache.user_root()
+        root = folders.user_root()
         return root.path if root else None
 
     assert where() == named
@@ -342,11 +356,11 @@ def test_the_user_cache_is_the_first_folder_that_can_be_used(
     assert where() == home / ".cache" / "cupy_moe"
     home.mkdir()
     may = os.access
-    monkeypatch.setattr(
-        os, "access", lambda path, mode: Path(path) != home and may(path, mode)
-    )  # root may all
+    monkeypatch.setattr(  # root may all
+        os, "access", lambda path, mode, **options: Path(path) != home and may(path, mode, **options)
+    )
     private = where()
-    assert private == sandbox.folder / f"cupy_moe-{os.getuid()}"
+    assert private == sandbox.folder / f"cupy_moe-{os.geteuid()}"
     assert first().origin == "compiled"
     assert private.stat().st_mode & 0o777 == 0o700
     private.chmod(0o770)
@@ -355,22 +369,18 @@ def test_the_user_cache_is_the_first_folder_that_can_be_used(
     assert list(home.iterdir()) == []
 
 
-def test_a_folder_of_others_is_not_trusted_unless_named(
+def test_a_folder_that_others_may_write_to_is_not_chosen(
     sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     shared = sandbox.folder / "cupy_moe"
     shared.mkdir()
-    shared.chmod(0o777)
-    monkeypatch.setenv("CUPY_MOE_CACHE_DIR", str(shared))
-    assert cache.user_root() == cache.Root(shared, "user")
-    assert "writable by other users" in caplog.text
+    shared.chmod(0o1777)
     monkeypatch.delenv("CUPY_MOE_CACHE_DIR")
     monkeypatch.setenv("XDG_CACHE_HOME", str(sandbox.folder))
-    cache._warned.clear()
     for _ in range(2):
-        root = cache.user_root()
+        root = folders.user_root()
         assert root is None or root.path != shared
-    assert caplog.text.count("not using the cache folder") == 1
+    assert caplog.text.count("writable by every user") == 1
 
 
 # ---- publishing

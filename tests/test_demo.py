@@ -8,13 +8,14 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from cupy_moe import demo
+from cupy_moe import cli, demo
 
 SMALL = ["--device", "cpu", "--tokens", "64", "--experts", "8", "--block-size", "16"]
 
 
 def run(*arguments: str, **options) -> Result:
-    return CliRunner(charset=options.pop("charset", "utf-8")).invoke(demo.demo, arguments, **options)
+    runner = CliRunner(charset=options.pop("charset", "utf-8"))
+    return runner.invoke(cli.main, ["demo", *arguments], **options)
 
 
 def test_the_main_job_on_the_cpu() -> None:
@@ -39,9 +40,11 @@ def test_worked_example_is_that_of_the_documentation() -> None:
 
 def test_colours_only_where_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
     assert "\x1b[" in run(*SMALL, color=True).output
     assert "\x1b[" not in run(*SMALL).output
     assert "\x1b[" not in run(*SMALL, color=True, env={"NO_COLOR": "1"}).output
+    assert "\x1b[" not in run(*SMALL, color=True, env={"TERM": "dumb"}).output
 
 
 def test_ascii_output_where_nothing_else_can_be_written() -> None:

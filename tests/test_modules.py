@@ -15,7 +15,7 @@ import pytest
 from cache_helpers import PACKAGE, Everything, Sandbox, copy_package, run_python
 
 import cupy_moe
-from cupy_moe import build, cache, modules
+from cupy_moe import build, cache, modules, store
 from cupy_moe.errors import KernelLoadError, KernelNotPrebuiltError
 
 
@@ -49,7 +49,7 @@ class Driver:
 
     def load(self, data: bytes) -> None:
         self.loads.append(data)
-        kind = "compute" if data[:4] != b"\x7fELF" else cache.elf_target(data)
+        kind = "compute" if data[:4] != b"\x7fELF" else store.elf_target(data)
         if kind in self.refuses:
             raise Refused(self.refuses[kind])
 
@@ -101,7 +101,7 @@ def driver(fresh: None, monkeypatch: pytest.MonkeyPatch) -> Driver:
 def test_a_kernel_is_loaded_once_per_device_and_made_ready(driver: Driver) -> None:
     pointers = {modules.kernel(device, "tiny", "tiny_add") for device in (0, 1, 0, 1)}
     assert pointers == {1008, 2008}
-    assert [cache.elf_target(data) for data in driver.loads] == ["sm_90", "sm_80"]
+    assert [store.elf_target(data) for data in driver.loads] == ["sm_90", "sm_80"]
     shared = modules._MAX_DYNAMIC_SHARED
     assert driver.attributes == [(1008, shared, 231424), (2008, shared, 231424)]
 
@@ -197,6 +197,21 @@ def test_warmup_loads_everything_and_says_so_in_one_line(
     monkeypatch.setattr(cache, "candidates", lambda *_: pytest.fail("looked up again"))
     assert modules.kernel(0, "tiny", "tiny_cluster")
     assert cupy_moe.warmup([0]) == 3
+
+
+def test_without_a_gpu_the_error_is_one_of_ours(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cupy_moe._cupy import cupy
+
+    def fail(*_: object) -> None:
+        raise Refused(100)
+
+    monkeypatch.setattr(cupy.cuda.runtime, "CUDARuntimeError", Refused, raising=False)
+    monkeypatch.setattr(cupy.cuda.runtime, "getDevice", fail)
+    with pytest.raises(KernelLoadError, match="no GPU to load kernels on: CUDA_ERROR_100"):
+        cupy_moe.warmup()
+    monkeypatch.setattr(cupy.cuda, "Device", fail)
+    with pytest.raises(KernelLoadError, match="device 7 cannot be used: CUDA_ERROR_100"):
+        cupy_moe.warmup([7])
 
 
 # ---- a real one
