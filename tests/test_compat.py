@@ -1,4 +1,4 @@
-"""The functions of vLLM and SGLang: signatures, switches on cardboard engines, equality with the real ones.
+"""The functions of vLLM and SGLang: signatures, alignment on the CPU, equality with the real ones.
 
 The real ones come from a folder .peers, where there is one: its load.py loads their libraries into torch.
 """
@@ -9,8 +9,6 @@ import functools
 import importlib.util
 import inspect
 import itertools
-import sys
-import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,6 @@ from align_cases import naive
 
 from cupy_moe import aligned_sizes, batched_moe_align_block_size, moe_align_block_size
 from cupy_moe.compat import sglang, vllm
-from cupy_moe.errors import DependencyError
 
 PEERS = Path(__file__).parent.parent / ".peers" / "load.py"
 VLLM_MODULE = "vllm.model_executor.layers.fused_moe.moe_align_block_size"
@@ -128,95 +125,6 @@ def test_sglang(ignore: bool) -> None:
                 assert out[0].tolist() == expected[0] + [n] * more, f"{dtype=} {ids=}"
                 assert out[1].tolist() == expected[1] + [-1] * more, f"{dtype=} {ids=}"
                 assert out[2].tolist() == expected[2], f"{dtype=} {ids=}"
-
-
-# ---- switches ---
-
-
-@pytest.fixture
-def cardboard(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
-    """Modules with the names of the engines' own, and others that have imported from them."""
-
-    def module(name: str, **content: Any) -> Any:
-        made = types.ModuleType(name)
-        vars(made).update(content)
-        monkeypatch.setitem(sys.modules, name, made)
-        return made
-
-    def align() -> str:
-        return "vllm"
-
-    def batched() -> str:
-        return "vllm"
-
-    def low_level() -> str:
-        return "vllm"
-
-    def sgl() -> str:
-        return "sglang"
-
-    for parent in ("vllm", "vllm.model_executor", "vllm.model_executor.layers"):
-        module(parent)
-    yield {
-        "home": module(VLLM_MODULE, moe_align_block_size=align, batched_moe_align_block_size=batched),
-        "package": module("vllm.model_executor.layers.fused_moe", moe_align_block_size=align, other=len),
-        "renamed": module("vllm.marlin", align_tokens=align),
-        "low": module("vllm._custom_ops", moe_align_block_size=low_level),
-        "foreign": module("elsewhere", moe_align_block_size=align),
-        "sgl_kernel": module("sgl_kernel", moe_align_block_size=sgl),
-        "sglang": module("sglang.layers", sgl_moe_align_block_size=sgl),
-    }
-    vllm.disable()
-    sglang.disable()
-
-
-def test_switch(cardboard: dict[str, Any]) -> None:
-    before = {name: dict(vars(module)) for name, module in cardboard.items()}
-    vllm.enable()
-    vllm.enable()
-    assert cardboard["home"].moe_align_block_size is vllm.moe_align_block_size
-    assert cardboard["home"].batched_moe_align_block_size is vllm.batched_moe_align_block_size
-    assert cardboard["package"].moe_align_block_size is vllm.moe_align_block_size
-    assert cardboard["renamed"].align_tokens is vllm.moe_align_block_size
-    assert cardboard["low"].moe_align_block_size is vllm.moe_align_block_size_into
-    assert cardboard["foreign"].moe_align_block_size() == "vllm"
-    assert cardboard["sgl_kernel"].moe_align_block_size() == "sglang"
-    vllm.disable()
-    vllm.disable()
-    assert {name: dict(vars(module)) for name, module in cardboard.items()} == before
-
-    with sglang.enabled():
-        assert cardboard["sgl_kernel"].moe_align_block_size is sglang.moe_align_block_size
-        assert cardboard["sglang"].sgl_moe_align_block_size is sglang.moe_align_block_size
-        with sglang.enabled():
-            pass
-        assert cardboard["sgl_kernel"].moe_align_block_size is sglang.moe_align_block_size
-    assert {name: dict(vars(module)) for name, module in cardboard.items()} == before
-
-
-def test_the_context_ends_with_an_error(cardboard: dict[str, Any]) -> None:
-    with pytest.raises(KeyError), vllm.enabled():
-        raise KeyError
-    assert cardboard["home"].moe_align_block_size() == "vllm"
-
-
-def test_what_others_have_replaced_since_is_left_alone(cardboard: dict[str, Any]) -> None:
-    vllm.enable()
-    cardboard["renamed"].align_tokens = print
-    vllm.disable()
-    assert cardboard["renamed"].align_tokens is print
-    assert cardboard["home"].moe_align_block_size() == "vllm"
-
-
-@pytest.mark.parametrize("switch", [vllm, sglang])
-def test_without_the_engine(switch: Any) -> None:
-    if importlib.util.find_spec("vllm") or importlib.util.find_spec("sgl_kernel"):
-        pytest.skip("there is an engine here")
-    with pytest.raises(DependencyError, match="is not installed"):
-        switch.enable()
-    with pytest.raises(DependencyError), switch.enabled():
-        pass
-    switch.disable()
 
 
 # ---- equality with the real ones ---
