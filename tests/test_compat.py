@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import inspect
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import pytest
 import routing
 import torch
 from align_cases import naive
+from engine_signatures import RELEASES, of_function
 
 from cupy_moe import aligned_sizes, batched_moe_align_block_size, moe_align_block_size
 from cupy_moe.compat import sglang, vllm
@@ -40,29 +40,17 @@ def as_lists(tensors: Any) -> tuple[list[int], ...]:
 # ---- functions ---
 
 
-def test_signatures() -> None:
-    def names(function: Callable[..., Any]) -> list[str]:
-        return list(inspect.signature(function).parameters)
+@pytest.mark.parametrize("release", RELEASES)
+def test_every_call_that_a_release_takes_is_taken(release: str) -> None:
+    functions = (sglang if release.startswith("sglang") else vllm)._switch._functions
+    for place, theirs in RELEASES[release].items():
+        ours = of_function(functions[place])
+        assert f"{ours}, ".startswith(f"{theirs}, "), place
+        assert all("=" in added for added in ours[len(theirs) :].split(", ")[1:]), place
 
-    wanted = [
-        "topk_ids",
-        "block_size",
-        "num_experts",
-        "expert_map",
-        "pad_sorted_ids",
-        "ignore_invalid_experts",
-    ]
-    assert names(vllm.moe_align_block_size) == [*wanted, "return_scatter_idx"]
-    assert names(moe_align_block_size)[:6] == wanted
-    wanted = ["max_tokens_per_batch", "block_size", "expert_num_tokens"]
-    assert names(vllm.batched_moe_align_block_size) == wanted
-    outputs = ["sorted_ids", "expert_ids", "num_tokens_post_pad"]
-    assert names(vllm.batched_moe_align_block_size_into) == [*wanted, *outputs]
-    outputs = ["sorted_token_ids", "experts_ids", "num_tokens_post_pad"]
-    wanted = ["topk_ids", "num_experts", "block_size", *outputs]
-    assert names(vllm.moe_align_block_size_into) == [*wanted, "expert_map", "scatter_idx"]
-    wanted += ["cumsum_buffer", "pad_sorted_token_ids", "ignore_invalid_expert"]
-    assert names(sglang.moe_align_block_size) == wanted
+
+def test_the_signature_of_everything_that_is_replaced_is_known() -> None:
+    assert {*vllm._switch._functions, *sglang._switch._functions} == set().union(*RELEASES.values())
 
 
 def test_vllm() -> None:
@@ -72,6 +60,32 @@ def test_vllm() -> None:
         assert as_lists(results) == naive(FLAT, 4, 5, expert_map.tolist(), pad, ignore)
     results = vllm.batched_moe_align_block_size(8, 4, torch.tensor([2, 0, 5], dtype=torch.int32))
     assert as_lists(results)[1:] == ([0, 2, 2, -1, -1, -1], [12])
+
+
+def test_wrong_arguments_are_named_before_anything_is_written() -> None:
+    ids = IDS
+    for function in (vllm_align, sglang_align):
+        more = (poisoned(7),) if function is sglang_align else ()
+        for wrong, error, message in (
+            ({0: ids.half()}, TypeError, "topk_ids: expected an integer tensor"),
+            ({0: ids.bool()}, TypeError, "topk_ids: expected an integer tensor"),
+            ({1: torch.tensor(6)}, TypeError, "num_experts: expected an int, got"),
+            ({1: 0}, ValueError, "num_experts: expected 1 to 65536, got 0"),
+            ({2: torch.tensor(4)}, TypeError, "block_size: expected an int, got"),
+            ({1: 4, 2: 600}, ValueError, "sorted_token_ids: expected at least 2408 elements .* got 40"),
+            ({3: None}, TypeError, "sorted_token_ids: expected a tensor, got NoneType"),
+            ({3: poisoned(40)[0].long()}, TypeError, "out: .*sorted_token_ids"),
+            ({3: poisoned(80)[0][::2]}, ValueError, "out: .*sorted_token_ids.*strides"),
+            ({4: poisoned(6)[0]}, ValueError, "experts_ids: expected at least 8 elements .* got 6"),
+            ({5: poisoned(2)[0]}, ValueError, "out: .*num_tokens_post_pad"),
+        ):
+            buffers = poisoned(40, 10, 1)
+            arguments = [ids, 6, 4, *buffers, *more]
+            for position, value in wrong.items():
+                arguments[position] = value
+            with pytest.raises(error, match=message):
+                function(*arguments)
+            assert as_lists(buffers) == as_lists(poisoned(40, 10, 1)), message
 
 
 def test_scatter_idx_of_vllm() -> None:
@@ -112,7 +126,10 @@ def sglang_naive(ids: list[int], buckets: int, block_size: int, ignore: bool) ->
 
 @pytest.mark.parametrize("ignore", [False, True])
 def test_sglang(ignore: bool) -> None:
-    for dtype in (torch.int32, torch.int64, torch.int8, torch.uint8):
+    for name in ["int8", "uint8", "uint16", "int32", "uint32", "int64", "uint64"]:
+        dtype = getattr(torch, name)
+        if ignore and name == "uint64":
+            continue  # nothing is added then: the operator takes or refuses it
         limits = torch.iinfo(dtype)
         for ids in (FLAT, [4, -1, 0, -1, 0, 5, 6, limits.max], [-1] * 9, [0], []):
             topk_ids = torch.tensor([i for i in ids if i >= limits.min], dtype=dtype)
@@ -120,7 +137,9 @@ def test_sglang(ignore: bool) -> None:
             for more in (0, 3):
                 out = poisoned(num_slots + more, num_blocks + more, 1, 7)
                 sglang_align(topk_ids, 6, 4, *out, True, ignore)
-                expected = sglang_naive(topk_ids.tolist(), 6, 4, ignore)
+                minus_one = limits.max if name in ("uint32", "uint64") else -1
+                wanted = [-1 if i == minus_one else i for i in topk_ids.tolist()]
+                expected = sglang_naive(wanted, 6, 4, ignore)
                 n = len(topk_ids)
                 assert out[0].tolist() == expected[0] + [n] * more, f"{dtype=} {ids=}"
                 assert out[1].tolist() == expected[1] + [-1] * more, f"{dtype=} {ids=}"

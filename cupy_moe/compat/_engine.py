@@ -137,21 +137,41 @@ def heads(
     num_experts: int,
     block_size: int,
     sorted_token_ids: torch.Tensor,
-    expert_ids: torch.Tensor,
+    experts_ids: torch.Tensor,
     num_tokens_post_pad: torch.Tensor,
 ) -> Buffers:
-    """The part of an engine's buffers that `out=` takes; what is longer gets its padding here."""
+    """The part of an engine's buffers that `out=` takes; `pad_tails` is for the rest."""
     num_slots, num_blocks = aligned_sizes(num_ids, num_experts, block_size)
-    slots = _head("sorted_token_ids", sorted_token_ids, num_slots, num_ids)
-    return slots, _head("expert_ids", expert_ids, num_blocks, -1), num_tokens_post_pad
+    slots = _head("sorted_token_ids", sorted_token_ids, num_slots)
+    return slots, _head("experts_ids", experts_ids, num_blocks), num_tokens_post_pad
 
 
-def _head(name: str, buffer: torch.Tensor, length: int, padding: int) -> torch.Tensor:
+def _head(name: str, buffer: torch.Tensor, length: int) -> torch.Tensor:
+    require(name, buffer)
     if buffer.numel() < length:
         raise ValueError(
             f"{name}: expected at least {length} elements (see aligned_sizes), got {buffer.numel()}"
         )
-    if buffer.numel() == length:
-        return buffer
-    buffer[length:].fill_(padding)
-    return buffer[:length]
+    return buffer if buffer.numel() == length else buffer[:length]
+
+
+def pad_tails(
+    heads: Buffers, num_ids: int, sorted_token_ids: torch.Tensor, experts_ids: torch.Tensor
+) -> None:
+    """Fill what the buffers have beyond their heads. It comes last: by then, all arguments are checked."""
+    for head, buffer, padding in ((heads[0], sorted_token_ids, num_ids), (heads[1], experts_ids, -1)):
+        if head is not buffer:
+            buffer[head.numel() :].fill_(padding)
+
+
+def require(name: str, value: Any, dim: int | None = None) -> None:
+    """For what an engine has to bring, where the operator would take None, or would not be reached."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+    if dim not in (None, value.dim()):
+        raise ValueError(f"{name}: expected {dim} dimensions, got {list(value.shape)}")
+
+
+def fp32(bias: Any) -> Any:
+    """A correction bias, which engines have in other types, too; the operator refuses what is no tensor."""
+    return bias.float() if isinstance(bias, torch.Tensor) else bias
