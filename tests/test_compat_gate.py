@@ -194,7 +194,11 @@ def test_equal_to_sglang() -> None:
             sglang.topk_softmax(*ours, logits, True, softcap)
             ops.topk_softmax(*theirs, logits, True, softcap, None)
             same(ours, theirs, f"{tokens=} {num_experts=} {topk=} {softcap=}")
-    for apply in (False, True):
+        for renormalize in (False, True):
+            sglang.topk_sigmoid(*ours, logits, renormalize)
+            ops.topk_sigmoid(*theirs, logits, renormalize, None)
+            same(ours, theirs, f"sigmoid, {tokens=} {num_experts=} {topk=} {renormalize=}")
+    for apply, shared in itertools.product((False, True), (0, 1, 2)):
         logits, bias = torch.randn(64, 256, device="cuda"), torch.rand(256, device="cuda")
-        arguments = logits, bias, 8, 4, 8, 0, 2.5, apply
-        same(sglang.moe_fused_gate(*arguments), ops.moe_fused_gate(*arguments), f"{apply=}")
+        arguments = logits, bias, 8, 4, 8 + shared, shared, 2.5, apply
+        same(sglang.moe_fused_gate(*arguments), ops.moe_fused_gate(*arguments), f"{apply=} {shared=}")
