@@ -92,7 +92,8 @@ def aligned_sizes(
     """
     num_ids, num_experts = as_int("num_ids", num_ids), as_int("num_experts", num_experts)
     block_size, pad_sorted_ids = as_int("block_size", block_size), as_bool("pad_sorted_ids", pad_sorted_ids)
-    check_range("num_ids", num_ids, INT32_MAX, least=0)
+    if num_ids < 0:
+        raise ValueError(f"num_ids: expected 0 or more, got {num_ids}")
     check_range("num_experts", num_experts, MAX_EXPERTS)
     check_range("block_size", block_size, MAX_BLOCK_SIZE)
     num_slots = num_ids + num_experts * (block_size - 1)

@@ -1,4 +1,4 @@
-"""The functions of vLLM and SGLang: signatures, switches on cardboard engines, equality with the real ones.
+"""The functions of vLLM and SGLang: signatures, alignment on the CPU, equality with the real ones.
 
 The real ones come from a folder .peers, where there is one: its load.py loads their libraries into torch.
 """
@@ -7,11 +7,8 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import inspect
 import itertools
-import sys
-import types
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +16,10 @@ import pytest
 import routing
 import torch
 from align_cases import naive
+from engine_signatures import RELEASES, of_function
 
 from cupy_moe import aligned_sizes, batched_moe_align_block_size, moe_align_block_size
 from cupy_moe.compat import sglang, vllm
-from cupy_moe.errors import DependencyError
 
 PEERS = Path(__file__).parent.parent / ".peers" / "load.py"
 VLLM_MODULE = "vllm.model_executor.layers.fused_moe.moe_align_block_size"
@@ -43,29 +40,17 @@ def as_lists(tensors: Any) -> tuple[list[int], ...]:
 # ---- functions ---
 
 
-def test_signatures() -> None:
-    def names(function: Callable[..., Any]) -> list[str]:
-        return list(inspect.signature(function).parameters)
+@pytest.mark.parametrize("release", RELEASES)
+def test_every_call_that_a_release_takes_is_taken(release: str) -> None:
+    functions = (sglang if release.startswith("sglang") else vllm)._switch._functions
+    for place, theirs in RELEASES[release].items():
+        ours = of_function(functions[place])
+        assert f"{ours}, ".startswith(f"{theirs}, "), place
+        assert all("=" in added for added in ours[len(theirs) :].split(", ")[1:]), place
 
-    wanted = [
-        "topk_ids",
-        "block_size",
-        "num_experts",
-        "expert_map",
-        "pad_sorted_ids",
-        "ignore_invalid_experts",
-    ]
-    assert names(vllm.moe_align_block_size) == [*wanted, "return_scatter_idx"]
-    assert names(moe_align_block_size)[:6] == wanted
-    wanted = ["max_tokens_per_batch", "block_size", "expert_num_tokens"]
-    assert names(vllm.batched_moe_align_block_size) == wanted
-    outputs = ["sorted_ids", "expert_ids", "num_tokens_post_pad"]
-    assert names(vllm.batched_moe_align_block_size_into) == [*wanted, *outputs]
-    outputs = ["sorted_token_ids", "experts_ids", "num_tokens_post_pad"]
-    wanted = ["topk_ids", "num_experts", "block_size", *outputs]
-    assert names(vllm.moe_align_block_size_into) == [*wanted, "expert_map", "scatter_idx"]
-    wanted += ["cumsum_buffer", "pad_sorted_token_ids", "ignore_invalid_expert"]
-    assert names(sglang.moe_align_block_size) == wanted
+
+def test_the_signature_of_everything_that_is_replaced_is_known() -> None:
+    assert {*vllm._switch._functions, *sglang._switch._functions} == set().union(*RELEASES.values())
 
 
 def test_vllm() -> None:
@@ -75,6 +60,32 @@ def test_vllm() -> None:
         assert as_lists(results) == naive(FLAT, 4, 5, expert_map.tolist(), pad, ignore)
     results = vllm.batched_moe_align_block_size(8, 4, torch.tensor([2, 0, 5], dtype=torch.int32))
     assert as_lists(results)[1:] == ([0, 2, 2, -1, -1, -1], [12])
+
+
+def test_wrong_arguments_are_named_before_anything_is_written() -> None:
+    ids = IDS
+    for function in (vllm_align, sglang_align):
+        more = (poisoned(7),) if function is sglang_align else ()
+        for wrong, error, message in (
+            ({0: ids.half()}, TypeError, "topk_ids: expected an integer tensor"),
+            ({0: ids.bool()}, TypeError, "topk_ids: expected an integer tensor"),
+            ({1: torch.tensor(6)}, TypeError, "num_experts: expected an int, got"),
+            ({1: 0}, ValueError, "num_experts: expected 1 to 65536, got 0"),
+            ({2: torch.tensor(4)}, TypeError, "block_size: expected an int, got"),
+            ({1: 4, 2: 600}, ValueError, "sorted_token_ids: expected at least 2408 elements .* got 40"),
+            ({3: None}, TypeError, "sorted_token_ids: expected a tensor, got NoneType"),
+            ({3: poisoned(40)[0].long()}, TypeError, "out: .*sorted_token_ids"),
+            ({3: poisoned(80)[0][::2]}, ValueError, "out: .*sorted_token_ids.*strides"),
+            ({4: poisoned(6)[0]}, ValueError, "experts_ids: expected at least 8 elements .* got 6"),
+            ({5: poisoned(2)[0]}, ValueError, "out: .*num_tokens_post_pad"),
+        ):
+            buffers = poisoned(40, 10, 1)
+            arguments = [ids, 6, 4, *buffers, *more]
+            for position, value in wrong.items():
+                arguments[position] = value
+            with pytest.raises(error, match=message):
+                function(*arguments)
+            assert as_lists(buffers) == as_lists(poisoned(40, 10, 1)), message
 
 
 def test_scatter_idx_of_vllm() -> None:
@@ -115,7 +126,10 @@ def sglang_naive(ids: list[int], buckets: int, block_size: int, ignore: bool) ->
 
 @pytest.mark.parametrize("ignore", [False, True])
 def test_sglang(ignore: bool) -> None:
-    for dtype in (torch.int32, torch.int64, torch.int8, torch.uint8):
+    for name in ["int8", "uint8", "uint16", "int32", "uint32", "int64", "uint64"]:
+        dtype = getattr(torch, name)
+        if ignore and name == "uint64":
+            continue  # nothing is added then: the operator takes or refuses it
         limits = torch.iinfo(dtype)
         for ids in (FLAT, [4, -1, 0, -1, 0, 5, 6, limits.max], [-1] * 9, [0], []):
             topk_ids = torch.tensor([i for i in ids if i >= limits.min], dtype=dtype)
@@ -123,100 +137,13 @@ def test_sglang(ignore: bool) -> None:
             for more in (0, 3):
                 out = poisoned(num_slots + more, num_blocks + more, 1, 7)
                 sglang_align(topk_ids, 6, 4, *out, True, ignore)
-                expected = sglang_naive(topk_ids.tolist(), 6, 4, ignore)
+                minus_one = limits.max if name in ("uint32", "uint64") else -1
+                wanted = [-1 if i == minus_one else i for i in topk_ids.tolist()]
+                expected = sglang_naive(wanted, 6, 4, ignore)
                 n = len(topk_ids)
                 assert out[0].tolist() == expected[0] + [n] * more, f"{dtype=} {ids=}"
                 assert out[1].tolist() == expected[1] + [-1] * more, f"{dtype=} {ids=}"
                 assert out[2].tolist() == expected[2], f"{dtype=} {ids=}"
-
-
-# ---- switches ---
-
-
-@pytest.fixture
-def cardboard(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
-    """Modules with the names of the engines' own, and others that have imported from them."""
-
-    def module(name: str, **content: Any) -> Any:
-        made = types.ModuleType(name)
-        vars(made).update(content)
-        monkeypatch.setitem(sys.modules, name, made)
-        return made
-
-    def align() -> str:
-        return "vllm"
-
-    def batched() -> str:
-        return "vllm"
-
-    def low_level() -> str:
-        return "vllm"
-
-    def sgl() -> str:
-        return "sglang"
-
-    for parent in ("vllm", "vllm.model_executor", "vllm.model_executor.layers"):
-        module(parent)
-    yield {
-        "home": module(VLLM_MODULE, moe_align_block_size=align, batched_moe_align_block_size=batched),
-        "package": module("vllm.model_executor.layers.fused_moe", moe_align_block_size=align, other=len),
-        "renamed": module("vllm.marlin", align_tokens=align),
-        "low": module("vllm._custom_ops", moe_align_block_size=low_level),
-        "foreign": module("elsewhere", moe_align_block_size=align),
-        "sgl_kernel": module("sgl_kernel", moe_align_block_size=sgl),
-        "sglang": module("sglang.layers", sgl_moe_align_block_size=sgl),
-    }
-    vllm.disable()
-    sglang.disable()
-
-
-def test_switch(cardboard: dict[str, Any]) -> None:
-    before = {name: dict(vars(module)) for name, module in cardboard.items()}
-    vllm.enable()
-    vllm.enable()
-    assert cardboard["home"].moe_align_block_size is vllm.moe_align_block_size
-    assert cardboard["home"].batched_moe_align_block_size is vllm.batched_moe_align_block_size
-    assert cardboard["package"].moe_align_block_size is vllm.moe_align_block_size
-    assert cardboard["renamed"].align_tokens is vllm.moe_align_block_size
-    assert cardboard["low"].moe_align_block_size is vllm.moe_align_block_size_into
-    assert cardboard["foreign"].moe_align_block_size() == "vllm"
-    assert cardboard["sgl_kernel"].moe_align_block_size() == "sglang"
-    vllm.disable()
-    vllm.disable()
-    assert {name: dict(vars(module)) for name, module in cardboard.items()} == before
-
-    with sglang.enabled():
-        assert cardboard["sgl_kernel"].moe_align_block_size is sglang.moe_align_block_size
-        assert cardboard["sglang"].sgl_moe_align_block_size is sglang.moe_align_block_size
-        with sglang.enabled():
-            pass
-        assert cardboard["sgl_kernel"].moe_align_block_size is sglang.moe_align_block_size
-    assert {name: dict(vars(module)) for name, module in cardboard.items()} == before
-
-
-def test_the_context_ends_with_an_error(cardboard: dict[str, Any]) -> None:
-    with pytest.raises(KeyError), vllm.enabled():
-        raise KeyError
-    assert cardboard["home"].moe_align_block_size() == "vllm"
-
-
-def test_what_others_have_replaced_since_is_left_alone(cardboard: dict[str, Any]) -> None:
-    vllm.enable()
-    cardboard["renamed"].align_tokens = print
-    vllm.disable()
-    assert cardboard["renamed"].align_tokens is print
-    assert cardboard["home"].moe_align_block_size() == "vllm"
-
-
-@pytest.mark.parametrize("switch", [vllm, sglang])
-def test_without_the_engine(switch: Any) -> None:
-    if importlib.util.find_spec("vllm") or importlib.util.find_spec("sgl_kernel"):
-        pytest.skip("there is an engine here")
-    with pytest.raises(DependencyError, match="is not installed"):
-        switch.enable()
-    with pytest.raises(DependencyError), switch.enabled():
-        pass
-    switch.disable()
 
 
 # ---- equality with the real ones ---

@@ -58,6 +58,83 @@ def test_sglang() -> None:
     assert torch.equal(weights, torch.cat([routed.topk_weights, torch.ones(5, 1)], 1))
 
 
+def test_padding_of_vllm_has_no_experts() -> None:
+    logits, is_padding = torch.randn(3, 8), torch.tensor([False, True, False])
+    for function in (vllm.topk_softmax, vllm.topk_sigmoid):
+        weights, ids, rows = outputs(3, 2)
+        function(weights, ids, rows, logits, is_padding=is_padding)
+        assert ids[1].tolist() == [-1, -1]
+        assert weights[1].tolist() == [0, 0]
+        assert (ids[::2] >= 0).all()
+
+
+def test_rows_of_vllm_without_a_score_have_experts_of_no_weight() -> None:
+    weights, ids = vllm.grouped_topk(torch.full((2, 8), torch.nan), 4, 2, 3, True, 2.5, torch.zeros(8))
+    assert weights.tolist() == [[0, 0, 0]] * 2
+    assert ids.tolist() == [[0, 1, 2]] * 2
+
+
+def test_the_default_factor_of_sglang_makes_zeros() -> None:
+    out = torch.full((5, 8), 7.0)
+    sglang.moe_sum_reduce(input_tensor=torch.randn(5, 3, 8), output_tensor=out)
+    assert out.tolist() == torch.zeros(5, 8).tolist()
+
+
+def test_shared_experts_of_sglang() -> None:
+    logits, bias = torch.randn(5, 8), torch.randn(8).bfloat16()
+    routed = grouped_topk(logits, 2, True, 4, 2, "sigmoid", 1.0, bias.float())
+    weights, ids = sglang.moe_fused_gate(logits, bias, 4, 2, 4, 2, 2.5)  # the factor is for later
+    assert torch.equal(weights, torch.cat([routed.topk_weights, torch.full((5, 2), 1 / 2.5)], 1))
+    assert torch.equal(ids, torch.cat([routed.topk_ids, torch.tensor([[8, 9]] * 5)], 1))
+    assert ids.dtype is torch.int32
+
+    weights, ids, _ = outputs(5, 3)
+    sglang.topk_sigmoid(weights, ids, logits, True, None, 2.5, 1)
+    expected = topk_sigmoid(logits, 2, True, routed_scaling_factor=2.5)
+    assert torch.equal(weights, torch.cat([expected.topk_weights, torch.ones(5, 1)], 1))
+    assert torch.equal(ids, torch.cat([expected.topk_ids, torch.full((5, 1), 8)], 1))
+    sglang.topk_sigmoid(weights, ids, logits, False, None, 2.5, 1)
+    expected = topk_sigmoid(logits, 2)
+    shared = expected.topk_weights.sum(1, keepdim=True) / 2.5
+    assert torch.equal(weights, torch.cat([expected.topk_weights, shared], 1))
+
+
+def test_the_factor_of_sglang_is_for_renormalised_weights() -> None:
+    logits = torch.randn(5, 8)
+    for renormalize, factor in ((True, 2.5), (False, 1.0)):
+        weights, ids, _ = outputs(5, 3)
+        sglang.topk_sigmoid(weights, ids, logits, renormalize, None, 2.5)
+        expected = topk_sigmoid(logits, 3, renormalize, routed_scaling_factor=factor)
+        assert torch.equal(weights, expected.topk_weights)
+
+
+def test_wrong_arguments_are_named() -> None:
+    logits, bias, (weights, ids, rows) = torch.randn(5, 8), torch.zeros(8), outputs(5, 3)
+    x, out = torch.randn(5, 3, 8), torch.empty(5, 8)
+    zero = "routed_scaling_factor: expected other than 0 with fused shared experts, got 0"
+    number, tensor = "routed_scaling_factor: expected a number, got Tensor", torch.tensor(2.5)
+    topk_ids = r"topk_ids: expected 2 dimensions, got \[5\]"
+    for function, arguments, error, message in (
+        (sglang.moe_fused_gate, (logits, bias, 4, 2, 3, 1), ValueError, zero),
+        (sglang.moe_fused_gate, (logits, bias, 4, 2, 3, 1, 0.0, True), ValueError, zero),
+        (sglang.moe_fused_gate, (logits, bias, 4, 2, 3, 1, tensor), TypeError, number),
+        (sglang.moe_fused_gate, (logits, bias, 4, 2, 3, 3, 1.0), ValueError, "num_fused_shared_experts: exp"),
+        (sglang.moe_fused_gate, (logits, 0.5, 4, 2, 3), TypeError, "e_score_correction_bias: expected"),
+        (sglang.topk_sigmoid, (weights, ids, logits, False, None, 0.0, 1), ValueError, zero),
+        (sglang.topk_sigmoid, (weights, ids[:, 0], logits), ValueError, topk_ids),
+        (sglang.topk_softmax, (weights, ids[:, 0], logits), ValueError, topk_ids),
+        (vllm.topk_sigmoid, (weights, ids[:, 0], rows, logits), ValueError, topk_ids),
+        (vllm.topk_softmax, (weights, None, rows, logits), TypeError, "topk_ids: expected a tensor"),
+        (vllm.grouped_topk, (logits, 4, 2, 3, True, 1.0, bias, 2), ValueError, "scoring_func: expected 0"),
+        (vllm.grouped_topk, (logits, 4, 2, 3, True, 1.0, bias, -1), ValueError, "scoring_func: expected 0"),
+        (vllm.moe_sum, (x, None), TypeError, "output: expected a tensor, got NoneType"),
+        (sglang.moe_sum_reduce, (x, None), TypeError, "output_tensor: expected a tensor, got NoneType"),
+        (vllm.moe_sum, (x, out, out), TypeError, "topk_ids: expected"),
+    ):
+        with pytest.raises(error, match=message):
+            function(*arguments)
+
+
 def same(ours: Any, theirs: Any, case: str) -> None:
     """Equal ids, but for a few whose scores differ by rounding, and weights that are as good as equal."""
     (weights, ids), (their_weights, their_ids) = ours, theirs
@@ -117,7 +194,11 @@ def test_equal_to_sglang() -> None:
             sglang.topk_softmax(*ours, logits, True, softcap)
             ops.topk_softmax(*theirs, logits, True, softcap, None)
             same(ours, theirs, f"{tokens=} {num_experts=} {topk=} {softcap=}")
-    for apply in (False, True):
+        for renormalize in (False, True):
+            sglang.topk_sigmoid(*ours, logits, renormalize)
+            ops.topk_sigmoid(*theirs, logits, renormalize, None)
+            same(ours, theirs, f"sigmoid, {tokens=} {num_experts=} {topk=} {renormalize=}")
+    for apply, shared in itertools.product((False, True), (0, 1, 2)):
         logits, bias = torch.randn(64, 256, device="cuda"), torch.rand(256, device="cuda")
-        arguments = logits, bias, 8, 4, 8, 0, 2.5, apply
-        same(sglang.moe_fused_gate(*arguments), ops.moe_fused_gate(*arguments), f"{apply=}")
+        arguments = logits, bias, 8, 4, 8 + shared, shared, 2.5, apply
+        same(sglang.moe_fused_gate(*arguments), ops.moe_fused_gate(*arguments), f"{apply=} {shared=}")

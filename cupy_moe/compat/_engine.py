@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import sys
+import threading
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,55 +21,112 @@ class Switch:
     """Replaces functions of an engine by others, wherever in the engine they have been imported to.
 
     `functions` are named "module:function". An engine of another version may lack some, but not all.
+
+    What changes is names in modules of the engine: when it is enabled, all that stand for one of the engine's
+    functions; when it is disabled, all that stand for one of ours, so in modules that have been imported in
+    between, too. What is kept otherwise, in a class, a table or a partial, or by code outside of the engine,
+    stays as it is both times, and so does what somebody else has put in the place of ours.
     """
 
     def __init__(self, engine: str, functions: dict[str, Callable[..., Any]]) -> None:
         self._engine = engine
         self._functions = functions
         self._packages = {place.partition(":")[0].partition(".")[0] for place in functions}
-        self._replaced: list[tuple[Any, str, Any, Any]] = []  # module, name, the engine's function, ours
+        self._lock = threading.Lock()
+        self._pairs: list[tuple[Any, Any]] = []  # the engine's function, ours; none where disabled
+        self._blocks = 0  # of `with enabled()`, in all threads
+        self._stays = False  # also when the last of them ends
 
     def enable(self) -> None:
-        """Use cupy_moe from now on. Raises DependencyError where the engine is not installed."""
-        if self._replaced:
-            return
-        for place, ours in self._functions.items():
-            module_name, _, name = place.partition(":")
-            try:
-                original = getattr(importlib.import_module(module_name), name)
-            except (ModuleNotFoundError, AttributeError):
-                continue
-            if original is ours:  # found under another name before
-                continue
-            for module in [m for m in list(sys.modules.values()) if self._belongs(m)]:
-                for attribute in [key for key, value in vars(module).items() if value is original]:
-                    setattr(module, attribute, ours)
-                    self._replaced.append((module, attribute, original, ours))
-        if not self._replaced:
-            raise DependencyError(
-                f"{self._engine} is not installed, or has none of {', '.join(self._functions)}"
-            )
+        """Use cupy_moe from now on, in all threads; does nothing where it is used already.
+
+        Raises DependencyError, and replaces nothing, where the engine is not installed or cannot be imported.
+        """
+        homes = self._homes()
+        with self._lock:
+            self._replace(homes)
+            self._stays = True
 
     def disable(self) -> None:
-        """Give the engine its own functions back."""
-        while self._replaced:
-            module, name, original, ours = self._replaced.pop()
-            if getattr(module, name, None) is ours:
-                setattr(module, name, original)
+        """Give the engine its own functions back, inside of `with enabled()`, too."""
+        with self._lock:
+            self._give_back()
+            self._stays = False
 
     @contextlib.contextmanager
     def enabled(self) -> Iterator[None]:
-        """`enable` for the length of a `with` block; one that is enabled already stays so."""
-        before = bool(self._replaced)
-        self.enable()
+        """`enable` until the `with` block ends, and any other that overlaps, in whatever thread. What was
+        enabled by `enable` stays so."""
+        homes = self._homes()
+        with self._lock:
+            self._replace(homes)
+            self._blocks += 1
         try:
             yield
         finally:
-            if not before:
-                self.disable()
+            with self._lock:
+                self._blocks -= 1
+                if not self._blocks and not self._stays:
+                    self._give_back()
 
-    def _belongs(self, module: Any) -> bool:
-        return getattr(module, "__name__", "").partition(".")[0] in self._packages
+    def _homes(self) -> list[tuple[Any, str, Callable[..., Any]]]:
+        """The modules that the functions come from, imported; not under the lock, as they may import this."""
+        homes = []
+        for place, ours in self._functions.items():
+            module_name, _, name = place.partition(":")
+            try:
+                homes.append((importlib.import_module(module_name), name, ours))
+            except Exception as error:
+                missing = error.name if isinstance(error, ModuleNotFoundError) else None
+                if missing and f"{module_name}.".startswith(f"{missing}."):
+                    continue  # as in another version; any other module is missing to this one
+                raise DependencyError(
+                    f"{self._engine}: {module_name} cannot be imported: {type(error).__name__}: {error}"
+                ) from error
+        return homes
+
+    def _replace(self, homes: list[tuple[Any, str, Callable[..., Any]]]) -> None:
+        if self._pairs:
+            return
+        pairs: dict[int, tuple[Any, Any]] = {}
+        for module, name, ours in homes:
+            original = getattr(module, name, None)
+            if original is not None and id(original) not in pairs:
+                taken = any(ours is used for _, used in pairs.values())
+                pairs[id(original)] = original, _twin(ours) if taken else ours
+        if not pairs:
+            raise DependencyError(
+                f"{self._engine} is not installed, or has none of {', '.join(self._functions)}"
+            )
+        self._pairs = list(pairs.values())
+        self._exchange(self._pairs)
+
+    def _give_back(self) -> None:
+        self._exchange([(ours, original) for original, ours in self._pairs])
+        self._pairs = []
+
+    def _exchange(self, pairs: list[tuple[Any, Any]]) -> None:
+        """Put the second of each pair in the place of the first; until none is found, as other threads may be
+        importing meanwhile what has been found already."""
+        second = {id(old): new for old, new in pairs}
+        while found := [place for place in self._names() if id(place[2]) in second]:
+            for names, name, old in found:
+                names[name] = second[id(old)]
+
+    def _names(self) -> Iterator[tuple[dict[str, Any], str, Any]]:
+        """All names in all modules of the engine: the module's dictionary, the name, what it stands for."""
+        for module_name, module in sys.modules.copy().items():
+            if module_name.partition(".")[0] in self._packages:
+                names = getattr(module, "__dict__", {})
+                for name, value in names.copy().items():
+                    yield names, name, value
+
+
+def _twin(function: Any) -> Any:
+    """Another function that does the same: what stands for two of the engine's must be told apart."""
+    twin = types.FunctionType(function.__code__, function.__globals__, argdefs=function.__defaults__)
+    twin.__kwdefaults__ = function.__kwdefaults__
+    return functools.update_wrapper(twin, function)
 
 
 Buffers = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -77,21 +137,41 @@ def heads(
     num_experts: int,
     block_size: int,
     sorted_token_ids: torch.Tensor,
-    expert_ids: torch.Tensor,
+    experts_ids: torch.Tensor,
     num_tokens_post_pad: torch.Tensor,
 ) -> Buffers:
-    """The part of an engine's buffers that `out=` takes; what is longer gets its padding here."""
+    """The part of an engine's buffers that `out=` takes; `pad_tails` is for the rest."""
     num_slots, num_blocks = aligned_sizes(num_ids, num_experts, block_size)
-    slots = _head("sorted_token_ids", sorted_token_ids, num_slots, num_ids)
-    return slots, _head("expert_ids", expert_ids, num_blocks, -1), num_tokens_post_pad
+    slots = _head("sorted_token_ids", sorted_token_ids, num_slots)
+    return slots, _head("experts_ids", experts_ids, num_blocks), num_tokens_post_pad
 
 
-def _head(name: str, buffer: torch.Tensor, length: int, padding: int) -> torch.Tensor:
+def _head(name: str, buffer: torch.Tensor, length: int) -> torch.Tensor:
+    require(name, buffer)
     if buffer.numel() < length:
         raise ValueError(
             f"{name}: expected at least {length} elements (see aligned_sizes), got {buffer.numel()}"
         )
-    if buffer.numel() == length:
-        return buffer
-    buffer[length:].fill_(padding)
-    return buffer[:length]
+    return buffer if buffer.numel() == length else buffer[:length]
+
+
+def pad_tails(
+    heads: Buffers, num_ids: int, sorted_token_ids: torch.Tensor, experts_ids: torch.Tensor
+) -> None:
+    """Fill what the buffers have beyond their heads. It comes last: by then, all arguments are checked."""
+    for head, buffer, padding in ((heads[0], sorted_token_ids, num_ids), (heads[1], experts_ids, -1)):
+        if head is not buffer:
+            buffer[head.numel() :].fill_(padding)
+
+
+def require(name: str, value: Any, dim: int | None = None) -> None:
+    """For what an engine has to bring, where the operator would take None, or would not be reached."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+    if dim not in (None, value.dim()):
+        raise ValueError(f"{name}: expected {dim} dimensions, got {list(value.shape)}")
+
+
+def fp32(bias: Any) -> Any:
+    """A correction bias, which engines have in other types, too; the operator refuses what is no tensor."""
+    return bias.float() if isinstance(bias, torch.Tensor) else bias

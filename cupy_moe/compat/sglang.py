@@ -3,9 +3,10 @@
     import cupy_moe.compat.sglang
     cupy_moe.compat.sglang.enable()
 
-puts them in the place of those in `sgl_kernel`, in every module of SGLang that has imported these.
-Results are SGLang's, but for what SGLang leaves open: the order inside an expert is ascending, blocks past
-the last hold -1, and slots past the last hold the number of ids, with `pad_sorted_token_ids` and without.
+puts them in the place of those in `sgl_kernel` and `sglang.kernels.ops.moe`, in every module of SGLang that
+has imported these. Results are SGLang's, but for what SGLang leaves open: the order inside an expert is
+ascending, blocks past the last hold -1, and slots past the last hold the number of ids, with
+`pad_sorted_token_ids` and without. Parameters that only some versions of SGLang have come last.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from ..gate import topk_sigmoid as _topk_sigmoid
 from ..gate import topk_softmax as _topk_softmax
 from ..library import is_watched
 from ..tensors import is_plain
-from ._engine import Switch, heads
+from ._engine import Switch, fp32, heads, pad_tails, require
 
 
 def moe_align_block_size(
@@ -29,7 +30,7 @@ def moe_align_block_size(
     sorted_token_ids: torch.Tensor,
     experts_ids: torch.Tensor,
     num_tokens_post_pad: torch.Tensor,
-    cumsum_buffer: torch.Tensor | None = None,
+    cumsum_buffer: torch.Tensor,
     pad_sorted_token_ids: bool = False,
     ignore_invalid_expert: bool = False,
 ) -> None:
@@ -43,11 +44,17 @@ def moe_align_block_size(
     if ignore_invalid_expert:
         _align(topk_ids, block_size, num_experts, expert_map, ignore_invalid_experts=True, out=out)
     else:
-        if topk_ids.dtype.itemsize < 4:
-            topk_ids = topk_ids.int()  # one more may not fit
-        _align(topk_ids + 1, block_size, num_experts, expert_map, out=out)
+        ids = topk_ids.to(_WITH_ROOM.get(topk_ids.dtype, topk_ids.dtype))
+        ids = ids + 1 if ids.dtype.is_signed else ids  # bools are for _align to refuse, as they are
+        _align(ids, block_size, num_experts, expert_map, out=out)
+    pad_tails(out, topk_ids.numel(), sorted_token_ids, experts_ids)
 
 
+# Where one more may not fit, or torch does not add. The last unsigned number of 32 or 64 bits means -1.
+_WITH_ROOM = {
+    **dict.fromkeys((torch.int8, torch.uint8, torch.int16, torch.uint16, torch.uint32), torch.int32),
+    torch.uint64: torch.int64,
+}
 _expert_maps: dict[tuple[int, bool, torch.device], torch.Tensor] = {}
 
 
@@ -69,9 +76,12 @@ def _expert_map(topk_ids: torch.Tensor, num_experts: int, ignore_invalid_expert:
     return made
 
 
-def moe_sum_reduce(input: torch.Tensor, output: torch.Tensor, routed_scaling_factor: float = 0.0) -> None:
-    """As in sgl_kernel."""
-    _sum(input, output, routed_scaling_factor=routed_scaling_factor)
+def moe_sum_reduce(
+    input_tensor: torch.Tensor, output_tensor: torch.Tensor, routed_scaling_factor: float = 0
+) -> None:
+    """As in sgl_kernel. The factor that is the default there makes zeros of everything."""
+    require("output_tensor", output_tensor)
+    _sum(input_tensor, output_tensor, routed_scaling_factor=routed_scaling_factor)
 
 
 def topk_softmax(
@@ -83,6 +93,7 @@ def topk_softmax(
     correction_bias: torch.Tensor | None = None,
 ) -> None:
     """As in sgl_kernel."""
+    require("topk_ids", topk_ids, 2)
     _topk_softmax(
         gating_output, topk_ids.shape[1], renormalize, e_score_correction_bias=correction_bias,
         softcap=moe_softcapping, out=(topk_weights, topk_ids),
@@ -95,12 +106,31 @@ def topk_sigmoid(
     gating_output: torch.Tensor,
     renormalize: bool = False,
     correction_bias: torch.Tensor | None = None,
+    routed_scaling_factor: float = 1.0,
+    num_fused_shared_experts: int = 0,
 ) -> None:
-    """As in sgl_kernel."""
-    _topk_sigmoid(
-        gating_output, topk_ids.shape[1], renormalize, e_score_correction_bias=correction_bias,
-        out=(topk_weights, topk_ids),
+    """As in sgl_kernel and sglang.kernels.ops.moe: the factor is for renormalised weights only.
+
+    The last `num_fused_shared_experts` of the topk slots are for shared experts, and take further launches.
+    Each has 1 as its weight, or where nothing is renormalised the sum of the others over the factor.
+    """
+    require("topk_ids", topk_ids, 2)
+    topk, factor = topk_ids.shape[1], routed_scaling_factor if renormalize else 1.0
+    if not num_fused_shared_experts:
+        _topk_sigmoid(
+            gating_output, topk, renormalize, e_score_correction_bias=correction_bias,
+            routed_scaling_factor=factor, out=(topk_weights, topk_ids),
+        )  # fmt: skip
+        return
+    _check_shared(num_fused_shared_experts, topk, routed_scaling_factor)
+    weights, ids = _topk_sigmoid(
+        gating_output, topk - num_fused_shared_experts, renormalize, e_score_correction_bias=correction_bias,
+        routed_scaling_factor=factor, ids_dtype=topk_ids.dtype,
     )  # fmt: skip
+    shared = torch.ones_like(weights[:, :1]) if renormalize else weights.sum(1, True) / routed_scaling_factor
+    weights, ids = _with_shared(weights, ids, shared, gating_output.shape[1], num_fused_shared_experts)
+    topk_weights.copy_(weights)
+    topk_ids.copy_(ids)
 
 
 def moe_fused_gate(
@@ -110,22 +140,45 @@ def moe_fused_gate(
     topk_group: int,
     topk: int,
     num_fused_shared_experts: int = 0,
-    routed_scaling_factor: float = 0.0,
+    routed_scaling_factor: float = 0,
     apply_routed_scaling_factor_on_output: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As in sgl_kernel: sigmoid, renormalised. The last `num_fused_shared_experts` of the topk slots are for
-    shared experts, and take further launches."""
+    """As in sgl_kernel: sigmoid, renormalised, times the factor only with `apply_...`.
+
+    The last `num_fused_shared_experts` of the topk slots are for shared experts, and take further launches.
+    Each has the sum of the others' weights over the factor as its weight, so that multiplying by the factor
+    later leaves a shared expert as it is. SGLang divides by 0, the default, all the same; here it raises
+    ValueError.
+    """
     factor = routed_scaling_factor if apply_routed_scaling_factor_on_output else 1.0
+    if num_fused_shared_experts:
+        _check_shared(num_fused_shared_experts, topk, routed_scaling_factor)
     weights, ids = _grouped_topk(
         input_tensor, topk - num_fused_shared_experts, True, num_expert_group, topk_group, "sigmoid", factor,
-        bias.float(),
+        fp32(bias),
     )  # fmt: skip
     if num_fused_shared_experts:
-        shape = len(ids), num_fused_shared_experts
-        shared = torch.arange(num_fused_shared_experts, dtype=torch.int32, device=ids.device)
-        ids = torch.cat([ids, (shared + input_tensor.shape[1]).expand(shape)], 1)
-        weights = torch.cat([weights, weights.new_full(shape, factor / routed_scaling_factor)], 1)
+        shared = weights.new_full((len(weights), 1), factor / routed_scaling_factor)
+        return _with_shared(weights, ids, shared, input_tensor.shape[1], num_fused_shared_experts)
     return weights, ids
+
+
+def _check_shared(num_shared: int, topk: int, factor: float) -> None:
+    if not 0 < num_shared < topk:
+        raise ValueError(f"num_fused_shared_experts: expected 0 to {topk - 1}, got {num_shared}")
+    if not isinstance(factor, (int, float)):
+        raise TypeError(f"routed_scaling_factor: expected a number, got {type(factor).__name__}")
+    if factor == 0:
+        raise ValueError("routed_scaling_factor: expected other than 0 with fused shared experts, got 0")
+
+
+def _with_shared(
+    weights: torch.Tensor, ids: torch.Tensor, weight: torch.Tensor, first_id: int, num_shared: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same with `num_shared` more columns: the ids from `first_id` on, of one weight in each row."""
+    shared = torch.arange(first_id, first_id + num_shared, dtype=ids.dtype, device=ids.device)
+    shape = len(ids), num_shared
+    return torch.cat([weights, weight.expand(shape)], 1), torch.cat([ids, shared.expand(shape)], 1)
 
 
 _switch = Switch(
@@ -135,7 +188,9 @@ _switch = Switch(
         "sglang.kernels.ops.moe:moe_align_block_size": moe_align_block_size,
         "sgl_kernel:moe_sum_reduce": moe_sum_reduce,
         "sgl_kernel:topk_softmax": topk_softmax,
+        "sglang.kernels.ops.moe:topk_softmax": topk_softmax,
         "sgl_kernel:topk_sigmoid": topk_sigmoid,
+        "sglang.kernels.ops.moe.moe_topk_sigmoid:topk_sigmoid": topk_sigmoid,
         "sgl_kernel:moe_fused_gate": moe_fused_gate,
     },
 )

@@ -4,8 +4,9 @@
     cupy_moe.compat.vllm.enable()
 
 puts these functions in the place of vLLM's, in every module of vLLM that has imported them. Results are
-vLLM's, but for the order inside an expert, which vLLM leaves open and which is ascending here, and for scores
-that differ by rounding only.
+vLLM's, but for what vLLM leaves open: the order inside an expert is ascending, blocks past the last hold -1
+with an `expert_map`, too, and scores differ by rounding. Rows of `grouped_topk` without a finite score have
+weights of 0 here. Parameters that only some versions of vLLM have come last.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from ..combine import moe_sum as _sum
 from ..gate import grouped_topk as _grouped_topk
 from ..gate import topk_sigmoid as _topk_sigmoid
 from ..gate import topk_softmax as _topk_softmax
-from ._engine import Switch, heads
+from ._engine import Switch, fp32, heads, pad_tails, require
 
 
 def moe_align_block_size(
@@ -61,6 +62,7 @@ def moe_align_block_size_into(
     """As `moe_align_block_size` in vllm._custom_ops, which fills tensors that are at least long enough."""
     out = heads(topk_ids.numel(), num_experts, block_size, sorted_token_ids, experts_ids, num_tokens_post_pad)
     _align(topk_ids, block_size, num_experts, expert_map, ignore_invalid_experts=True, out=out)
+    pad_tails(out, topk_ids.numel(), sorted_token_ids, experts_ids)
     if scatter_idx is not None:
         _fill_scatter_idx(scatter_idx, topk_ids, num_experts, expert_map)
 
@@ -98,6 +100,7 @@ def moe_sum(
     expert_map: torch.Tensor | None = None,
 ) -> None:
     """As in vllm._custom_ops."""
+    require("output", output)
     _sum(input, output, topk_ids=topk_ids, expert_map=expert_map)
 
 
@@ -108,10 +111,14 @@ def topk_softmax(
     gating_output: torch.Tensor,
     renormalize: bool = False,
     e_score_correction_bias: torch.Tensor | None = None,
+    is_padding: torch.Tensor | None = None,
 ) -> None:
     """As in vllm._custom_ops. `token_expert_indices` takes two more launches, and None none."""
-    bias, out = e_score_correction_bias, (topk_weights, topk_ids)
-    _topk_softmax(gating_output, topk_ids.shape[1], renormalize, e_score_correction_bias=_fp32(bias), out=out)
+    require("topk_ids", topk_ids, 2)
+    _topk_softmax(
+        gating_output, topk_ids.shape[1], renormalize, e_score_correction_bias=fp32(e_score_correction_bias),
+        padding_mask=is_padding, out=(topk_weights, topk_ids),
+    )  # fmt: skip
     _fill_source_rows(token_expert_indices)
 
 
@@ -123,11 +130,13 @@ def topk_sigmoid(
     renormalize: bool = False,
     e_score_correction_bias: torch.Tensor | None = None,
     routed_scaling_factor: float = 1.0,
+    is_padding: torch.Tensor | None = None,
 ) -> None:
     """As in vllm._custom_ops. `token_expert_indices` takes two more launches, and None none."""
+    require("topk_ids", topk_ids, 2)
     _topk_sigmoid(
-        gating_output, topk_ids.shape[1], renormalize, e_score_correction_bias=_fp32(e_score_correction_bias),
-        routed_scaling_factor=routed_scaling_factor, out=(topk_weights, topk_ids),
+        gating_output, topk_ids.shape[1], renormalize, e_score_correction_bias=fp32(e_score_correction_bias),
+        routed_scaling_factor=routed_scaling_factor, padding_mask=is_padding, out=(topk_weights, topk_ids),
     )  # fmt: skip
     _fill_source_rows(token_expert_indices)
 
@@ -143,14 +152,12 @@ def grouped_topk(
     scoring_func: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As in vllm._custom_ops: `scoring_func` 0 takes `scores` as they are, 1 takes their sigmoid."""
-    scoring = ("none", "sigmoid")[scoring_func]
+    if scoring_func not in (0, 1):
+        raise ValueError(f"scoring_func: expected 0 (none) or 1 (sigmoid), got {scoring_func!r}")
+    scoring = "sigmoid" if scoring_func else "none"
     return _grouped_topk(
-        scores, topk, renormalize, num_expert_group, topk_group, scoring, routed_scaling_factor, _fp32(bias)
+        scores, topk, renormalize, num_expert_group, topk_group, scoring, routed_scaling_factor, fp32(bias)
     )
-
-
-def _fp32(bias: torch.Tensor | None) -> torch.Tensor | None:
-    return None if bias is None else bias.float()
 
 
 def _fill_source_rows(rows: torch.Tensor | None) -> None:

@@ -1,0 +1,115 @@
+"""The functions of vLLM and SGLang that `cupy_moe.compat` replaces, as the engines' releases declare them.
+
+`scripts/engines` compares this with those releases: the first of them installed, the others in their wheels,
+
+    python tests/engine_signatures.py WHEEL...
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+_VLLM_ALIGN = "vllm.model_executor.layers.fused_moe.moe_align_block_size"
+_ALIGN = "topk_ids, num_experts, block_size, sorted_token_ids, experts_ids, num_tokens_post_pad"
+_GATE = "topk_weights, topk_ids, gating_output, renormalize=False"
+_VLLM_GATE = (
+    "topk_weights, topk_ids, token_expert_indices, gating_output, renormalize=False,"
+    " e_score_correction_bias=None"
+)
+_VLLM_OLD = {
+    f"{_VLLM_ALIGN}:moe_align_block_size": (
+        "topk_ids, block_size, num_experts, expert_map=None, pad_sorted_ids=False,"
+        " ignore_invalid_experts=False"
+    ),
+    f"{_VLLM_ALIGN}:batched_moe_align_block_size": "max_tokens_per_batch, block_size, expert_num_tokens",
+    "vllm._custom_ops:moe_align_block_size": f"{_ALIGN}, expert_map=None",
+    "vllm._custom_ops:batched_moe_align_block_size": (
+        "max_tokens_per_batch, block_size, expert_num_tokens, sorted_ids, expert_ids, num_tokens_post_pad"
+    ),
+    "vllm._custom_ops:moe_sum": "input, output, topk_ids=None, expert_map=None",
+    "vllm._custom_ops:topk_softmax": _VLLM_GATE,
+    "vllm._custom_ops:topk_sigmoid": f"{_VLLM_GATE}, routed_scaling_factor=1.0",
+    "vllm._custom_ops:grouped_topk": (
+        "scores, num_expert_group, topk_group, topk, renormalize, routed_scaling_factor, bias, scoring_func=0"
+    ),
+}
+_VLLM_ADDED = {
+    f"{_VLLM_ALIGN}:moe_align_block_size": "return_scatter_idx=False",
+    "vllm._custom_ops:moe_align_block_size": "scatter_idx=None",
+    "vllm._custom_ops:topk_softmax": "is_padding=None",
+    "vllm._custom_ops:topk_sigmoid": "is_padding=None",
+}
+
+# Release -> module:function -> its parameters and their defaults.
+RELEASES = {
+    "vllm==0.26.0": _VLLM_OLD,
+    "vllm==0.33.0": {
+        place: f"{old}, {_VLLM_ADDED[place]}" if place in _VLLM_ADDED else old
+        for place, old in _VLLM_OLD.items()
+    },
+    "sglang-kernel==0.4.3": {
+        "sgl_kernel:moe_align_block_size": f"{_ALIGN}, cumsum_buffer, pad_sorted_token_ids=False",
+        "sgl_kernel:moe_sum_reduce": "input_tensor, output_tensor, routed_scaling_factor=0",
+        "sgl_kernel:topk_softmax": f"{_GATE}, moe_softcapping=0.0, correction_bias=None",
+        "sgl_kernel:topk_sigmoid": f"{_GATE}, correction_bias=None",
+        "sgl_kernel:moe_fused_gate": (
+            "input_tensor, bias, num_expert_group, topk_group, topk, num_fused_shared_experts=0,"
+            " routed_scaling_factor=0, apply_routed_scaling_factor_on_output=False"
+        ),
+    },
+    "sglang==0.5.23": {
+        "sglang.kernels.ops.moe:moe_align_block_size": (
+            f"{_ALIGN}, cumsum_buffer, pad_sorted_token_ids=False, ignore_invalid_expert=False"
+        ),
+        "sglang.kernels.ops.moe:topk_softmax": f"{_GATE}, moe_softcapping=0.0, correction_bias=None",
+        "sglang.kernels.ops.moe.moe_topk_sigmoid:topk_sigmoid": (
+            f"{_GATE}, correction_bias=None, routed_scaling_factor=1.0, num_fused_shared_experts=0"
+        ),
+    },
+}
+
+
+def of_function(function: Callable[..., Any]) -> str:
+    """The parameters of a function as they are written above."""
+    parameters = inspect.signature(function).parameters.values()
+    plain = [parameter.replace(annotation=inspect.Parameter.empty) for parameter in parameters]
+    return str(inspect.Signature(plain))[1:-1]
+
+
+def of_wheel(wheel: zipfile.ZipFile, module: str, name: str) -> str:
+    """The same of a function that is read, and not imported, in a module or where that imports it from."""
+    path, names = module.replace(".", "/"), wheel.namelist()
+    source = wheel.read(f"{path}.py" if f"{path}.py" in names else f"{path}/__init__.py")
+    nodes = list(ast.walk(ast.parse(source)))
+    for node in reversed(nodes):  # the last definition counts: those before may be overloads
+        if isinstance(node, ast.FunctionDef) and node.name == name:
+            for argument in ast.walk(node.args):
+                if isinstance(argument, ast.arg):
+                    argument.annotation = None
+            return ast.unparse(node.args)
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom) and name in (alias.name for alias in node.names):
+            return of_wheel(wheel, str(node.module), name)
+    raise SystemExit(f"{wheel.filename}: {module} has no {name}")
+
+
+def main(paths: list[str]) -> None:
+    for path in paths:
+        distribution, version, *_ = Path(path).name.split("-")
+        release = f"{distribution.replace('_', '-')}=={version}"
+        for place, wanted in RELEASES[release].items():
+            with zipfile.ZipFile(path) as wheel:
+                got = of_wheel(wheel, *place.split(":"))
+            if ast.dump(ast.parse(f"f({got})")) != ast.dump(ast.parse(f"f({wanted})")):
+                raise SystemExit(f"{release}, {place}:\n got {got}\n not {wanted}")
+        print(f"{release}: {len(RELEASES[release])} functions as declared")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
