@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import inspect
 import sys
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
@@ -21,7 +22,7 @@ Array = TypeVar("Array", bound=DLPackArray)  # results are of the kind of the fi
 
 
 def from_array(name: str, array: Any, *, written: bool = False) -> torch.Tensor:
-    """A tensor that shares the memory of an array; a copy where strides are negative, which torch lacks.
+    """A tensor that shares the memory of an array, or of a copy where torch cannot: of negative strides.
 
     Raises TypeError for what is no array, and ValueError for one that torch cannot take or, if it is to be
     `written`, one that is read-only or would be copied.
@@ -34,11 +35,13 @@ def from_array(name: str, array: Any, *, written: bool = False) -> torch.Tensor:
             f"{name}: expected a torch.Tensor or an array with __dlpack__ (cupy, jax, numpy), got {kind}"
         )
     try:
-        is_read_only, is_reversed = _inspect(array)
+        is_read_only, is_reversed = _examine(array)
         if written and (is_read_only or is_reversed):
             what = "is read-only" if is_read_only else "has negative strides"
             raise ValueError(f"{name}: cannot be written, as this {kind} {what}")
-        return torch.from_dlpack(array.copy() if is_reversed else array)
+        if is_reversed or (is_read_only and not _takes_read_only):
+            array = array.copy()
+        return torch.from_dlpack(array)
     except (AttributeError, BufferError, RuntimeError, TypeError) as error:
         raise ValueError(f"{name}: torch cannot take this {kind}: {error}") from error
 
@@ -84,6 +87,8 @@ class _Versioned(ctypes.Structure):
 
 
 _READ_ONLY = 1  # DLPACK_FLAG_BITMASK_READ_ONLY
+# Older torch speaks a DLPack in which nothing is read-only, and libraries refuse to export what is.
+_takes_read_only = "max_version" in inspect.signature(torch.Tensor.__dlpack__).parameters
 _IMMUTABLE = ("jax", "jaxlib")  # libraries whose arrays are, whether they say so or not
 
 _pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
@@ -92,7 +97,7 @@ _pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)
 _capsule_name = ctypes.PYFUNCTYPE(ctypes.c_char_p, ctypes.py_object)(("PyCapsule_GetName", ctypes.pythonapi))
 
 
-def _inspect(array: Any) -> tuple[bool, bool]:
+def _examine(array: Any) -> tuple[bool, bool]:
     """Whether an array is read-only, and whether any of its strides is negative."""
     try:
         capsule = array.__dlpack__(max_version=(1, 0))

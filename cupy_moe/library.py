@@ -99,7 +99,7 @@ class Operator:
             if name not in given and name in self._required:
                 raise TypeError(f"{name}: expected a torch.Tensor or an array with __dlpack__, got None")
         for name, value in given.items():
-            if not hasattr(value, "__dlpack__"):
+            if not (isinstance(value, torch.Tensor) or hasattr(value, "__dlpack__")):
                 raise TypeError(
                     f"{name}: expected a torch.Tensor or an array with __dlpack__ (cupy, jax, numpy),"
                     f" got {kind_of(value)}"
@@ -114,7 +114,7 @@ class Operator:
             given_out = f"{len(out)} of them" if isinstance(out, (tuple, list)) else kind_of(out)
             raise TypeError(f"out: expected the tensors {', '.join(self._outputs)}, got {given_out}")
         for name, value in zip(self._outputs, outputs, strict=True):
-            if not hasattr(value, "__dlpack__"):
+            if not (isinstance(value, torch.Tensor) or hasattr(value, "__dlpack__")):
                 raise TypeError(f"out: expected a tensor for {name}, got {kind_of(value)}")
         return dict(zip(self._outputs, outputs, strict=True))
 

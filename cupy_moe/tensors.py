@@ -13,7 +13,7 @@ import torch
 PlainTensor: TypeAlias = Any  # a torch.Tensor that `is_plain`, which type checkers cannot be told
 
 # Types whose tensors are read where `data_ptr` says.
-PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
+PLAIN = (torch.Tensor, torch.nn.Parameter)
 _strided = torch.strided
 
 

@@ -280,8 +280,12 @@ def test_no_gradient_from_the_dispatcher_either(name: str, device: str) -> None:
     tensors = {name: case.arguments[name] for name in case.tensors}
     changes = {n: t.clone().requires_grad_() for n, t in tensors.items() if t.is_floating_point()}
     assert not any(result.requires_grad for result in case(**changes))
-    compiled = torch.compile(lambda: case(**changes), fullgraph=True, backend="aot_eager")
-    assert not any(result.requires_grad for result in compiled())
+
+    def call(*given: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return case(**dict(zip(case.tensors, given, strict=True)))
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    assert not any(result.requires_grad for result in compiled(*{**tensors, **changes}.values()))
     torch.compiler.reset()
     first = case.tensors[0]  # and by way of torch.ops
     assert not any(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import os
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,12 +16,19 @@ import torch
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.library import opcheck
 
-from cupy_moe import MoEAlignment, batched_moe_align_block_size, moe_align_block_size
+from cupy_moe import (
+    MoEAlignment,
+    batched_moe_align_block_size,
+    moe_align_block_size,
+    moe_sum,
+    topk_softmax,
+)
 
 # torch's own compiler warns about itself.
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 OPS = torch.ops.cupy_moe
+ROOT = Path(__file__).parents[1]
 on_each_device = pytest.mark.parametrize("device", DEVICES)
 
 
@@ -208,3 +217,43 @@ def test_operators_exist_once_they_have_been_looked_up() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[1, 2, 0, 2]"
+
+
+LOAD = """
+import sys, torch
+import cupy_moe.ops
+program = torch.export.load(sys.argv[1])
+ids = torch.tensor([[0, 1], [1, 2]], dtype=torch.int32)
+print([t.tolist() for t in program.module()(ids, torch.zeros(2, 4))])
+"""
+
+
+def test_a_saved_program_runs_in_a_process_that_imports_the_operators(tmp_path: Path) -> None:
+    class Layer(torch.nn.Module):
+        def forward(self, ids: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            weights, chosen = topk_softmax(logits, 2)
+            counts = torch.ones_like(ids[:, 0])
+            batched = batched_moe_align_block_size(4, 2, counts)
+            return (*moe_align_block_size(ids, 2, 4)[:2], chosen, moe_sum(weights[..., None]), batched[1])
+
+    example = torch.tensor([[0, 1], [1, 2]], dtype=torch.int32), torch.zeros(2, 4)
+    path = tmp_path / "layer.pt2"
+    torch.export.save(torch.export.export(Layer(), example), path)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD, path], capture_output=True, text=True, check=False, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str([result.tolist() for result in Layer()(*example)])
+
+
+def test_importing_ops_registers_every_operator() -> None:
+    every = torch._C._dispatch_get_all_op_names()
+    ours = {name.partition(".")[0] for name in every if name.startswith("cupy_moe::")}
+    assert len(ours) == 4
+    code = (
+        "import cupy_moe.ops, torch;"
+        "print(*sorted(n for n in torch._C._dispatch_get_all_op_names() if n.startswith('cupy_moe::')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert {name.partition(".")[0] for name in done.stdout.split()} == ours
