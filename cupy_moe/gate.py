@@ -18,7 +18,7 @@ from .tensors import PlainTensor, check_layout, check_tensor, is_plain
 
 __all__ = ["TopK", "grouped_topk", "topk_sigmoid", "topk_softmax"]
 
-_CONSTANTS = struct.Struct("@q13I2f")  # GateArgs in gate.cuh, after five pointers
+_CONSTANTS = struct.Struct("@q14I2f")  # GateArgs in gate.cuh, after five pointers
 _ELEMENTS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # ElementType in gate.cuh
 _ID_TYPES = (torch.int32, torch.int64, torch.uint32)
 _FLOAT, _BOOL = (torch.float32,), (torch.bool,)
@@ -305,9 +305,9 @@ def _prepare(
     vectors = aligned and plan.vector_bytes > 0 and row_bytes % plan.vector_bytes == 0
     lanes = plan.lanes_per_row
     constants = _CONSTANTS.pack(
-        row_bytes, num_tokens, num_experts, topk, num_groups, topk_group, _ELEMENTS[dtype],
-        ids_dtype.itemsize // 4, vectors, _SCORING[scoring_func], renormalize, lanes, lanes.bit_length() - 1,
-        plan.launch.block, factor, softcap,
+        row_bytes, num_tokens, num_experts, topk, num_groups, topk_group, num_experts // num_groups,
+        _ELEMENTS[dtype], ids_dtype.itemsize // 4, vectors, _SCORING[scoring_func], renormalize, lanes,
+        lanes.bit_length() - 1, plan.launch.block, factor, softcap,
     )  # fmt: skip
     return bind(plan.launch, device.index, 5, constants)
 

@@ -12,6 +12,7 @@ struct GateArgs {
   i64 row_stride;
   u32 num_tokens, num_experts, topk;
   u32 num_groups, topk_group;  // 1, 1 without groups
+  u32 group_size;              // num_experts / num_groups
   u32 element;                 // an ElementType
   u32 id_words;                // of topk_ids: 1 or 2
   u32 vectors;                 // logits may be loaded 16 bytes (or a whole lane's share) at a time

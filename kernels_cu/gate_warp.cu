@@ -147,12 +147,12 @@ __device__ __forceinline__ void gate_warp(const GateArgs& args) {
   // The experts [begin, begin + count) are this lane's.
   u32 lanes = kWarpSize, group = 0, begin = lane * kShare, end = args.num_experts, per_lane = kShare;
   if (kMode == kFull && args.num_groups > 1) {
-    lanes = kWarpSize >> (kWarpSize - __clz(args.num_groups - 1));
-    group = lane / lanes;
-    const u32 group_size = args.num_experts / args.num_groups;
-    per_lane = ceil_div(group_size, lanes);
-    end = min_u32(end, (group + 1) * group_size);
-    begin = group * group_size + lane % lanes * per_lane;
+    const u32 lanes_shift = __clz(args.num_groups - 1) - __clz(kWarpSize - 1);
+    lanes = 1u << lanes_shift;
+    group = lane >> lanes_shift;
+    per_lane = (args.group_size + lanes - 1) >> lanes_shift;
+    end = min_u32(end, (group + 1) * args.group_size);
+    begin = group * args.group_size + (lane & (lanes - 1)) * per_lane;
   }
   const u32 count = begin < end ? min_u32(per_lane, end - begin) : 0;
 

@@ -98,7 +98,7 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads) gate_wide(const __grid
   __syncthreads();
 
   if (args.num_groups > 1) {
-    const u32 group_size = num_experts / args.num_groups;
+    const u32 group_size = args.group_size;
 #pragma unroll 1
     for (u32 group = warp_id(); group < args.num_groups; group += threads / kWarpSize) {
       u32 best = kNone, second = kNone;

@@ -35,7 +35,7 @@ def moe_layer(
     # number of pairs stands for "no pair", and so for token num_tokens, which is given a row of zeros.
     pairs, experts, _ = moe_align_block_size(topk_ids, block_size, len(router), pad_sorted_ids=True)
     padded = torch.cat([hidden, hidden.new_zeros(1, width)])
-    blocks = padded[pairs // topk].view(-1, block_size, width)
+    blocks = padded[pairs // topk].view(len(experts), block_size, width)
 
     # Matmul, each block with the weights of its expert. Blocks past the last are of expert -1 and all zeros:
     # any weights will do. A grouped GEMM would stop at num_tokens_post_pad, and read weights where they are.

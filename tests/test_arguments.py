@@ -281,8 +281,11 @@ def test_no_gradient_from_the_dispatcher_either(name: str, device: str) -> None:
     changes = {n: t.clone().requires_grad_() for n, t in tensors.items() if t.is_floating_point()}
     assert not any(result.requires_grad for result in case(**changes))
 
-    def call(*given: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return case(**dict(zip(case.tensors, given, strict=True)))
+    function, arguments, names = case.function, case.arguments, case.tensors
+
+    def call(*given: torch.Tensor) -> Any:
+        results = function(**{**arguments, **dict(zip(names, given, strict=True))})
+        return results if isinstance(results, tuple) else (results,)
 
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     assert not any(result.requires_grad for result in compiled(*{**tensors, **changes}.values()))

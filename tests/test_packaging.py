@@ -155,7 +155,7 @@ def test_readme_examples_run_without_a_gpu() -> None:
     assert 8192 <= int(names["post_pad"]) <= len(names["sorted_ids"])
 
     generator = torch.Generator().manual_seed(0)
-    for tokens in (1, 50):
+    for tokens in (0, 1, 50):
         shapes = (tokens, 32), (8, 32), (8, 2 * 16, 32), (8, 32, 16)
         a, b, c, d = (torch.randn(shape, generator=generator) / shape[-1] ** 0.5 for shape in shapes)
         expected = moe_layer.loop_over_experts(a, b, c, d, 2)
@@ -182,3 +182,8 @@ def test_readme_names_every_function_and_script() -> None:
         path.name for path in (ROOT / "scripts").iterdir() if path.is_file() and path.name[0] not in "._"
     ]
     assert [name for name in scripts if f"scripts/{name}" not in text] == []
+
+
+def test_names_that_are_none_are_errors_for_type_checkers_too() -> None:
+    with pytest.raises(AttributeError, match="module 'cupy_moe' has no attribute 'nonsense'"):
+        cupy_moe.nonsense  # type: ignore[attr-defined]  # noqa: B018
