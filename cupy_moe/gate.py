@@ -183,7 +183,7 @@ def _gate(
     routed_scaling_factor: float,
     softcap: float,
     padding_mask: PlainTensor | None,
-    ids_dtype: torch.dtype | None,
+    ids_dtype: torch.dtype | None = None,
     out: tuple[PlainTensor, ...] | None = None,
     kernel: str | None = None,
 ) -> Any:

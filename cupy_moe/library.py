@@ -8,7 +8,6 @@ do about each kind. So no kernel gets the pointer of a tensor that has none, and
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -32,11 +31,6 @@ _is_tracing: Callable[[], bool] = torch._C._is_tracing
 def is_watched() -> bool:
     """Whether calls have to be seen by the dispatcher, whatever their arguments are."""
     return is_compiling() or has_modes() > 0 or in_transform() or _is_tracing()
-
-
-def _unwatched() -> contextlib.AbstractContextManager[Any]:
-    """In a kernel nobody watches, but for modes that someone has kept from seeing this call."""
-    return _disable_current_modes() if has_modes() else contextlib.nullcontext()
 
 
 class Operator:
@@ -75,23 +69,34 @@ class Operator:
         arguments = dict(zip(self._names, values, strict=True))
         given = {name: arguments[name] for name in self._tensors if arguments[name] is not None}
         outputs = self._check(given, out)
-        tensors = (*given.values(), *outputs.values())
-        if not all(isinstance(tensor, torch.Tensor) for tensor in tensors):
-            return self._with_arrays(arguments, given, out, outputs, kernel)
-        if not is_watched() and all(map(is_plain, tensors)):
-            return self._function(**arguments, out=out, **({} if kernel is None else {"kernel": kernel}))
-        if kernel is not None:
-            raise ValueError(
-                f"kernel={kernel!r}: can be forced for plain tensors only, and not in traced code"
-            )
-        if out is None:
+        tensors = {name: _as_tensor(name, value) for name, value in given.items()}
+        targets = {name: _as_tensor("out", value, written=True) for name, value in outputs.items()}
+        arguments.update(tensors)
+        if not is_watched() and all(map(is_plain, (*tensors.values(), *targets.values()))):
+            forced = {} if kernel is None else {"kernel": kernel}
+            results = self._function(**arguments, out=self._bundle(targets), **forced)
+        elif kernel is not None:
+            raise ValueError(f"kernel={kernel!r}: can be forced for plain tensors only, not in traced code")
+        elif out is None:
             results = self._packet(**arguments)
-            return self._results(*results) if self._results else results
-        # The dispatcher has no way to write these.
-        if not is_compiling() and any(output.is_neg() for output in outputs.values()):
+        elif not is_compiling() and any(target.is_neg() for target in targets.values()):
             raise ValueError("out: expected tensors without the negative bit; write to a plain tensor")
-        self._packet.out(**arguments, **outputs)
-        return self._results(*outputs.values()) if self._results else out
+        else:
+            results = self._packet.out(**arguments, **targets)
+
+        if out is not None:
+            return self._results(*outputs.values()) if self._results else out
+        first = next(iter(given.values()))
+        if not isinstance(first, torch.Tensor):
+            convert = arrays.like(first)
+            results = map(convert, results) if self._results else convert(results)
+        return self._results(*results) if self._results else results
+
+    def _bundle(self, targets: dict[str, torch.Tensor]) -> Any:
+        """What the function takes for `out`."""
+        if not targets:
+            return None
+        return tuple(targets.values()) if self._results else next(iter(targets.values()))
 
     def _check(self, given: dict[str, Any], out: Any) -> dict[str, Any]:
         """That tensor arguments are tensors or arrays at all; the outputs by name."""
@@ -118,45 +123,29 @@ class Operator:
                 raise TypeError(f"out: expected a tensor for {name}, got {kind_of(value)}")
         return dict(zip(self._outputs, outputs, strict=True))
 
-    def _with_arrays(
-        self, arguments: dict[str, Any], given: dict[str, Any], out: Any, outputs: dict[str, Any], kernel: Any
-    ) -> Any:
-        tensors = {name: arrays.from_array(name, value) for name, value in given.items()}
-        targets = [arrays.from_array("out", value, written=True) for value in outputs.values()]
-        target = None if out is None else targets if self._results else targets[0]
-        results = self(*{**arguments, **tensors}.values(), out=target, kernel=kernel)
-        first = next(iter(given.values()))
-        if out is not None:
-            return self._results(*out) if self._results else out
-        if isinstance(first, torch.Tensor):
-            return results
-        return (
-            self._results(*map(arrays.like(first), results)) if self._results else arrays.like(first)(results)
-        )
-
     # What the dispatcher calls, with arguments that equal their defaults left out.
 
     def _allocate(self, *values: Any, **keywords: Any) -> Any:
-        with _unwatched():
-            return self._function(**self._plain(values, keywords))
+        if has_modes():  # which someone has kept from seeing this call
+            with _disable_current_modes():
+                return self._function(*values, **keywords)
+        return self._function(*values, **keywords)
 
     def _fill(self, *values: Any, **keywords: Any) -> None:
-        arguments = self._plain(values, keywords)
-        outputs = [arguments.pop(name) for name in self._outputs]
-        with _unwatched():
-            self._function(**arguments, out=outputs if self._results else outputs[0])
-
-    def _plain(self, values: tuple[Any, ...], keywords: dict[str, Any]) -> dict[str, Any]:
-        """The arguments; tensors of a subclass that leaves dispatching alone come here as they are."""
-        arguments = self._by_name(values, keywords)
-        tensors = {name: value for name, value in arguments.items() if isinstance(value, torch.Tensor)}
-        return {**arguments, **{name: tensor.as_subclass(torch.Tensor) for name, tensor in tensors.items()}}
+        targets = {name: keywords.pop(name) for name in self._outputs}
+        self._allocate(*values, **keywords, out=self._bundle(targets))
 
     def _infer(self, *values: Any, **keywords: Any) -> Any:
-        return self._fake(**self._by_name(values, keywords))
+        return self._fake(**{**self._defaults, **dict(zip(self._names, values, strict=False)), **keywords})
 
-    def _by_name(self, values: tuple[Any, ...], keywords: dict[str, Any]) -> dict[str, Any]:
-        return {**self._defaults, **dict(zip(self._names, values, strict=False)), **keywords}
+
+def _as_tensor(name: str, value: Any, written: bool = False) -> torch.Tensor:
+    """A tensor for an array; a subclass that leaves dispatching alone counts as the tensor that it is."""
+    if not isinstance(value, torch.Tensor):
+        return arrays.from_array(name, value, written=written)
+    if is_compiling() or type(value).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        return value
+    return value.as_subclass(torch.Tensor)
 
 
 def _register(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:

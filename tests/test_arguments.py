@@ -172,6 +172,8 @@ def test_a_wrapper_for_out_is_written(name: str) -> None:
 def test_a_pending_negation_is_done(name: str, tensor: str, device: str) -> None:
     case = CASES[name].on(device)
     given = case.arguments[tensor]
+    if device == "cuda" and not given.is_floating_point():
+        pytest.skip("only private functions of torch make such integers")
     if given.dtype is torch.bool:
         pytest.skip("bools have no negative")
     negative = torch._neg_view(-given)
