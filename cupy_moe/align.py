@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import enum
 import functools
-import struct
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple
 
 import torch
@@ -15,26 +15,41 @@ from .errors import KernelLaunchError
 from .launch import CACHED_CALLS, Launch, bind, device_limits
 from .library import Operator, has_modes, in_transform, is_compiling
 from .plan import ALIGN_KERNELS, aligned_sizes, ceil_div, divisor, plan_align, round_up
+from .structs import ArgumentStruct
 from .tensors import PLAIN, PlainTensor, check_layout, check_tensor
 
 __all__ = ["MoEAlignment", "aligned_sizes", "moe_align_block_size"]
 
-# AlignArgs in align.cuh: what follows from sizes, strides, types and flags, after six pointers, of which the
-# last two are null in most calls, and then constants, too.
-_CONSTANTS, _TWO_NULLS = struct.Struct("@15I2q"), bytes(2 * struct.calcsize("P"))
-_NO_MAP, _MAP_BLOCKS, _MAP_IDS = 0, 1, 2
-# IdType in align.cuh. Unsigned ids of 4 and 8 bytes are read as signed: what turns negative is no expert.
+_ARGS = ArgumentStruct(
+    "align.cuh:AlignArgs",
+    "topk_ids sorted_token_ids expert_ids num_tokens_post_pad expert_map scratch",
+    "u32 num_ids, num_experts, num_slots, num_blocks, map_mode; Divisor block_size; u32 per_block;"
+    " Divisor per_row; u32 num_rows, id_type, num_cols; i64 row_stride, col_stride",
+)
+_FEW_POINTERS, _TWO_NULLS = 4, bytes(16)  # the last two are null in most calls, and then constants, too
+
+
+class IdType(enum.IntEnum):
+    I8, U8, I16, U16, I32, I64 = range(6)
+
+
+class MapMode(enum.IntEnum):
+    NO_MAP, MAP_BLOCKS, MAP_IDS = range(3)
+
+
+# Unsigned ids of 4 and 8 bytes are read as signed: what turns negative is no expert.
 _ID_TYPES = {
-    torch.int8: 0,
-    torch.uint8: 1,
-    torch.int16: 2,
-    torch.uint16: 3,
-    torch.int32: 4,
-    torch.uint32: 4,
-    torch.int64: 5,
-    torch.uint64: 5,
+    torch.int8: IdType.I8,
+    torch.uint8: IdType.U8,
+    torch.int16: IdType.I16,
+    torch.uint16: IdType.U16,
+    torch.int32: IdType.I32,
+    torch.uint32: IdType.I32,
+    torch.int64: IdType.I64,
+    torch.uint64: IdType.I64,
 }
-_READERS = {4: "i32", 5: "i64"}
+_NO_MAP, _MAP_BLOCKS, _MAP_IDS = map(int, MapMode)  # ints, as parts of a key: an enum is slow to hash
+_READERS = {IdType.I32: "i32", IdType.I64: "i64"}
 _Tensor, _int32 = torch.Tensor, torch.int32
 
 if TYPE_CHECKING:  # at run time only from Python 3.11 on
@@ -244,13 +259,25 @@ def _prepare(
     plan, fallback = plan_align(*sizes, limits, kernel), None
     if kernel is None and plan.kernel.startswith("cluster"):
         fallback = plan_align(*sizes, limits._replace(max_clusters=lambda *_: 0)).kernel
-    constants = _CONSTANTS.pack(
-        num_ids, num_experts, num_slots, num_blocks, map_mode, *divisor(block_size), plan.per_block,
-        *divisor(plan.per_row), plan.num_rows, id_type, *(strides or (1, 1, 1)),
-    )  # fmt: skip
-    num_pointers = 6
+    num_cols, row_stride, col_stride = strides or (1, 1, 1)
+    constants = _ARGS.pack(
+        num_ids=num_ids,
+        num_experts=num_experts,
+        num_slots=num_slots,
+        num_blocks=num_blocks,
+        map_mode=map_mode,
+        block_size=divisor(block_size),
+        per_block=plan.per_block,
+        per_row=divisor(plan.per_row),
+        num_rows=plan.num_rows,
+        id_type=id_type,
+        num_cols=num_cols,
+        row_stride=row_stride,
+        col_stride=col_stride,
+    )
+    num_pointers = _ARGS.num_pointers
     if map_mode == _NO_MAP and not plan.scratch_words:
-        num_pointers, constants = 4, _TWO_NULLS + constants
+        num_pointers, constants = _FEW_POINTERS, _TWO_NULLS + constants
     launches = tuple(bind(launch, device, num_pointers, constants) for launch in plan.launches)
     return _Call(num_slots, num_blocks, launches, plan.scratch_words, fallback)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import struct
 from typing import NamedTuple
 
 import torch
@@ -15,11 +14,16 @@ from .arrays import Array
 from .launch import CACHED_CALLS, Launch, bind
 from .library import Operator, is_watched
 from .plan import MAX_BLOCK_SIZE, MAX_EXPERTS, divisor, plan_batched, round_up
+from .structs import ArgumentStruct
 from .tensors import check_layout, check_tensor, is_plain
 
 __all__ = ["batched_moe_align_block_size"]
 
-_CONSTANTS = struct.Struct("@8I")  # BatchedArgs in align_batched.cu, after four pointers
+_ARGS = ArgumentStruct(
+    "align_batched.cu:BatchedArgs",
+    "expert_num_tokens sorted_token_ids expert_ids num_tokens_post_pad",
+    "u32 num_batches, max_tokens, num_slots, num_blocks; Divisor block_size; u32 parts",
+)
 
 
 def batched_moe_align_block_size(
@@ -111,8 +115,15 @@ def _prepare(num_batches: int, max_tokens: int, block_size: int, device: torch.d
     if device.type != "cuda":
         raise ValueError(f"expert_num_tokens: expected a CUDA or CPU tensor, got one on {device}")
     plan, parts = plan_batched(num_batches, width)
-    constants = _CONSTANTS.pack(num_batches, max_tokens, num_slots, num_blocks, *divisor(block_size), parts)
-    return _Call(num_slots, num_blocks, bind(plan, device.index, 4, constants))
+    constants = _ARGS.pack(
+        num_batches=num_batches,
+        max_tokens=max_tokens,
+        num_slots=num_slots,
+        num_blocks=num_blocks,
+        block_size=divisor(block_size),
+        parts=parts,
+    )
+    return _Call(num_slots, num_blocks, bind(plan, device.index, _ARGS.num_pointers, constants))
 
 
 def _fake(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import struct
 from typing import Any, NamedTuple
 
 import torch
@@ -14,11 +13,17 @@ from .arrays import Array, DLPackArray
 from .launch import CACHED_CALLS, Launch, bind, device_limits
 from .library import Operator, is_watched
 from .plan import divisor, plan_sum
+from .structs import ArgumentStruct
 from .tensors import PlainTensor, check_layout, check_tensor, is_plain
 
 __all__ = ["moe_sum"]
 
-_CONSTANTS = struct.Struct("@3q8If2q")  # SumArgs in moe_sum.cu, after six pointers
+_ARGS = ArgumentStruct(
+    "moe_sum.cu:SumArgs",
+    "input output shared weights ids expert_map",
+    "i64 token_stride, slot_stride, output_stride; u32 num_units, topk; Divisor units_per_token;"
+    " u32 num_threads, num_experts, words_per_id; float factor; i64 element_stride, shared_stride",
+)
 _ELEMENTS = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 _ID_TYPES = (torch.int32, torch.int64, torch.uint32)
 _FLOAT, _INT32 = (torch.float32,), (torch.int32,)
@@ -181,14 +186,23 @@ def _prepare(
         plan = plan_sum(
             num_tokens - first, topk, hidden, element, size, vectors, extended or factor != 1, limits
         )
-        constants = _CONSTANTS.pack(
-            token_bytes, slot_bytes, out_bytes, plan.num_tokens * plan.units_per_token, topk,
-            *divisor(plan.units_per_token), plan.launch.block, map_length, id_bytes // 4, factor,
-            element_bytes, row_bytes,
-        )  # fmt: skip
+        constants = _ARGS.pack(
+            token_stride=token_bytes,
+            slot_stride=slot_bytes,
+            output_stride=out_bytes,
+            num_units=plan.num_tokens * plan.units_per_token,
+            topk=topk,
+            units_per_token=divisor(plan.units_per_token),
+            num_threads=plan.launch.block,
+            num_experts=map_length,
+            words_per_id=id_bytes // 4,
+            factor=factor,
+            element_stride=element_bytes,
+            shared_stride=row_bytes,
+        )
         bytes_per_token = token_bytes, out_bytes, row_bytes, 4 * topk, id_bytes * topk
         offsets = tuple(first * per_token for per_token in bytes_per_token)
-        launches.append((bind(plan.launch, device.index, 6, constants), offsets))
+        launches.append((bind(plan.launch, device.index, _ARGS.num_pointers, constants), offsets))
         first += plan.num_tokens
     return _Call(tuple(launches))
 

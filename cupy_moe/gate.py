@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import enum
 import functools
-import struct
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple
 
 import torch
@@ -14,15 +14,35 @@ from .arrays import Array, DLPackArray
 from .launch import CACHED_CALLS, Launch, bind, device_limits
 from .library import Operator, is_watched
 from .plan import GATE_KERNELS, MAX_EXPERTS, MAX_TOPK, plan_gate
+from .structs import ArgumentStruct
 from .tensors import PlainTensor, check_layout, check_tensor, is_plain
 
 __all__ = ["TopK", "grouped_topk", "topk_sigmoid", "topk_softmax"]
 
-_CONSTANTS = struct.Struct("@q14I2f")  # GateArgs in gate.cuh, after five pointers
-_ELEMENTS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # ElementType in gate.cuh
+_ARGS = ArgumentStruct(
+    "gate.cuh:GateArgs",
+    "logits bias padding_mask topk_weights topk_ids",
+    "i64 row_stride; u32 num_tokens, num_experts, topk, num_groups, topk_group, group_size, element,"
+    " id_words, vectors, scoring, renormalize, lanes_per_row, row_shift, num_threads; float factor, softcap",
+)
+
+
+class ElementType(enum.IntEnum):
+    F32, F16, BF16 = range(3)
+
+
+class Scoring(enum.IntEnum):
+    SOFTMAX, SIGMOID, AS_IS = range(3)
+
+
+_ELEMENTS = {
+    torch.float32: ElementType.F32,
+    torch.float16: ElementType.F16,
+    torch.bfloat16: ElementType.BF16,
+}
+_SCORING = {"softmax": Scoring.SOFTMAX, "sigmoid": Scoring.SIGMOID, "none": Scoring.AS_IS}
 _ID_TYPES = (torch.int32, torch.int64, torch.uint32)
 _FLOAT, _BOOL = (torch.float32,), (torch.bool,)
-_SCORING = {"softmax": 0, "sigmoid": 1, "none": 2}  # Scoring in gate.cuh
 
 
 if TYPE_CHECKING:  # at run time only from Python 3.11 on
@@ -304,12 +324,26 @@ def _prepare(
     )  # fmt: skip
     vectors = aligned and plan.vector_bytes > 0 and row_bytes % plan.vector_bytes == 0
     lanes = plan.lanes_per_row
-    constants = _CONSTANTS.pack(
-        row_bytes, num_tokens, num_experts, topk, num_groups, topk_group, num_experts // num_groups,
-        _ELEMENTS[dtype], ids_dtype.itemsize // 4, vectors, _SCORING[scoring_func], renormalize, lanes,
-        lanes.bit_length() - 1, plan.launch.block, factor, softcap,
-    )  # fmt: skip
-    return bind(plan.launch, device.index, 5, constants)
+    constants = _ARGS.pack(
+        row_stride=row_bytes,
+        num_tokens=num_tokens,
+        num_experts=num_experts,
+        topk=topk,
+        num_groups=num_groups,
+        topk_group=topk_group,
+        group_size=num_experts // num_groups,
+        element=_ELEMENTS[dtype],
+        id_words=ids_dtype.itemsize // 4,
+        vectors=vectors,
+        scoring=_SCORING[scoring_func],
+        renormalize=renormalize,
+        lanes_per_row=lanes,
+        row_shift=lanes.bit_length() - 1,
+        num_threads=plan.launch.block,
+        factor=factor,
+        softcap=softcap,
+    )
+    return bind(plan.launch, device.index, _ARGS.num_pointers, constants)
 
 
 def _can_be_out(out: Any) -> bool:

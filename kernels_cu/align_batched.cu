@@ -11,7 +11,7 @@
 // Order: by batch, ascending in each. Every output is written once, by one thread.
 #include "common.cuh"
 
-struct BatchedArgs {  // filled by cupy_moe/align_batched.py, field by field, in this order
+struct BatchedArgs {  // declared once more in cupy_moe/align_batched.py
   const int* expert_num_tokens;
   int* sorted_token_ids;
   int* expert_ids;

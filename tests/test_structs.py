@@ -1,0 +1,197 @@
+"""What Python and CUDA share, found in the sources: structs, enums, constants and formulas. No GPU."""
+
+from __future__ import annotations
+
+import enum
+import re
+from typing import Any
+
+import pytest
+from cache_helpers import Everything
+from gpus import H200
+
+import cupy_moe.ops
+from cupy_moe import align, build, gate, plan, structs
+from cupy_moe.structs import ArgumentStruct
+
+FOLDER = build.source_folder()
+FILES = {path.name: path.read_text() for path in FOLDER.glob("*.cu*")}
+assert cupy_moe.ops.__name__  # is imported, so all operators are, and all their structs declared
+
+
+def without_comments(text: str) -> str:
+    return re.sub(r"//[^\n]*", "", text)
+
+
+def fields_of(place: str) -> list[tuple[str, str]]:
+    """Type and name of each field of a struct, in order; pointers are all of one type."""
+    file, _, name = place.partition(":")
+    body = re.search(rf"struct {name} \{{(.*?)\n\}};", without_comments(FILES[file]), re.DOTALL)
+    assert body, f"no struct {place}"
+    fields = []
+    for declaration in filter(None, map(str.strip, body[1].split(";"))):
+        kind, names = re.fullmatch(r"((?:const )?\w+\*?)\s+(.*)", declaration, re.DOTALL).groups()  # type: ignore[union-attr]
+        for field in re.split(r",\s*", names):
+            fields.append(("pointer" if kind.endswith("*") else kind, field))
+    return fields
+
+
+def constant(file: str, name: str) -> int:
+    found = re.search(rf"\b{name} = (\w+)[,;]", without_comments(FILES[file]))
+    assert found, f"no constant {name} in {file}"
+    return int(found[1], 0)
+
+
+ours = [declared for declared in structs.DECLARED if declared.file in FILES]
+
+
+def test_every_argument_struct_is_declared() -> None:
+    in_sources = {
+        f"{file}:{name}" for file, text in FILES.items() for name in re.findall(r"struct (\w+Args) \{", text)
+    }
+    assert {f"{declared.file}:{declared.name}" for declared in ours} == in_sources
+
+
+@pytest.mark.parametrize("declared", ours, ids=lambda declared: declared.name)
+def test_fields_have_the_names_the_order_and_the_types_of_the_source(declared: ArgumentStruct) -> None:
+    pointers = [("pointer", name) for name in declared.pointers]
+    others = [(kind, name) for name, kind in declared.fields.items()]
+    assert fields_of(f"{declared.file}:{declared.name}") == pointers + others
+
+
+def test_a_divisor_is_three_words() -> None:
+    assert "struct Divisor {\n  u32 value, magic, shift;\n" in FILES["common.cuh"]
+    assert plan.divisor(7)[0] == 7
+
+
+def test_the_compiler_lays_structs_out_with_the_same_size(everything: Everything) -> None:
+    entries = 0
+    for path in (everything.folder / "v1" / build.PTX_TARGET).glob("*.ptx"):
+        text = path.read_text()
+        unit = path.stem.rpartition("-")[0]
+        included = {f"{unit}.cu", *re.findall(r'#include "(\w+\.cuh)"', FILES[f"{unit}.cu"])}
+        (declared,) = (one for one in ours if one.file in included)
+        for size in re.findall(r"\.entry \w+\(\s*\.param \.align 8 \.b8 \w+\[(\d+)\]\s*\)", text):
+            assert int(size) == -(-declared.size // 8) * 8, unit
+            entries += 1
+    assert entries == sum(len(r.kernels) for r in everything.results if r.target == build.PTX_TARGET)
+
+
+def test_a_field_by_another_name_is_refused() -> None:
+    declared = ArgumentStruct("nowhere.cu:Args", "data", "u32 count, width")
+    structs.DECLARED.remove(declared)
+    assert declared.pack(width=2, count=1) == declared.pack(count=1, width=2)
+    with pytest.raises(TypeError, match="Args: missing or unknown: height, width"):
+        declared.pack(count=1, height=2)
+
+
+def enumerators(file: str, name: str) -> dict[str, int]:
+    body = re.search(rf"enum {name} : u32 \{{(.*?)\}}", without_comments(FILES[file]), re.DOTALL)
+    assert body, f"no enum {name} in {file}"
+    found, value = {}, 0
+    for enumerator in filter(None, map(str.strip, body[1].split(","))):
+        label, _, given = enumerator.partition(" = ")
+        value = int(given) if given else value
+        found[label] = value
+        value += 1
+    return found
+
+
+def camel(name: str) -> str:
+    """`MAP_IDS` as the sources write it."""
+    return "k" + name.title().replace("_", "")
+
+
+@pytest.mark.parametrize(
+    ("file", "enumeration"),
+    [
+        ("align.cuh", align.IdType),
+        ("align.cuh", align.MapMode),
+        ("gate.cuh", gate.ElementType),
+        ("gate.cuh", gate.Scoring),
+    ],
+)
+def test_enums_have_the_names_and_values_of_the_source(file: str, enumeration: type[enum.IntEnum]) -> None:
+    expected = {label.lower(): value for label, value in enumerators(file, enumeration.__name__).items()}
+    assert {camel(member.name).lower(): member.value for member in enumeration} == expected
+
+
+def test_constants_that_plans_share_with_kernels() -> None:
+    assert constant("align_small.cu", "kMaxIds") == plan.SMALL_MAX_IDS
+    assert constant("gate_warp.cu", "kSeveralMaxLanes") == plan.SEVERAL_MAX_LANES
+    assert constant("gate_wide.cu", "kMaxThreads") == plan.WIDE_MAX_THREADS
+    assert constant("gate_warp.cu", "kMaxThreads") == plan.GATE_WARPS * plan.WARP
+    assert constant("moe_sum.cu", "kMaxThreads") == plan.SUM_THREADS
+    assert constant("common.cuh", "kWarpSize") == plan.WARP
+
+
+def evaluated(expression: str, **names: Any) -> int:
+    """A C expression of unsigned numbers."""
+    python = re.sub(r"\bargs\.", "", expression).replace("/", "//").replace("~3u", "~3").replace("~7u", "~7")
+    return int(eval(python, {}, names))
+
+
+def formula(file: str, pattern: str) -> str:
+    found = re.search(pattern, FILES[file], re.DOTALL)
+    assert found, f"{file} has nothing like {pattern}"
+    return found[1]
+
+
+def table_words(num_experts: int, num_rows: int) -> int:
+    """What the kernels take for the table, as align.cuh says it."""
+    rounding = formula("align.cuh", r"round_up_4\(u32 value\) \{ return (.*?); \}")
+    stride = evaluated(
+        formula("align.cuh", r"stride\((round_up_4\(.*?\))\),"),
+        num_experts=num_experts,
+        round_up_4=lambda value: evaluated(rounding, value=value),
+    )
+    height = evaluated(
+        formula("align.cuh", r"height\((.*?)\),\n"), num_rows=num_rows, kRows=constant("align.cuh", "kRows")
+    )
+    return evaluated(
+        formula("align.cuh", r"words\(\) const \{ return (.*?); \}"), height=height, stride=stride
+    )
+
+
+def test_the_table_is_as_large_as_the_kernels_take_it() -> None:
+    for num_experts in (1, 2, 3, 4, 5, 8, 63, 64, 255, 256, 257, 1500):
+        for num_rows in range(1, 33):
+            planned = plan._table_bytes(num_experts, num_rows)
+            assert planned == 4 * table_words(num_experts, num_rows), f"{num_experts=} {num_rows=}"
+
+
+def test_what_clusters_exchange_is_as_large_as_the_kernels_take_it() -> None:
+    source = FILES["align_shared.cu"]
+    assert "u16* all_counts = chunk_counts + stride;" in source
+    assert "u32* stage = (u32*)(all_counts + kCluster * stride);" in source
+    rounding = formula("align_shared.cu", r"const u32 stride = (\(.*?\) & ~7u);")
+    for num_experts in (1, 7, 8, 9, 256, 257):
+        for cluster in (8, 16):
+            stride = evaluated(rounding, num_experts=num_experts)
+            words = 4 * table_words(num_experts, 20) + 2 * (cluster + 1) * stride
+            assert plan._table_bytes(num_experts, 20, cluster) == words
+    staged = plan.plan_align(131_072, 256, 163_584, 128, "i32", H200)
+    assert staged.kernel == "cluster16"
+    table = plan._table_bytes(256, staged.num_rows, 16)
+    assert staged.launches[0].shared_bytes == table + 4 * staged.per_block
+
+
+def test_static_shared_memory_is_within_what_plans_leave_for_it(everything: Everything) -> None:
+    reserved = {"gate_wide": plan.WIDE_STATIC_SHARED, "align_shared": plan.STATIC_SHARED}
+    reserved["align_global"] = plan.STATIC_SHARED
+    for result in everything.results:
+        for entry, figures in result.kernels.items():
+            if result.unit in reserved and figures:
+                assert figures["smem"] <= reserved[result.unit], f"{entry} for {result.target}"
+
+
+def test_gate_wide_has_the_words_that_are_planned() -> None:
+    said = formula("gate_wide.cu", r"// shared   \((.*?)\) words")
+    for num_experts, num_groups, topk in ((8, 1, 2), (5000, 10, 64)):
+        words = evaluated(said, num_experts=num_experts, num_groups=num_groups, topk=topk)
+        launch = plan.plan_gate(1, num_experts, topk, num_groups, 4, True, True, H200).launch
+        assert launch.shared_bytes == 4 * words
+    source = FILES["gate_wide.cu"]
+    assert "u32* group_keys = keys + num_experts;" in source
+    assert "u32* winners = group_keys + args.num_groups;" in source
+    assert "reinterpret_cast<float*>(winners + args.topk)" in source
