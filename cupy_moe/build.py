@@ -1,8 +1,8 @@
 """Sources -> digest -> image. `compile` is pure: NVRTC in memory, no GPU, no files, no cache.
 
-A *unit* is one `kernels_cu/<unit>.cu`; every `*.cuh` beside it is handed to NVRTC from memory, so that no
-path is part of a compilation or of a digest, and images can be moved between machines. A *target* is `sm_90`
-(a cubin) or `compute_90` (PTX, compiled by the driver at load).
+A *unit* is one `kernels_cu/<unit>.cu`; the headers beside it that it includes are handed to NVRTC from memory,
+so that no path is part of a compilation or of a digest, and images can be moved between machines. A *target* is
+`sm_90` (a cubin) or `compute_90` (PTX, compiled by the driver at load).
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ Kernels = dict[str, dict[str, int]]
 class Unit:
     name: str
     source: bytes
-    headers: dict[str, bytes]
+    headers: dict[str, bytes]  # those that it includes: others change no digest
     options: tuple[str, ...]
     files: dict[str, str] = field(init=False)  # file name -> sha256
     digest: str = field(init=False)  # contents and options only: no path, time, version or toolchain
@@ -103,7 +103,18 @@ def units() -> dict[str, Unit]:
 def _read_units(folder: Path, options: tuple[str, ...]) -> dict[str, Unit]:
     headers = {path.name: path.read_bytes() for path in sorted(folder.glob("*.cuh"))}
     sources = sorted(folder.glob("*.cu"))
-    return {path.stem: Unit(path.stem, path.read_bytes(), headers, options) for path in sources}
+    contents = {path.stem: path.read_bytes() for path in sources}
+    return {name: Unit(name, data, _included(data, headers), options) for name, data in contents.items()}
+
+
+def _included(source: bytes, headers: dict[str, bytes]) -> dict[str, bytes]:
+    """Of the headers, those that a source includes, and that these include; whether or not under an `#if`."""
+    names = [name.decode() for name in re.findall(rb'^\s*#\s*include\s*"([^"]+)"', source, re.MULTILINE)]
+    found = {name: headers[name] for name in names if name in headers}
+    rest = {name: data for name, data in headers.items() if name not in found}
+    for data in list(found.values()):
+        found |= _included(data, rest)
+    return dict(sorted(found.items()))
 
 
 def unit(name: str) -> Unit:

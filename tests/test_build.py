@@ -51,6 +51,24 @@ def test_any_byte_of_any_file_changes_the_digest(data: Any) -> None:
     assert build.Unit("tiny", files["tiny.cu"], {"tiny.cuh": files["tiny.cuh"]}, ()).digest != before
 
 
+def test_only_headers_that_a_unit_includes_change_its_digest(sandbox: Sandbox) -> None:
+    (sandbox.sources / "deep.cuh").write_text("// 1")
+    (sandbox.sources / "odd.cuh").write_text("// 1")
+    (sandbox.sources / "tiny.cuh").write_text(f'# include "deep.cuh"\n#include "tiny.cuh"\n{HEADER}')
+    unit = sandbox.unit
+    assert list(unit.headers) == ["deep.cuh", "tiny.cuh"]
+    (sandbox.sources / "odd.cuh").write_text("// 2")
+    assert sandbox.unit.digest == unit.digest
+    (sandbox.sources / "deep.cuh").write_text("// 2")
+    assert sandbox.unit.digest != unit.digest
+
+
+def test_every_unit_is_compiled_with_the_headers_that_it_names() -> None:
+    headers = {unit.name: set(unit.headers) for unit in build.units().values()}
+    assert headers["gate_wide"] == {"common.cuh", "convert.cuh", "gate.cuh"}
+    assert headers["align_small"] == {"common.cuh", "align.cuh"}
+
+
 def test_an_entry_key_is_of_digest_target_and_compiler(sandbox: Sandbox) -> None:
     old, new = build.Toolchain("12.9.41", "CL-1"), build.Toolchain("12.9.86", "CL-1")
     other = build.Toolchain("12.9.86", "CL-2")
