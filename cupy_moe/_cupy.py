@@ -37,7 +37,7 @@ _give_cupy_a_folder()
 try:
     import cupy
     from cupy.cuda import nvrtc  # noqa: F401  (loads the bindings; the library itself comes with the first call)
-except ImportError as error:
+except Exception as error:  # also what an unfitting NumPy or a broken install raises
     raise DependencyError(
         f"CuPy cannot be imported ({error}); pip install 'cupy-moe[cuda12]' (CUDA 12 driver)"
         " or 'cupy-moe[cuda13]' (CUDA 13 driver)"

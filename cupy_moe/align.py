@@ -16,7 +16,7 @@ from .launch import CACHED_CALLS, Launch, bind, device_limits
 from .library import Operator, has_modes, in_transform, is_compiling
 from .plan import ALIGN_KERNELS, aligned_sizes, ceil_div, divisor, plan_align, round_up
 from .structs import ArgumentStruct
-from .tensors import PLAIN, PlainTensor, check_layout, check_tensor
+from .tensors import PLAIN, PlainTensor, address, check_layout, check_tensor, is_plain
 
 __all__ = ["MoEAlignment", "aligned_sizes", "moe_align_block_size"]
 
@@ -130,7 +130,7 @@ def moe_align_block_size(
         or is_compiling()
         or has_modes()
         or in_transform()
-        or not (local is None or type(local) in PLAIN)
+        or not (local is None or is_plain(local))
     ):
         if isinstance(local, int):
             raise TypeError(
@@ -204,10 +204,16 @@ def moe_align_block_size(
         return outputs
 
     a, b, c = first.data_ptr(), second.data_ptr(), third.data_ptr()
+    if not (ids and a and b and c):
+        for name, given in zip(("topk_ids", *MoEAlignment._fields), (tensor, *outputs), strict=True):
+            address(name, given)
     try:
         if scratch_words or local is not None:
             scratch = torch.empty(scratch_words, dtype=_int32, device=device) if scratch_words else None
-            more = 0 if local is None else local.data_ptr(), 0 if scratch is None else scratch.data_ptr()
+            more = (
+                0 if local is None else address("expert_map", local),
+                0 if scratch is None else scratch.data_ptr(),
+            )
             for launch in launches:
                 launch(ids, a, b, c, *more)
         else:

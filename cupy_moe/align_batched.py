@@ -15,7 +15,7 @@ from .launch import CACHED_CALLS, Launch, bind
 from .library import Operator, is_watched
 from .plan import MAX_BLOCK_SIZE, MAX_EXPERTS, divisor, plan_batched, round_up
 from .structs import ArgumentStruct
-from .tensors import check_layout, check_tensor, is_plain
+from .tensors import address, check_layout, check_tensor, is_plain
 
 __all__ = ["batched_moe_align_block_size"]
 
@@ -84,7 +84,8 @@ def batched_moe_align_block_size(
         for output, result in zip(outputs, results, strict=True):
             output.view(-1).copy_(result)
     else:
-        call.launch(counts.data_ptr(), *(output.data_ptr() for output in outputs))
+        pointers = (address(f"out: {n}", t) for n, t in outputs._asdict().items())
+        call.launch(address("expert_num_tokens", counts), *pointers)
     return outputs
 
 

@@ -10,6 +10,7 @@ import operator
 from typing import Any
 
 INT32_MAX = 2**31 - 1
+FLOAT32_MAX = (2 - 2**-23) * 2.0**127
 
 
 def as_int(name: str, value: Any) -> int:
@@ -26,7 +27,10 @@ def as_float(name: str, value: Any) -> float:
     """The value as a float: from any real number that is no bool and no array."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name}: expected a float, got {kind_of(value)}")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name}: expected a number that fp32 has, got {value}") from None
 
 
 def as_bool(name: str, value: Any) -> bool:

@@ -34,27 +34,36 @@ def from_array(name: str, array: Any, *, written: bool = False) -> torch.Tensor:
         raise TypeError(
             f"{name}: expected a torch.Tensor or an array with __dlpack__ (cupy, jax, numpy), got {kind}"
         )
+    if type(array).__module__.startswith("numpy.ma"):
+        raise ValueError(f"{name}: expected an array without a mask; fill it")
     try:
         is_read_only, is_reversed = _examine(array)
-        if written and (is_read_only or is_reversed):
-            what = "is read-only" if is_read_only else "has negative strides"
-            raise ValueError(f"{name}: cannot be written, as this {kind} {what}")
+    except Exception as error:  # whatever the library raises for what it cannot export
+        raise ValueError(f"{name}: torch cannot take this {kind}: {error}") from error
+    if written and (is_read_only or is_reversed):
+        what = "is read-only" if is_read_only else "has negative strides"
+        raise ValueError(f"{name}: cannot be written, as this {kind} {what}")
+    try:
         if is_reversed or (is_read_only and not _takes_read_only):
             array = array.copy()
+            if _examine(array)[1]:
+                raise ValueError("a copy of it has negative strides, too")
         return torch.from_dlpack(array)
-    except (AttributeError, BufferError, RuntimeError, TypeError) as error:
+    except Exception as error:
         raise ValueError(f"{name}: torch cannot take this {kind}: {error}") from error
 
 
 def like(array: Any) -> Callable[[torch.Tensor], Any]:
     """What turns a tensor into the kind of array that `array` is; leaves it alone if its library cannot."""
-    library = type(array).__module__.partition(".")[0]
-    if library == "jaxlib":
-        return sys.modules["jax"].dlpack.from_dlpack
-    namespace: Any = sys.modules[library]
-    if not hasattr(namespace, "from_dlpack") and hasattr(array, "__array_namespace__"):
-        namespace = array.__array_namespace__()
-    return getattr(namespace, "from_dlpack", lambda tensor: tensor)
+    for kind in type(array).__mro__:
+        library = kind.__module__.partition(".")[0]
+        if library == "jaxlib":
+            return sys.modules["jax"].dlpack.from_dlpack
+        if library != "__main__" and hasattr(sys.modules.get(library), "from_dlpack"):
+            return getattr(sys.modules[library], "from_dlpack")  # noqa: B009
+    if hasattr(array, "__array_namespace__"):
+        return getattr(array.__array_namespace__(), "from_dlpack", lambda tensor: tensor)
+    return lambda tensor: tensor
 
 
 # ---- what arrays say of themselves, which torch.from_dlpack does not look at, or aborts over --------------

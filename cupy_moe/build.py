@@ -1,8 +1,8 @@
 """Sources -> digest -> image. `compile` is pure: NVRTC in memory, no GPU, no files, no cache.
 
-A *unit* is one `kernels_cu/<unit>.cu`; the headers beside it that it includes are handed to NVRTC from memory,
-so that no path is part of a compilation or of a digest, and images can be moved between machines. A *target* is
-`sm_90` (a cubin) or `compute_90` (PTX, compiled by the driver at load).
+A *unit* is one `kernels_cu/<unit>.cu`; the headers beside it that it includes are handed to NVRTC from
+memory, so that no path is part of a compilation or of a digest, and images can be moved between machines. A
+*target* is `sm_90` (a cubin) or `compute_90` (PTX, compiled by the driver at load).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import re
 import struct
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -55,7 +55,7 @@ class Unit:
         contents = {f"{self.name}.cu": self.source, **self.headers}
         files = {name: hashlib.sha256(data).hexdigest() for name, data in sorted(contents.items())}
         object.__setattr__(self, "files", files)
-        object.__setattr__(self, "digest", _digest([SCHEMA, self.name, files, self.options]))
+        object.__setattr__(self, "digest", source_digest(self.name, files, self.options))
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,10 @@ class Compiled:
 
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def source_digest(unit: str, files: dict[str, str], options: Iterable[str]) -> str:
+    return _digest([SCHEMA, unit, files, list(options)])
 
 
 # ---- sources --------------------------------------------------------------------------------------------
@@ -248,9 +252,9 @@ def supported_targets() -> list[str]:
     return [target for target in TARGETS if number(target) in known]
 
 
-def entry_key(unit: Unit, target: str, toolchain: Toolchain) -> str:
+def entry_key(digest: str, target: str, toolchain: Toolchain) -> str:
     """Names one image: what it was made from, for which target, by which compiler."""
-    return _digest([SCHEMA, unit.digest, target, toolchain.nvrtc, toolchain.build])
+    return _digest([SCHEMA, digest, target, toolchain.nvrtc, toolchain.build])
 
 
 def compile(unit: Unit, target: str) -> Compiled:

@@ -119,7 +119,7 @@ def _compile_cached(
     if not native and not older:
         raise DependencyError(f"NVRTC {build.toolchain().nvrtc} knows only {', '.join(known)}")
     target = native[0] if native else older[-1]
-    key = build.entry_key(unit, target, build.toolchain())
+    key = build.entry_key(unit.digest, target, build.toolchain())
     if key not in offered:
         if key in _compiled:
             return _compiled[key]

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import torch
 
 from . import cpu
-from .arguments import as_float
+from .arguments import FLOAT32_MAX, as_float
 from .arrays import Array, DLPackArray
 from .launch import CACHED_CALLS, Launch, bind, device_limits
 from .library import Operator, is_watched
 from .plan import divisor, plan_sum
 from .structs import ArgumentStruct
-from .tensors import PlainTensor, check_layout, check_tensor, is_plain
+from .tensors import PlainTensor, address, check_layout, check_tensor, is_plain
 
 __all__ = ["moe_sum"]
 
@@ -104,10 +105,10 @@ def moe_sum(
     weights = ids = shared = 0
     if topk_weights is not None:
         topk_weights = _check("topk_weights", topk_weights, _FLOAT, (num_tokens, topk), device)
-        weights = topk_weights.data_ptr()
+        weights = address("topk_weights", topk_weights)
     if topk_ids is not None:
         topk_ids = _check("topk_ids", topk_ids, _ID_TYPES, (num_tokens, topk), device)
-        ids = topk_ids.data_ptr()
+        ids = address("topk_ids", topk_ids)
     if expert_map is not None:
         check_layout("expert_map", expert_map)
         if expert_map.dim() != 1:
@@ -115,7 +116,7 @@ def moe_sum(
         expert_map = _check("expert_map", expert_map, _INT32, expert_map.shape, device)
     if shared_output is not None:
         shared_output = _check("shared_output", shared_output, (dtype,), (num_tokens, hidden), device)
-        shared = shared_output.data_ptr()
+        shared = address("shared_output", shared_output)
     output: PlainTensor = out
     if out is None:
         output = torch.empty((num_tokens, hidden), dtype=dtype, device=device)
@@ -133,11 +134,13 @@ def moe_sum(
         result = cpu.moe_sum(input, topk_weights, topk_ids, expert_map, factor, shared_output)
         with torch.no_grad():
             return output.copy_(result)
+    if not (source and target):
+        address("input", input), address("out", output)
     for launch, (input_offset, out_offset, shared_offset, weights_offset, ids_offset) in call.launches:
         launch(
             source + input_offset, target + out_offset, shared and shared + shared_offset,
             weights and weights + weights_offset, ids and ids + ids_offset,
-            0 if expert_map is None else expert_map.data_ptr(),
+            0 if expert_map is None else address("expert_map", expert_map),
         )  # fmt: skip
     return output
 
@@ -163,6 +166,10 @@ def _prepare(
 ) -> _Call:
     if dtype not in _ELEMENTS:
         raise TypeError(f"input: expected torch.float32, float16 or bfloat16, got {dtype}; cast it")
+    if shape[0] > 1 and abs(out_strides[0]) < shape[2]:
+        raise ValueError(f"out: expected rows that do not overlap, got strides {list(out_strides)}")
+    if math.isfinite(factor) and abs(factor) > FLOAT32_MAX:
+        raise ValueError(f"routed_scaling_factor: expected a number that fp32 has, got {factor}")
     if device.type == "cpu":
         return _Call(None)
     if device.type != "cuda":

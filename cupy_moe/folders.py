@@ -77,9 +77,25 @@ class Trust:
 
 
 def _exposed(path: Path) -> bool:
-    """Whether anybody could have made this folder."""
-    parents = {*path.parents, *Path(os.path.realpath(path)).parents}
-    return any(os.stat(parent).st_mode & stat.S_IWOTH for parent in parents)
+    """Whether anybody could have made this folder, or a link on the way to it. Raises OSError."""
+    current, pending, links = Path(os.sep), list(path.parts[1:]), 0
+    while pending:
+        if os.stat(current).st_mode & stat.S_IWOTH:
+            return True
+        name = pending.pop(0)
+        if name == os.pardir:
+            current = current.parent
+        elif os.path.islink(current / name):
+            target = Path(os.readlink(current / name))
+            links += 1
+            if links > 40:  # as many as Linux follows
+                raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
+            if target.is_absolute():
+                current = Path(os.sep)
+            pending = [part for part in target.parts if part != os.sep] + pending
+        else:
+            current /= name
+    return False
 
 
 # ---- folders --------------------------------------------------------------------------------------------
@@ -187,6 +203,9 @@ def _about(path: Path) -> Iterator[None]:
 # ---- roots ----------------------------------------------------------------------------------------------
 
 
+_MAX_PARTS = 256  # of a path; makedirs recurses
+
+
 @dataclass(frozen=True)
 class Root:
     path: Path
@@ -195,6 +214,8 @@ class Root:
 
     def open(self, *parts: str, create: bool = False) -> Folder:
         """Raises OSError: FileNotFoundError where nothing is, UntrustedError for what is not taken."""
+        if len(self.path.parts) > _MAX_PARTS:
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG), str(self.path))
         if create:
             os.makedirs(self.path, mode=0o700 if self.private else 0o775, exist_ok=True)
         fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import enum
 import functools
+import math
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple
 
 import torch
 
 from . import cpu
-from .arguments import as_bool, as_float, as_int, check_choice, check_range
+from .arguments import FLOAT32_MAX, as_bool, as_float, as_int, check_choice, check_range
 from .arrays import Array, DLPackArray
 from .launch import CACHED_CALLS, Launch, bind, device_limits
 from .library import Operator, is_watched
 from .plan import GATE_KERNELS, MAX_EXPERTS, MAX_TOPK, plan_gate
 from .structs import ArgumentStruct
-from .tensors import PlainTensor, check_layout, check_tensor, is_plain
+from .tensors import PlainTensor, address, check_layout, check_tensor, is_plain
 
 __all__ = ["TopK", "grouped_topk", "topk_sigmoid", "topk_softmax"]
 
@@ -274,9 +275,10 @@ def _gate(
             topk_ids.copy_(ids)
     elif num_tokens:
         launch(
-            logits, 0 if bias is None else bias.data_ptr(),
-            0 if padding_mask is None else padding_mask.data_ptr(),
-            topk_weights.data_ptr(), topk_ids.data_ptr(),
+            logits or address("gating_output", gating_output),
+            0 if bias is None else address("e_score_correction_bias", bias),
+            0 if padding_mask is None else address("padding_mask", padding_mask),
+            address("out: topk_weights", topk_weights), address("out: topk_ids", topk_ids),
         )  # fmt: skip
     return TopK(topk_weights, topk_ids)
 
@@ -304,6 +306,9 @@ def _prepare(
     if dtype not in _ELEMENTS:
         raise TypeError(f"gating_output: expected torch.float32, float16 or bfloat16, got {dtype}; cast it")
     check_choice("scoring_func", scoring_func, _SCORING)
+    for name, value in (("routed_scaling_factor", factor), ("softcap", softcap)):
+        if math.isfinite(value) and abs(value) > FLOAT32_MAX:
+            raise ValueError(f"{name}: expected a number that fp32 has, got {value}")
     if not softcap >= 0:
         raise ValueError(f"softcap: expected 0 (none) or more, got {softcap}")
     check_range("gating_output: number of experts", num_experts, MAX_EXPERTS)
@@ -347,11 +352,7 @@ def _prepare(
 
 
 def _can_be_out(out: Any) -> bool:
-    try:
-        topk_weights, topk_ids = out
-    except (TypeError, ValueError):
-        return False
-    return type(out) is not torch.Tensor and is_plain(topk_weights) and is_plain(topk_ids)
+    return isinstance(out, (tuple, list)) and len(out) == 2 and is_plain(out[0]) and is_plain(out[1])
 
 
 def _check_out(out: Any, shape: tuple[int, ...], device: torch.device) -> None:

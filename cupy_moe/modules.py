@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from . import build, cache
+from .arguments import as_int
 from .errors import KernelLoadError, KernelNotPrebuiltError
 
 log = logging.getLogger("cupy_moe")
@@ -57,7 +58,8 @@ def warmup(devices: int | Iterable[int] | None = None) -> int:
         except cupy.cuda.runtime.CUDARuntimeError as error:
             raise KernelLoadError(f"no GPU to load kernels on: {error}") from error
     total = 0
-    for device in [devices] if isinstance(devices, int) else devices:
+    for device in devices if isinstance(devices, Iterable) else [devices]:
+        device = as_int("devices", device)
         capability(device)  # or an error that says which device there is none of
         start = time.perf_counter()
         origins: Counter[str] = Counter()

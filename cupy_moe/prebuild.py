@@ -212,6 +212,8 @@ def problems(root: Root, strict: bool) -> list[str]:
         except DamagedEntryError as error:
             found.append(f"{folder.path / MANIFEST}: {error}")
             continue
+        if strict:
+            found.extend(f"{folder.path}: {problem}" for problem in _unlisted(folder, listed))
         if listed:
             present.setdefault(target, set())
         for name, sha256 in listed.items():
@@ -233,7 +235,22 @@ def _problem(folder: Folder, entry: Entry) -> str | None:
     if entries != entry.kernels.keys():
         said = ", ".join(entry.kernels) or "none"
         return f"has the kernels {', '.join(sorted(entries)) or 'none'}, but its .json says {said}"
+    made_by = build.Toolchain(entry.nvrtc, entry.nvrtc_build)
+    if build.source_digest(entry.unit, entry.files, entry.options) != entry.source_digest:
+        return "has other files or options than its .json says"
+    if build.entry_key(entry.source_digest, entry.target, made_by) != entry.entry_key:
+        return "is of another compiler or target than its .json says"
     return None
+
+
+def _unlisted(folder: Folder, listed: dict[str, str]) -> Iterator[str]:
+    """What a whole folder does not have: images that its manifest does not list, or no manifest."""
+    suffix = store.suffix(folder.path.name)
+    images = [name for name in folder.names() if name.endswith(suffix)]
+    if not listed:
+        yield f"no {MANIFEST} lists its {len(images)} images; cupy-moe prebuild writes one"
+    elif extra := set(images) - listed.keys():
+        yield f"{MANIFEST} does not list {', '.join(sorted(extra))}"
 
 
 def _read_manifest(folder: Folder) -> dict[str, str]:

@@ -223,7 +223,7 @@ def compile_image(unit: build.Unit, target: str) -> Image:
         unit=unit.name,
         target=target,
         source_digest=unit.digest,
-        entry_key=build.entry_key(unit, target, made.toolchain),
+        entry_key=build.entry_key(unit.digest, target, made.toolchain),
         size=len(made.data),
         sha256=hashlib.sha256(made.data).hexdigest(),
         kernels=made.kernels,

@@ -45,6 +45,21 @@ def check_tensor(
         raise ValueError(f"{name}: expected it beside the other tensors on {device}, got {tensor.device}")
 
 
+def address(name: str, tensor: PlainTensor) -> int:
+    """Where the elements are; 0 if there are none.
+
+    Raises ValueError where they are nowhere: freed, or never there, as those of some of torch's own zeros.
+    """
+    try:
+        pointer = int(tensor.data_ptr())
+    except RuntimeError:
+        pointer = 0
+    if not pointer and tensor.numel():
+        check_layout(name, tensor)
+        raise ValueError(f"{name}: expected a tensor with memory of its own, got one without; clone it")
+    return pointer
+
+
 def check_layout(name: str, tensor: PlainTensor) -> None:
     """Raises TypeError unless the elements of a tensor are in memory at strides, as kernels read them."""
     if tensor.layout is not _strided or tensor.is_nested:

@@ -21,6 +21,7 @@ from cupy_moe import (
     library,
     moe_align_block_size,
     moe_sum,
+    tensors,
     topk_sigmoid,
     topk_softmax,
 )
@@ -493,3 +494,81 @@ def test_the_order_of_another_library_is_answered_by_name() -> None:
         moe_align_block_size(IDS, 8, 4, sorted_ids, expert_ids, post_pad)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"^topk: expected an int, got torch\.Tensor"):
         topk_softmax(LOGITS, IDS, LOGITS)  # type: ignore[arg-type]
+
+
+# ---- tensors without memory
+
+
+def test_an_address_is_where_elements_are() -> None:
+    tensor = torch.ones(4)
+    assert tensors.address("x", tensor) == tensor.data_ptr()
+    assert tensors.address("x", torch.ones(0)) == 0
+    tensor.untyped_storage().resize_(0)
+    for nowhere in (tensor, torch._efficientzerotensor((4,)), torch._to_functional_tensor(torch.ones(4))):
+        with pytest.raises(ValueError, match="x: expected a tensor with memory of its own"):
+            tensors.address("x", nowhere)
+    with pytest.raises(TypeError, match="x: expected a dense tensor"):
+        tensors.address("x", torch.ones(4).to_sparse())
+
+
+@pytest.mark.gpu
+@every_tensor
+def test_tensors_whose_memory_was_freed_are_refused_on_a_gpu(name: str, tensor: str) -> None:
+    case = CASES[name].on("cuda")
+    freed = case.arguments[tensor].clone()
+    freed.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match=f"{tensor}: expected a tensor with memory of its own"):
+        case(**{tensor: freed})
+
+
+@pytest.mark.gpu
+@every_operator
+def test_out_whose_memory_was_freed_is_refused_on_a_gpu(name: str) -> None:
+    case = CASES[name].on("cuda")
+    for i in range(len(case())):
+        out = case.out()
+        out[i].untyped_storage().resize_(0)
+        with pytest.raises(ValueError, match=r"out.*: expected a tensor with memory of its own"):
+            case.with_out(out)
+
+
+# ---- what else was taken in silence
+
+
+def test_masked_arrays_are_refused() -> None:
+    masked = np.ma.masked_array(IDS.numpy(), mask=IDS.numpy() == 1)
+    with pytest.raises(ValueError, match="topk_ids: expected an array without a mask"):
+        moe_align_block_size(masked, 4, 8)
+
+
+def test_an_array_that_cannot_be_exported_is_named() -> None:
+    class Odd:
+        def __dlpack__(self, **_: Any) -> Any:
+            return {}
+
+        def __dlpack_device__(self) -> Any:
+            return 1, 0
+
+    with pytest.raises(ValueError, match=r"topk_ids: torch cannot take this .*Odd"):
+        moe_align_block_size(Odd(), 4, 8)
+
+
+def test_results_are_of_the_library_of_a_subclass() -> None:
+    class Mine(np.ndarray[Any, Any]):
+        pass
+
+    results = moe_align_block_size(IDS.numpy().view(Mine), 4, 8)
+    assert all(type(result) is np.ndarray for result in results)
+
+
+@pytest.mark.parametrize("rows", [torch.zeros(1, 4).expand(2, 4), torch.zeros(8).as_strided((2, 4), (1, 1))])
+def test_rows_of_out_that_overlap_are_refused(rows: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match="out: expected rows that do not overlap"):
+        moe_sum(torch.ones(2, 3, 4), rows)
+
+
+@pytest.mark.parametrize("factor", [1e300, -1e39, 10**400])
+def test_factors_that_fp32_does_not_have_are_refused(factor: Any) -> None:
+    for name in ("sum", "softmax", "sigmoid", "grouped"):
+        with pytest.raises(ValueError, match="routed_scaling_factor: expected a number that fp32 has"):
+            CASES[name](routed_scaling_factor=factor)

@@ -74,7 +74,9 @@ def test_an_entry_key_is_of_digest_target_and_compiler(sandbox: Sandbox) -> None
     other = build.Toolchain("12.9.86", "CL-2")
     unit = sandbox.unit
     keys = {
-        build.entry_key(unit, target, tool) for target in ("sm_90", "sm_80") for tool in (old, new, other)
+        build.entry_key(unit.digest, target, tool)
+        for target in ("sm_90", "sm_80")
+        for tool in (old, new, other)
     }
     assert len(keys) == 6
 
@@ -288,3 +290,15 @@ def test_every_kernel_compiles_for_every_target_without_spills(everything: Every
 
 def test_the_library_path_is_never_compiled_in(sandbox: Sandbox) -> None:
     assert str(Path(sandbox.sources)).encode() not in build.compile(sandbox.unit, "sm_90").data
+
+
+def test_a_cupy_that_fails_to_import_in_any_way_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "cupy").mkdir()
+    environment = {"PYTHONPATH": f"{tmp_path}:{PACKAGE.parent}"}
+    command = "-m", "cupy_moe", "prebuild", "--arch", "sm_90", "--out", "x"
+    for failure in ("ValueError('numpy.dtype size changed')", "RuntimeError('broken')", "OSError('gone')"):
+        (tmp_path / "cupy" / "__init__.py").write_text(f"raise {failure}\n")
+        run = run_python(tmp_path, *command, env=environment)
+        assert run.returncode == 1
+        assert run.stderr.count("\n") == 1, run.stderr
+        assert "CuPy cannot be imported" in run.stderr

@@ -122,7 +122,7 @@ def test_prebuilt_images_match_whatever_compiler_made_them(
 ) -> None:
     image = store.compile_image(sandbox.unit, "sm_90")
     other = build.Toolchain("13.5.1", "CL-9")
-    key = build.entry_key(sandbox.unit, "sm_90", other)
+    key = build.entry_key(sandbox.unit.digest, "sm_90", other)
     foreign = replace(
         image, entry=replace(image.entry, nvrtc=other.nvrtc, nvrtc_build=other.build, entry_key=key)
     )

@@ -319,7 +319,9 @@ def test_prebuilding_at_the_same_time_takes_nothing_from_the_other(sandbox: Sand
 def test_of_two_images_the_newest_whole_one_stays(sandbox: Sandbox, prebuilt: Path) -> None:
     (good,) = files(prebuilt, "sm_90/*.cubin")
     image = store.compile_image(sandbox.unit, "sm_90")
-    newer = replace(image, entry=replace(image.entry, entry_key="f" * 64, nvrtc="99.0.1"))
+    made_by = build.Toolchain("99.0.1", image.entry.nvrtc_build)
+    key = build.entry_key(image.entry.source_digest, "sm_90", made_by)
+    newer = replace(image, entry=replace(image.entry, entry_key=key, nvrtc=made_by.nvrtc))
     path = store.publish(Root(prebuilt, "prebuilt"), newer)
     path.write_bytes(b"")
     os.utime(good.with_suffix(".json"), (0, 0))
@@ -635,3 +637,21 @@ def test_doctor_allows_no_compiler_where_all_is_prebuilt(
     assert doctor()["NVRTC"] == [("WARN", "no NVRTC")]
     monkeypatch.delenv("CUPY_MOE_PREBUILT_DIR")
     assert doctor(code=1)["NVRTC"] == [("FAIL", "no NVRTC")]
+
+
+def test_strict_verification_wants_a_manifest_and_sidecars_that_agree_with_themselves(prebuilt: Path) -> None:
+    invoke("verify", "--strict", prebuilt)
+    (manifest,) = files(prebuilt, "sm_90/manifest.json")
+    text = manifest.read_text()
+    for changed in (None, text.replace('"files": {', '"files": {}, "old": {')):
+        manifest.unlink()
+        if changed:
+            manifest.write_text(changed)
+        assert "sm_90" in invoke("verify", "--strict", prebuilt, code=1).stdout
+        manifest.write_text(text)
+    (sidecar,) = (path for path in files(prebuilt, "sm_90/*.json") if path != manifest)
+    entry = json.loads(sidecar.read_text())
+    other = {"files": {}, "options": ["-x"], "nvrtc": "1.2.3", "nvrtc_build": "CL-0"}
+    for name, value in (*other.items(), ("entry_key", entry["entry_key"][:16] + "0" * 48)):
+        sidecar.write_text(json.dumps(entry | {name: value}))
+        assert "than its .json says" in invoke("verify", prebuilt, code=1).stdout, name

@@ -112,7 +112,7 @@ def test_wrong_arguments_are_named() -> None:
     logits, bias, (weights, ids, rows) = torch.randn(5, 8), torch.zeros(8), outputs(5, 3)
     x, out = torch.randn(5, 3, 8), torch.empty(5, 8)
     zero = "routed_scaling_factor: expected other than 0 with fused shared experts, got 0"
-    number, tensor = "routed_scaling_factor: expected a number, got Tensor", torch.tensor(2.5)
+    number, tensor = "routed_scaling_factor: expected a float, got torch.Tensor", torch.tensor(2.5)
     topk_ids = r"topk_ids: expected 2 dimensions, got \[5\]"
     for function, arguments, error, message in (
         (sglang.moe_fused_gate, (logits, bias, 4, 2, 3, 1), ValueError, zero),

@@ -211,6 +211,31 @@ def test_a_folder_is_exposed_by_any_folder_above_it(tmp_path: Path) -> None:
     assert folders._exposed(tmp_path / "link" / "b")
 
 
+def test_a_link_on_the_way_may_be_anybodys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, above = os.stat, set(tmp_path.parents)  # one of which everybody may write to
+    monkeypatch.setattr(os, "stat", lambda path, **how: real(os.sep if path in above else path, **how))
+    (tmp_path / "theirs" / "cache").mkdir(parents=True)
+    (tmp_path / "sticky").mkdir()
+    (tmp_path / "sticky").chmod(0o1777)
+    (tmp_path / "sticky" / "foo").symlink_to(tmp_path / "theirs" / "cache")
+    (tmp_path / "through").symlink_to("sticky/foo")
+    (tmp_path / "direct").symlink_to(tmp_path / "sticky" / ".." / "theirs" / "cache")
+    (tmp_path / "round").symlink_to("round")
+    assert not folders._exposed(tmp_path / "theirs" / "cache")
+    assert folders._exposed(tmp_path / "through")
+    assert folders._exposed(tmp_path / "direct")
+    with pytest.raises(OSError, match="symbolic links"):
+        folders._exposed(tmp_path / "round")
+
+
+def test_a_path_too_deep_to_make_costs_one_warning(
+    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("CUPY_MOE_CACHE_DIR", str(sandbox.folder / ("d/" * 1200)))
+    assert next(cache.candidates("tiny", (9, 0))).origin == "compiled"
+    assert "File name too long" in caplog.text
+
+
 @needs_uids
 def test_a_team_shares_a_cache(common: Path, image: store.Image, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = common / "team"

@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 
 from ..align import moe_align_block_size as _align
+from ..arguments import as_float, as_int, check_range
 from ..combine import moe_sum as _sum
 from ..gate import grouped_topk as _grouped_topk
 from ..gate import topk_sigmoid as _topk_sigmoid
@@ -164,11 +165,9 @@ def moe_fused_gate(
 
 
 def _check_shared(num_shared: int, topk: int, factor: float) -> None:
-    if not 0 < num_shared < topk:
-        raise ValueError(f"num_fused_shared_experts: expected 0 to {topk - 1}, got {num_shared}")
-    if not isinstance(factor, (int, float)):
-        raise TypeError(f"routed_scaling_factor: expected a number, got {type(factor).__name__}")
-    if factor == 0:
+    topk = as_int("topk", topk)
+    check_range("num_fused_shared_experts", as_int("num_fused_shared_experts", num_shared), topk - 1, least=0)
+    if as_float("routed_scaling_factor", factor) == 0:
         raise ValueError("routed_scaling_factor: expected other than 0 with fused shared experts, got 0")
 
 
