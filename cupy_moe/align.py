@@ -205,8 +205,9 @@ def moe_align_block_size(
 
     a, b, c = first.data_ptr(), second.data_ptr(), third.data_ptr()
     if not (ids and a and b and c):
-        for name, given in zip(("topk_ids", *MoEAlignment._fields), (tensor, *outputs), strict=True):
-            address(name, given)
+        address("topk_ids", tensor)
+        for name, output in zip(MoEAlignment._fields, outputs, strict=True):
+            address(f"out: {name}", output)
     try:
         if scratch_words or local is not None:
             scratch = torch.empty(scratch_words, dtype=_int32, device=device) if scratch_words else None
