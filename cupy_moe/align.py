@@ -289,7 +289,7 @@ def _prepare(
     return _Call(num_slots, num_blocks, launches, plan.scratch_words, fallback)
 
 
-def allocate(num_slots: int, num_blocks: int, device: int | torch.device) -> MoEAlignment:
+def allocate(num_slots: int, num_blocks: int, device: int | torch.device) -> MoEAlignment[Any]:
     """The outputs, not yet written. A CUDA device may be given by its index."""
     return MoEAlignment(
         torch.empty(num_slots, dtype=torch.int32, device=device),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -74,6 +74,7 @@ def batched_moe_align_block_size(
     check_tensor("expert_num_tokens", expert_num_tokens, (torch.int32,), shape, device, strided=True)
     counts = expert_num_tokens.contiguous()
     call = _prepare(len(counts), max_tokens, block_size, device)
+    outputs: MoEAlignment[Any]
     if out is None:
         outputs = allocate(call.num_slots, call.num_blocks, device)
     else:

@@ -109,7 +109,9 @@ def chart(load: list[int], block_size: int) -> list[str]:
     return [*lines, f"expert {marks.rstrip()}"]
 
 
-def show_padding(topk_ids: torch.Tensor, aligned: MoEAlignment, block_size: int, experts: int) -> None:
+def show_padding(
+    topk_ids: torch.Tensor, aligned: MoEAlignment[torch.Tensor], block_size: int, experts: int
+) -> None:
     post_pad, pairs = int(aligned.num_tokens_post_pad), topk_ids.numel()
     allocated = aligned_sizes(pairs, experts, block_size)[0]
     click.echo(
@@ -175,7 +177,7 @@ def graph_us(call: Callable[[], None], calls: int = 20, replays: int = 50) -> fl
     return statistics.median(times[3:]) * 1e3 / calls
 
 
-def check(topk_ids: torch.Tensor, aligned: MoEAlignment, block_size: int, experts: int) -> None:
+def check(topk_ids: torch.Tensor, aligned: MoEAlignment[torch.Tensor], block_size: int, experts: int) -> None:
     """The result against its definition, and a GPU's result against the CPU's, to the last element."""
     wanted = by_definition(topk_ids.cpu(), block_size, experts)
     exact = all(torch.equal(got.cpu(), want) for got, want in zip(aligned, wanted, strict=True))
@@ -189,7 +191,7 @@ def check(topk_ids: torch.Tensor, aligned: MoEAlignment, block_size: int, expert
     click.echo(f"{click.style('checked', fg='green')}  {text}")
 
 
-def by_definition(topk_ids: torch.Tensor, block_size: int, experts: int) -> MoEAlignment:
+def by_definition(topk_ids: torch.Tensor, block_size: int, experts: int) -> MoEAlignment[torch.Tensor]:
     """What `moe_align_block_size` has to return, said in the plainest way."""
     pairs = topk_ids.numel()
     slots, blocks = aligned_sizes(pairs, experts, block_size)

@@ -23,7 +23,7 @@ EXAMPLE = [[2, 3, 4], [1, 2, 4], [1, 3, 4], [1, 2, 3]]
 IDS = torch.tensor(EXAMPLE, dtype=torch.int32)
 
 
-def as_lists(aligned: MoEAlignment) -> tuple[list[int], list[int], list[int]]:
+def as_lists(aligned: MoEAlignment[Any]) -> tuple[list[int], list[int], list[int]]:
     assert all(result.dtype == torch.int32 for result in aligned)
     sorted_token_ids, expert_ids, num_tokens_post_pad = (result.tolist() for result in aligned)
     return sorted_token_ids, expert_ids, num_tokens_post_pad

@@ -144,7 +144,7 @@ class Wrapper(torch.Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         unwrap = lambda value: value.inner if isinstance(value, Wrapper) else value  # noqa: E731
-        return func(*map(unwrap, args), **{name: unwrap(value) for name, value in (kwargs or {}).items()})
+        return func(*map(unwrap, args), **{name: unwrap(value) for name, value in (kwargs or {}).items()})  # type: ignore[no-untyped-call]
 
 
 @on_each_device
@@ -257,7 +257,7 @@ def test_modes_see_the_operator(name: str) -> None:
 
     case = CASES[name]
     expected, out = case(), case.out()
-    with Mode():
+    with Mode():  # type: ignore[no-untyped-call]
         assert equal(case(), expected)
         case.with_out(out)
     assert equal(out, expected)

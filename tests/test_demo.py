@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from cupy_moe import cli, demo
 SMALL = ["--device", "cpu", "--tokens", "64", "--experts", "8", "--block-size", "16"]
 
 
-def run(*arguments: str, **options) -> Result:
+def run(*arguments: str, **options: Any) -> Result:
     runner = CliRunner(charset=options.pop("charset", "utf-8"))
     return runner.invoke(cli.main, ["demo", *arguments], **options)
 
@@ -71,7 +72,7 @@ def test_cuda_without_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_wrong_result_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     right = demo.moe_align_block_size
 
-    def wrong(*args, **kwargs):
+    def wrong(*args: Any, **kwargs: Any) -> Any:
         aligned = right(*args, **kwargs)
         aligned.sorted_token_ids[:2] = aligned.sorted_token_ids[:2].flip(
             0
