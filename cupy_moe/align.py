@@ -119,14 +119,14 @@ def moe_align_block_size(
     takes a workspace, and ids whose strides no row and column stride describe are copied first. Arrays with
     `__dlpack__` (cupy, jax, numpy) are accepted, and give arrays of their kind.
 
-    Raises TypeError and ValueError for wrong arguments, before anything is launched; and what loading a
-    kernel for the first time raises. Semantics: vLLM's function of this name, made deterministic.
+    Raises TypeError and ValueError for wrong arguments, before anything is launched; what loading a kernel
+    for the first time raises; and KernelLaunchError. Semantics: vLLM's function of this name, made deterministic.
     """
     tensor: PlainTensor = topk_ids
     local: PlainTensor = expert_map
     num_ids = tensor.numel() if type(tensor) in PLAIN else None
     if (
-        type(num_ids) is not int  # under torch.jit.trace it is a tensor
+        type(num_ids) is not int  # under torch.jit.trace it is a tensor; negations: see are_outputs
         or is_compiling()
         or has_modes()
         or in_transform()
@@ -157,7 +157,12 @@ def moe_align_block_size(
         check_layout("topk_ids", tensor)
     if local is not None:
         check_tensor("expert_map", local, (_int32,), (num_experts,), tensor.device)
-    ids, strides = tensor.data_ptr(), None
+    strides = None
+    try:
+        ids = tensor.data_ptr()
+    except RuntimeError:
+        check_layout("topk_ids", tensor)
+        raise
     if ids % 16 or not tensor.is_contiguous():
         tensor, strides = _as_rows(tensor)
         ids = tensor.data_ptr()

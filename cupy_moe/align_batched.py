@@ -60,8 +60,8 @@ def batched_moe_align_block_size(
     Cost: one launch on torch's current stream, no synchronisation, and the outputs as the only allocation.
     Arrays with `__dlpack__` (cupy, jax, numpy) are accepted, and give arrays of their kind.
 
-    Raises TypeError and ValueError for wrong arguments, before anything is launched; and what loading a
-    kernel for the first time raises. Semantics: vLLM's function of this name.
+    Raises TypeError and ValueError for wrong arguments, before anything is launched; what loading a kernel
+    for the first time raises; and KernelLaunchError. Semantics: vLLM's function of this name.
     """
     if is_watched() or not is_plain(expert_num_tokens) or not (out is None or are_outputs(out)):
         return _operator(max_tokens_per_batch, block_size, expert_num_tokens, out=out)

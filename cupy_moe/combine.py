@@ -77,9 +77,9 @@ def moe_sum(
     strided, elements are loaded one by one. Weights, ids and shared outputs that are not contiguous are
     copied first. Arrays with `__dlpack__` (cupy, jax, numpy) are accepted, and give arrays of their kind.
 
-    Raises TypeError and ValueError for wrong arguments, before anything is launched; and what loading a
-    kernel for the first time raises. Semantics: vLLM's `moe_sum`, with the weights, the factor and the shared
-    experts that other engines add in further launches.
+    Raises TypeError and ValueError for wrong arguments, before anything is launched; what loading a kernel
+    for the first time raises; and KernelLaunchError. Semantics: vLLM's `moe_sum`, with the weights, the
+    factor and the shared experts that other engines add in further launches.
     """
     if (
         is_watched()

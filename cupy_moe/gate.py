@@ -109,8 +109,8 @@ def topk_softmax(
     `gating_output` is copied first, where the elements of a row are strided. Arrays with `__dlpack__` (cupy,
     jax, numpy) are accepted, and give arrays of their kind.
 
-    Raises TypeError and ValueError for wrong arguments, before anything is launched; and what loading a
-    kernel for the first time raises. Semantics: vLLM's `topk_softmax`; `softcap` is SGLang's.
+    Raises TypeError and ValueError for wrong arguments, before anything is launched; what loading a kernel
+    for the first time raises; and KernelLaunchError. Semantics: vLLM's `topk_softmax`; `softcap` is SGLang's.
     """
     return _gate(
         gating_output, topk, renormalize, "softmax", 1, 1, e_score_correction_bias, routed_scaling_factor,

@@ -51,7 +51,7 @@ def _new_buffer() -> _Buffer:
 _pool: list[_Buffer] = []  # those that no call has; one that is interrupted does not bring its own back
 
 
-def bind(plan: LaunchPlan, device: int, num_pointers: int, constants: bytes = b"") -> Launch:
+def bind(plan: LaunchPlan, device: int, num_pointers: int, constants: bytes) -> Launch:
     """Load a kernel on a device, and return the function that launches it there.
 
     That takes the first fields of the kernel's argument struct, which are pointers; `constants` are the

@@ -204,6 +204,14 @@ def test_sparse_and_nested_tensors_are_refused_by_name(name: str, tensor: str) -
             case(**{tensor: other})
 
 
+@pytest.mark.gpu
+@every_tensor
+def test_sparse_tensors_are_refused_by_name_on_a_gpu(name: str, tensor: str) -> None:
+    case = CASES[name].on("cuda")
+    with pytest.raises(TypeError, match=f"{tensor}: expected a dense tensor"):
+        case(**{tensor: case.arguments[tensor].to_sparse()})
+
+
 @every_operator
 def test_sparse_out_is_refused_by_name(name: str) -> None:
     case = CASES[name]
