@@ -120,7 +120,8 @@ def moe_align_block_size(
     `__dlpack__` (cupy, jax, numpy) are accepted, and give arrays of their kind.
 
     Raises TypeError and ValueError for wrong arguments, before anything is launched; what loading a kernel
-    for the first time raises; and KernelLaunchError. Semantics: vLLM's function of this name, made deterministic.
+    for the first time raises; and KernelLaunchError. Semantics: vLLM's function of this name, made
+    deterministic.
     """
     tensor: PlainTensor = topk_ids
     local: PlainTensor = expert_map
