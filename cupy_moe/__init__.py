@@ -8,11 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from .align import MoEAlignment as MoEAlignment
-    from .align import aligned_sizes as aligned_sizes
-    from .align import moe_align_block_size as moe_align_block_size
-    from .align_batched import batched_moe_align_block_size as batched_moe_align_block_size
-    from .combine import moe_sum as moe_sum
+    from .cuda.modules import warmup as warmup
     from .errors import CompileError as CompileError
     from .errors import ConfigError as ConfigError
     from .errors import CupyMoeError as CupyMoeError
@@ -20,16 +16,20 @@ if TYPE_CHECKING:
     from .errors import KernelLaunchError as KernelLaunchError
     from .errors import KernelLoadError as KernelLoadError
     from .errors import KernelNotPrebuiltError as KernelNotPrebuiltError
-    from .gate import TopK as TopK
-    from .gate import grouped_topk as grouped_topk
-    from .gate import topk_sigmoid as topk_sigmoid
-    from .gate import topk_softmax as topk_softmax
-    from .modules import warmup as warmup
+    from .operators.align import MoEAlignment as MoEAlignment
+    from .operators.align import aligned_sizes as aligned_sizes
+    from .operators.align import moe_align_block_size as moe_align_block_size
+    from .operators.align_batched import batched_moe_align_block_size as batched_moe_align_block_size
+    from .operators.gate import TopK as TopK
+    from .operators.gate import grouped_topk as grouped_topk
+    from .operators.gate import topk_sigmoid as topk_sigmoid
+    from .operators.gate import topk_softmax as topk_softmax
+    from .operators.moe_sum import moe_sum as moe_sum
 
 _MODULES = {
-    "align": ("MoEAlignment", "aligned_sizes", "moe_align_block_size"),
-    "align_batched": ("batched_moe_align_block_size",),
-    "combine": ("moe_sum",),
+    "operators.align": ("MoEAlignment", "aligned_sizes", "moe_align_block_size"),
+    "operators.align_batched": ("batched_moe_align_block_size",),
+    "operators.moe_sum": ("moe_sum",),
     "errors": (
         "CompileError",
         "ConfigError",
@@ -39,8 +39,8 @@ _MODULES = {
         "KernelLoadError",
         "KernelNotPrebuiltError",
     ),
-    "gate": ("TopK", "grouped_topk", "topk_sigmoid", "topk_softmax"),
-    "modules": ("warmup",),
+    "operators.gate": ("TopK", "grouped_topk", "topk_sigmoid", "topk_softmax"),
+    "cuda.modules": ("warmup",),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 __all__ = ["__version__", *_HOME]

@@ -6,9 +6,10 @@ a program of torch.export.
 
 from __future__ import annotations
 
-from .align import moe_align_block_size as moe_align_block_size
-from .align_batched import batched_moe_align_block_size as batched_moe_align_block_size
-from .combine import moe_sum as moe_sum
-from .gate import grouped_topk as grouped_topk
-from .gate import topk_sigmoid as topk_sigmoid
-from .gate import topk_softmax as topk_softmax
+import importlib
+import pkgutil
+
+from . import operators
+
+for _module in pkgutil.iter_modules(operators.__path__, f"{operators.__name__}."):
+    importlib.import_module(_module.name)

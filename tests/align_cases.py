@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from cupy_moe.plan import ALIGN_KERNELS
+from cupy_moe.plans.align import ALIGN_KERNELS
 
 ID_TYPES = (
     torch.uint8, torch.int8, torch.uint16, torch.int16, torch.uint32, torch.int32, torch.uint64, torch.int64

@@ -13,11 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from cupy_moe import build, folders, prebuild, store
-from cupy_moe.folders import Root
+import cupy_moe
+from cupy_moe.images import folders, prebuild, store
+from cupy_moe.images import sources as kernel_sources
+from cupy_moe.images.folders import Root
 
-PACKAGE = Path(build.__file__).parent
-REAL = [path.stem for folder in ("kernels_cu", "../kernels_cu") for path in (PACKAGE / folder).glob("*.cu")]
+PACKAGE = Path(cupy_moe.__file__).parent
+REAL = [path.stem for path in kernel_sources.source_folder().rglob("*.cu")]
 HEADER = "constexpr int kOffset = 3;\n"
 TINY = """\
 #include "tiny.cuh"  // not ASCII: é
@@ -42,9 +44,9 @@ class Sandbox:
     prebuilt: Path  # not yet in CUPY_MOE_PREBUILT_DIR, not yet there
 
     @property
-    def unit(self) -> build.Unit:
-        build._read_units.cache_clear()
-        return build.unit("tiny")
+    def unit(self) -> kernel_sources.Unit:
+        kernel_sources._read_units.cache_clear()
+        return kernel_sources.unit("tiny")
 
     def publish(self, root: Path, target: str) -> Path:
         """The path of an image that is now there."""

@@ -12,8 +12,8 @@ import hypothesis
 import pytest
 from cache_helpers import Everything, Sandbox, write_sources
 
-from cupy_moe import build, cache, folders, prebuild
-from cupy_moe.folders import Root
+from cupy_moe.images import compiler, folders, lookup, prebuild, sources, targets
+from cupy_moe.images.folders import Root
 
 # Time limits on single examples fail on a busy machine; CI has to say the same thing twice of one commit.
 hypothesis.settings.register_profile("suite", deadline=None, derandomize=bool(os.environ.get("CI")))
@@ -52,10 +52,10 @@ def sandbox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sandbox:
     for name in [name for name in os.environ if name.startswith("CUPY_MOE_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("CUPY_MOE_CACHE_DIR", str(box.user))
-    monkeypatch.setattr(build, "source_folder", lambda: box.sources)
-    monkeypatch.setattr(build, "checkout", lambda: None)
+    monkeypatch.setattr(sources, "source_folder", lambda: box.sources)
+    monkeypatch.setattr(sources, "checkout", lambda: None)
     monkeypatch.setattr(folders, "_warned", set())
-    monkeypatch.setattr(cache, "_compiled", {})
+    monkeypatch.setattr(lookup, "_compiled", {})
     return box
 
 
@@ -63,14 +63,15 @@ def sandbox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sandbox:
 def everything(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Everything:
     """Every kernel of the package for every target; kept between runs where the checkout can be written, as
     sources change seldom."""
-    kept = pytestconfig.rootpath / ".pytest_cache" / f"cubins-{build.toolchain().nvrtc}"
+    kept = pytestconfig.rootpath / ".pytest_cache" / f"cubins-{compiler.toolchain().nvrtc}"
     folder = kept if can_write(kept) else tmp_path_factory.mktemp("cubins")
     root = Root(folder, "prebuilt")
-    targets = [*build.supported_targets(), build.PTX_TARGET]
-    wanted = [(unit, target) for target in targets for unit in build.units().values()]
+    asked = [*compiler.supported_targets(), targets.PTX_TARGET]
+    units = sources.units().values()
+    wanted = [(unit, t) for name in asked for unit in units for t in targets.made_for(unit.targets, name)]
     missing = [pair for pair in wanted if prebuild.state([root], *pair).status == "missing"]
     built = list(prebuild.run(root, missing, os.cpu_count() or 1))
-    for target in targets:
+    for target in {target for _, target in wanted}:
         prebuild.finish(root, target)
     failed = {(r.unit, r.target): r for r in built if r.status == "failed"}
     found = [prebuild.state([root], *pair) for pair in wanted]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cupy_moe.plan import DeviceLimits
+from cupy_moe.plans.base import DeviceLimits
 
 
 @dataclass(frozen=True)
@@ -14,8 +14,9 @@ class Clusters:
     of_8: int = 0
     of_16: int = 0
 
-    def __call__(self, kernel: str, size: int, /) -> int:
-        assert kernel.startswith(f"align_shared/align_shared_cluster{size}_")
+    def __call__(self, unit: str, entry: str, size: int, /) -> int:
+        assert unit == "align_shared"
+        assert entry.startswith(f"align_shared_cluster{size}_")
         return {8: self.of_8, 16: self.of_16}[size]
 
 

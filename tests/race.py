@@ -15,18 +15,18 @@ import time
 import warnings
 from pathlib import Path
 
-from cupy_moe import build, cache, folders, prebuild, store
-from cupy_moe.folders import Root
+from cupy_moe.images import compiler, folders, lookup, prebuild, sources, store
+from cupy_moe.images.folders import Root
 
 WORKERS, REPEATS, TIMEOUT = 16, 40, 60.0
 
 
 def work(seed: int, expected: bytes) -> None:
     """Look up, or compile and publish; then publish again and again while others read."""
-    cache._compiled.clear()
+    lookup._compiled.clear()
     time.sleep(random.Random(seed).random() * 0.05)
     for _ in range(REPEATS):
-        image = next(cache.candidates("tiny", (9, 0)))
+        image = next(lookup.candidates("tiny", (9, 0)))
         if image.data != expected:
             os._exit(3)
         with contextlib.suppress(FileNotFoundError):  # removed under us three times in a row
@@ -34,10 +34,10 @@ def work(seed: int, expected: bytes) -> None:
     os._exit(0)
 
 
-def main(sources: Path, folder: Path, rounds: int) -> None:
-    build.source_folder = lambda: sources
+def main(kernels: Path, folder: Path, rounds: int) -> None:
+    sources.source_folder = lambda: kernels
     os.environ["CUPY_MOE_CACHE_DIR"] = str(folder)
-    expected = build.compile(build.unit("tiny"), "sm_90").data  # and loads NVRTC once, for all children
+    expected = compiler.compile(sources.unit("tiny"), "sm_90").data  # and loads NVRTC once, for all children
     chance = random.Random(0)
     killed = finished = leftovers = 0
     for number in range(rounds):
@@ -71,8 +71,8 @@ def main(sources: Path, folder: Path, rounds: int) -> None:
             else:
                 time.sleep(0.002)
 
-        cache._compiled.clear()  # what is left behind hinders nobody
-        assert next(cache.candidates("tiny", (9, 0))).data == expected
+        lookup._compiled.clear()  # what is left behind hinders nobody
+        assert next(lookup.candidates("tiny", (9, 0))).data == expected
         assert prebuild.problems(Root(folder, "user"), strict=False) == []
         leftovers += len(list(folder.glob(f"*/*/{folders.TEMPORARY}*")))
     print(f"{rounds} rounds of {WORKERS}: {finished} finished, {killed} killed, {leftovers} temporary files")

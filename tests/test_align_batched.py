@@ -12,8 +12,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cupy_moe import MoEAlignment, batched_moe_align_block_size, cpu
-from cupy_moe.plan import plan_batched
+from cupy_moe import MoEAlignment, batched_moe_align_block_size
+from cupy_moe.cpu import align_batched as cpu_align_batched
+from cupy_moe.plans.align_batched import plan_batched
 
 GUARD = 0x3C3C3C3C
 
@@ -128,7 +129,7 @@ def test_plan() -> None:
 
 
 def check(max_tokens: int, block_size: int, counts: torch.Tensor) -> None:
-    expected = cpu.batched_moe_align_block_size(max_tokens, block_size, counts)
+    expected = cpu_align_batched.batched_moe_align_block_size(max_tokens, block_size, counts)
     buffers = [
         torch.full((len(wanted) + 16,), GUARD, dtype=torch.int32, device="cuda") for wanted in expected
     ]
@@ -192,5 +193,5 @@ def test_in_a_graph() -> None:
     for batch in batches:
         counts.copy_(batch)
         graph.replay()
-        expected = cpu.batched_moe_align_block_size(512, 64, batch)
+        expected = cpu_align_batched.batched_moe_align_block_size(512, 64, batch)
         assert all(torch.equal(a, b) for a, b in zip(aligned, expected, strict=True))

@@ -24,17 +24,15 @@ import routing
 import torch
 from align_cases import ID_TYPES, kernel_of, layouts
 
-import cupy_moe.align
-from cupy_moe import (
-    MoEAlignment,
-    aligned_sizes,
-    batched_moe_align_block_size,
-    cpu,
-    moe_align_block_size,
-    plan,
-)
-from cupy_moe.launch import Launch, device_limits
-from cupy_moe.plan import ALIGN_KERNELS
+import cupy_moe.operators.align
+from cupy_moe import MoEAlignment, aligned_sizes, batched_moe_align_block_size, moe_align_block_size
+from cupy_moe.cpu import align as cpu_align
+from cupy_moe.cpu import align_batched as cpu_align_batched
+from cupy_moe.cuda.launch import Launch
+from cupy_moe.cuda.limits import device_limits
+from cupy_moe.plans import align as align_plans
+from cupy_moe.plans import base
+from cupy_moe.plans.align import ALIGN_KERNELS
 
 pytestmark = pytest.mark.gpu
 
@@ -88,7 +86,7 @@ def check(
     offset: int = 0,
     note: str = "",
 ) -> None:
-    expected = cpu.moe_align_block_size(topk_ids, block_size, num_experts, expert_map, pad, ignore)
+    expected = cpu_align.moe_align_block_size(topk_ids, block_size, num_experts, expert_map, pad, ignore)
     outputs = Outputs((*aligned_sizes(topk_ids.numel(), num_experts, block_size, pad), 1), offset)
     if every_kernel:
         kernels = None, *possible(topk_ids, num_experts, block_size)
@@ -148,21 +146,21 @@ def equal(results: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...])
 def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """Grows by the name of each kernel that is launched."""
     names: list[str] = []
-    bind = cupy_moe.align.bind
+    bind = cupy_moe.operators.align.bind
 
-    def bind_recorded(planned: plan.LaunchPlan, *arguments: Any) -> Launch:
+    def bind_recorded(planned: base.LaunchPlan, *arguments: Any) -> Launch:
         launch = bind(planned, *arguments)
 
         def record(*values: int) -> None:
-            names.append(planned.kernel)
+            names.append(planned.entry)
             launch(*values)
 
         return record
 
-    cupy_moe.align._prepare.cache_clear()
-    monkeypatch.setattr(cupy_moe.align, "bind", bind_recorded)
+    cupy_moe.operators.align._prepare.cache_clear()
+    monkeypatch.setattr(cupy_moe.operators.align, "bind", bind_recorded)
     yield names
-    cupy_moe.align._prepare.cache_clear()
+    cupy_moe.operators.align._prepare.cache_clear()
 
 
 # ---- grids ---------------------------------------------------------------------------------------
@@ -296,7 +294,12 @@ def test_no_ids() -> None:
 
 
 def test_every_kernel_at_every_threshold() -> None:
-    limits = (plan.SMALL_FAST_IDS, plan.SMALL_MAX_IDS, plan.SHARED_FAST_IDS, plan.CLUSTER8_FAST_IDS)
+    limits = (
+        align_plans.SMALL_FAST_IDS,
+        align_plans.SMALL_MAX_IDS,
+        align_plans.SHARED_FAST_IDS,
+        align_plans.CLUSTER8_FAST_IDS,
+    )
     sizes = {0, 1, 2, 31, 32, 33, 255, 256, 257, 1023, 1024, 1025, 4095, 4096, 4097, 100_003}
     sizes |= {limit + step for limit in limits for step in (-1, 0, 1)}
     for num_ids, num_experts in itertools.product(sorted(sizes), (1, 8, 257, 1500)):
@@ -307,7 +310,7 @@ def test_every_kernel_at_every_threshold() -> None:
 def clusters(size: int) -> bool:
     """Whether the driver runs clusters of so many blocks here."""
     limits = device_limits(torch.cuda.current_device())
-    return limits.max_clusters(f"align_shared/align_shared_cluster{size}_i32", size) > 0
+    return limits.max_clusters("align_shared", f"align_shared_cluster{size}_i32", size) > 0
 
 
 def test_the_kernel_that_is_planned_is_the_one_that_runs(launched: list[str]) -> None:
@@ -315,9 +318,9 @@ def test_the_kernel_that_is_planned_is_the_one_that_runs(launched: list[str]) ->
     of_8, of_16 = clusters(8), clusters(16)
     seen = set()
     for bound, below, above in (
-        (plan.SMALL_FAST_IDS, "small", "shared"),
-        (plan.SHARED_FAST_IDS, "shared", "cluster8" if of_8 else "shared"),
-        (plan.CLUSTER8_FAST_IDS, "cluster8" if of_8 else "shared", "cluster16" if of_16 else "global"),
+        (align_plans.SMALL_FAST_IDS, "small", "shared"),
+        (align_plans.SHARED_FAST_IDS, "shared", "cluster8" if of_8 else "shared"),
+        (align_plans.CLUSTER8_FAST_IDS, "cluster8" if of_8 else "shared", "cluster16" if of_16 else "global"),
     ):
         for num_ids, expected in ((bound - 1, below), (bound, below), (bound + 1, above)):
             launched.clear()
@@ -325,8 +328,8 @@ def test_the_kernel_that_is_planned_is_the_one_that_runs(launched: list[str]) ->
             assert kernel_of(launched) == expected, f"{num_ids=}"
             seen.add(expected)
             num_slots, _ = aligned_sizes(num_ids, 64, 16)
-            planned = plan.plan_align(num_ids, 64, num_slots, 16, "i32", limits)
-            assert launched == [launch.kernel for launch in planned.launches]
+            planned = align_plans.plan_align(num_ids, 64, num_slots, 16, "i32", limits)
+            assert launched == [launch.entry for launch in planned.launches]
     launched.clear()
     moe_align_block_size(drawn((1000,), 0, 65_536), 16, 65_536)
     assert kernel_of(launched) == "global_large"
@@ -448,7 +451,7 @@ def test_graph_replayed_with_other_ids() -> None:
             ids.copy_(batch)
             outputs.poison()
             graph.replay()
-            expected = cpu.moe_align_block_size(batch, 16, num_experts)
+            expected = cpu_align.moe_align_block_size(batch, 16, num_experts)
             outputs.check(expected, f"{kernel=} {num_ids=} batch {index}")
             assert equal(allocated, expected), f"{kernel=}"
 
@@ -471,7 +474,7 @@ def test_two_graphs_replayed_at_once() -> None:
                         graph.replay()
             torch.cuda.synchronize()
             for batch, result in zip(batches, results, strict=True):
-                expected = cpu.moe_align_block_size(batch, 16, num_experts)
+                expected = cpu_align.moe_align_block_size(batch, 16, num_experts)
                 assert equal(result, expected), f"{kernel=}"
 
 
@@ -488,14 +491,14 @@ def test_two_streams_at_once() -> None:
                         moe_align_block_size(batch, 16, num_experts, out=outputs.out, kernel=kernel)
             torch.cuda.synchronize()
             for batch, outputs in zip(batches, outs, strict=True):
-                expected = cpu.moe_align_block_size(batch, 16, num_experts)
+                expected = cpu_align.moe_align_block_size(batch, 16, num_experts)
                 outputs.check(expected, f"{kernel=} {num_ids=}")
 
 
 def test_it_runs_on_the_current_stream() -> None:
     """The ids arrive late, on a stream of their own: any other stream would read the ones before."""
     late, before = drawn((4096,), 0, 64), drawn((4096,), 0, 7)
-    expected = cpu.moe_align_block_size(late, 16, 64)
+    expected = cpu_align.moe_align_block_size(late, 16, 64)
     for kernel in (None, *possible(late, 64)):
         ids, stream = before.clone(), torch.cuda.Stream()
         moe_align_block_size(ids, 16, 64, kernel=kernel)  # loaded before the race starts
@@ -511,7 +514,7 @@ def test_it_runs_on_the_current_stream() -> None:
 
 def test_eight_threads() -> None:
     batches = [drawn((500 * (index + 1),), -1, 65) for index in range(8)]
-    expected = [cpu.moe_align_block_size(batch, 16, 64) for batch in batches]
+    expected = [cpu_align.moe_align_block_size(batch, 16, 64) for batch in batches]
     torch.cuda.synchronize()
     failures: list[str] = []
     start = threading.Barrier(8)
@@ -615,7 +618,7 @@ def test_tensors_on_different_devices() -> None:
 
 def test_a_kernel_that_cannot() -> None:
     with pytest.raises(ValueError, match="kernel='small' takes at most"):
-        moe_align_block_size(drawn((plan.SMALL_MAX_IDS + 1,), 0, 5), 4, 5, kernel="small")
+        moe_align_block_size(drawn((align_plans.SMALL_MAX_IDS + 1,), 0, 5), 4, 5, kernel="small")
     with pytest.raises(ValueError, match="kernel: expected one of 'small', "):
         moe_align_block_size(drawn((12,), 0, 5), 4, 5, kernel="fast")
 
@@ -623,7 +626,7 @@ def test_a_kernel_that_cannot() -> None:
 def test_cupy_arrays() -> None:
     cupy = pytest.importorskip("cupy")
     ids = drawn((4096, 4), -1, 65)
-    expected = cpu.moe_align_block_size(ids, 16, 64, half_local(64), True, True)
+    expected = cpu_align.moe_align_block_size(ids, 16, 64, half_local(64), True, True)
     aligned: Any = moe_align_block_size(cupy.asarray(ids), 16, 64, cupy.asarray(half_local(64)), True, True)
     for result, wanted in zip(aligned, expected, strict=True):
         assert isinstance(result, cupy.ndarray)
@@ -640,7 +643,7 @@ def test_cupy_arrays_of_another_stream() -> None:
     """torch waits for the producer's stream, and the consumer's reads wait for the kernel."""
     cupy = pytest.importorskip("cupy")
     late, before = cupy.asarray(drawn((4096,), 0, 64)), cupy.asarray(drawn((4096,), 0, 7))
-    expected = cpu.moe_align_block_size(torch.from_dlpack(late), 16, 64)
+    expected = cpu_align.moe_align_block_size(torch.from_dlpack(late), 16, 64)
     ids = before.copy()
     torch.cuda.synchronize()
     with cupy.cuda.Stream(non_blocking=True) as stream:
@@ -661,7 +664,7 @@ def test_jax_arrays() -> None:
     except RuntimeError as error:
         pytest.skip(f"jax has no GPU here: {error}")
     ids = drawn((1024, 4), -1, 65)
-    expected = cpu.moe_align_block_size(ids, 16, 64)
+    expected = cpu_align.moe_align_block_size(ids, 16, 64)
     aligned = moe_align_block_size(jax.device_put(ids.cpu().numpy(), device), 16, 64)
     for result, wanted in zip(aligned, expected, strict=True):
         assert isinstance(result, jax.Array)
@@ -675,8 +678,8 @@ on_two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU"
 def test_on_the_device_of_the_ids() -> None:
     ids = drawn((4096,), 0, 64).to("cuda:1")
     counts = drawn((64,), 0, 33).to("cuda:1")
-    expected = cpu.moe_align_block_size(ids, 16, 64)
-    expected_batched = cpu.batched_moe_align_block_size(32, 16, counts)
+    expected = cpu_align.moe_align_block_size(ids, 16, 64)
+    expected_batched = cpu_align_batched.batched_moe_align_block_size(32, 16, counts)
     for kernel in (None, *possible(ids, 64)):
         for current in (0, 1):
             with torch.cuda.device(current):
@@ -695,7 +698,7 @@ def test_on_the_device_of_the_ids() -> None:
 @on_two_gpus
 def test_on_the_current_stream_of_the_other_device() -> None:
     late, before = drawn((4096,), 0, 64).to("cuda:1"), drawn((4096,), 0, 7).to("cuda:1")
-    expected = cpu.moe_align_block_size(late, 16, 64)
+    expected = cpu_align.moe_align_block_size(late, 16, 64)
     ids, stream = before.clone(), torch.cuda.Stream("cuda:1")
     torch.cuda.synchronize("cuda:1")
     with torch.cuda.stream(stream):
@@ -711,7 +714,7 @@ def test_on_the_current_stream_of_the_other_device() -> None:
 @on_two_gpus
 def test_threads_on_two_devices() -> None:
     batches = [drawn((3000 + index,), -1, 65).to(f"cuda:{index % 2}") for index in range(4)]
-    expected = [cpu.moe_align_block_size(batch, 16, 64) for batch in batches]
+    expected = [cpu_align.moe_align_block_size(batch, 16, 64) for batch in batches]
 
     def work(index: int) -> bool:
         results = [moe_align_block_size(batches[index], 16, 64) for _ in range(50)]

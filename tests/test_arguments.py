@@ -18,13 +18,13 @@ from cupy_moe import (
     aligned_sizes,
     batched_moe_align_block_size,
     grouped_topk,
-    library,
     moe_align_block_size,
     moe_sum,
-    tensors,
     topk_sigmoid,
     topk_softmax,
 )
+from cupy_moe.dispatch import operator
+from cupy_moe.dispatch.tensors import address
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]  # torch's tracers warn about themselves
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -310,7 +310,7 @@ def test_no_gradient_from_the_dispatcher_either(name: str, device: str) -> None:
 def test_the_dispatcher_is_asked_for_no_more_than_it_has_to(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plain calls do not pass it: it costs as much as a launch."""
     monkeypatch.setattr(
-        library.Operator, "__call__", lambda *_, **__: pytest.fail("went through the dispatcher")
+        operator.Operator, "__call__", lambda *_, **__: pytest.fail("went through the dispatcher")
     )
     for case in CASES.values():
         expected = case()
@@ -509,14 +509,14 @@ def test_the_order_of_another_library_is_answered_by_name() -> None:
 
 def test_an_address_is_where_elements_are() -> None:
     tensor = torch.ones(4)
-    assert tensors.address("x", tensor) == tensor.data_ptr()
-    assert tensors.address("x", torch.ones(0)) == 0
+    assert address("x", tensor) == tensor.data_ptr()
+    assert address("x", torch.ones(0)) == 0
     tensor.untyped_storage().resize_(0)
     for nowhere in (tensor, torch._efficientzerotensor((4,)), torch._to_functional_tensor(torch.ones(4))):
         with pytest.raises(ValueError, match="x: expected a tensor with memory of its own"):
-            tensors.address("x", nowhere)
+            address("x", nowhere)
     with pytest.raises(TypeError, match="x: expected a dense tensor"):
-        tensors.address("x", torch.ones(4).to_sparse())
+        address("x", torch.ones(4).to_sparse())
 
 
 @pytest.mark.gpu

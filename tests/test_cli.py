@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,10 +20,11 @@ from cache_helpers import PACKAGE, Sandbox, copy_package, files, run_python
 from click.shell_completion import BashComplete
 from click.testing import CliRunner, Result
 
-from cupy_moe import __version__, build, config, folders, prebuild, store
-from cupy_moe.cli import main
+from cupy_moe import __version__, config
 from cupy_moe.errors import DependencyError
-from cupy_moe.folders import Root
+from cupy_moe.images import compiler, folders, prebuild, sources, store, targets
+from cupy_moe.images.folders import Root
+from cupy_moe.tools.cli import main
 
 COMMANDS = ["clean", "demo", "doctor", "list", "path", "prebuild", "show-config", "verify"]
 
@@ -35,7 +37,7 @@ def invoke(*arguments: str | Path, code: int = 0) -> Result:
 
 def invoke_json(*arguments: str | Path, code: int = 0) -> Any:
     value = json.loads(invoke(*arguments, "--json", code=code).stdout)
-    assert value["schema"] == build.SCHEMA
+    assert value["schema"] == sources.SCHEMA
     return value
 
 
@@ -57,9 +59,9 @@ def test_help_and_version() -> None:
 LIGHT = """
 import pathlib, sys
 from click.testing import CliRunner
-from cupy_moe import build
-from cupy_moe.cli import main
-build.source_folder = lambda: pathlib.Path(sys.argv[1])
+from cupy_moe.images import sources
+from cupy_moe.tools.cli import main
+sources.source_folder = lambda: pathlib.Path(sys.argv[1])
 for line in ("--help", "list", "verify", "clean", "show-config", "path", "prebuild --help", "demo -h"):
     assert CliRunner().invoke(main, line.split()).exit_code == 0, line
     assert not {"torch", "cupy", "numpy"} & set(sys.modules), line
@@ -78,7 +80,7 @@ def test_no_command_imports_torch(sandbox: Sandbox) -> None:
 WITHOUT = """
 import sys
 sys.modules[sys.argv[1]] = None
-from cupy_moe.cli import main
+from cupy_moe.tools.cli import main
 main(sys.argv[2].split())
 """
 
@@ -113,7 +115,7 @@ def test_a_shell_completes_architectures_and_kernels(sandbox: Sandbox) -> None:
     assert completed("prebuild", "--arch", "sm_10") == ["sm_100", "sm_103"]
     assert completed("prebuild", "--arch", "a") == ["all"]
     assert completed("prebuild", "--kernel", "") == ["tiny"]
-    assert completed("clean", "--arch", "c") == completed("list", "--arch", "c") == [build.PTX_TARGET]
+    assert completed("clean", "--arch", "c") == completed("list", "--arch", "c") == [targets.PTX_TARGET]
 
 
 @pytest.mark.parametrize("variables", [{}, {"TERM": "dumb"}, {"NO_COLOR": "1"}])
@@ -140,12 +142,12 @@ def test_prebuild_writes_whole_folders_and_is_idempotent(
     first = invoke_json("prebuild", "--arch", "sm_90", "--arch", "90", "--ptx", "--out", out)
     assert [(r["target"], r["unit"], r["status"]) for r in first["results"]] == [
         ("sm_90", "tiny", "built"),
-        (build.PTX_TARGET, "tiny", "built"),
+        (targets.PTX_TARGET, "tiny", "built"),
     ]
     assert sorted(path.suffix for path in out.rglob("*.*") if path.is_file()) == sorted(
         [".cubin", ".json", ".json", ".ptx", ".json", ".json"]
     )
-    monkeypatch.setattr(build, "_nvrtc", lambda: pytest.fail("the compiler was loaded"))
+    monkeypatch.setattr(compiler, "_nvrtc", lambda: pytest.fail("the compiler was loaded"))
     again = invoke_json("prebuild", "--arch", "sm_90", "--ptx", "--out", out)
     assert [result["status"] for result in again["results"]] == ["up to date"] * 2
     assert again["manifests"] == first["manifests"]
@@ -153,7 +155,7 @@ def test_prebuild_writes_whole_folders_and_is_idempotent(
 
 def test_all_is_what_nvrtc_knows(sandbox: Sandbox) -> None:
     value = invoke_json("prebuild", "--arch", "all", "--out", sandbox.prebuilt)
-    assert [result["target"] for result in value["results"]] == build.supported_targets()
+    assert [result["target"] for result in value["results"]] == compiler.supported_targets()
 
 
 def test_lines_on_stderr_and_a_table_on_stdout(sandbox: Sandbox) -> None:
@@ -233,7 +235,7 @@ def test_without_kernel_sources_there_is_nothing_to_succeed_with(
 ) -> None:
     empty = sandbox.folder / "empty"
     empty.mkdir()
-    monkeypatch.setattr(build, "source_folder", lambda: empty)
+    monkeypatch.setattr(sources, "source_folder", lambda: empty)
     assert str(empty) in invoke("prebuild", "--arch", "sm_90", "--out", sandbox.prebuilt, code=1).stderr
     assert not sandbox.prebuilt.exists()
 
@@ -280,7 +282,7 @@ def test_a_disk_that_takes_nothing_is_said_in_one_line(
 INTERRUPTED = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
-from cupy_moe.cli import main
+from cupy_moe.tools.cli import main
 main(["prebuild", "--arch", "all", "--out", sys.argv[1]])
 """
 
@@ -307,7 +309,7 @@ def test_prebuilding_at_the_same_time_takes_nothing_from_the_other(sandbox: Sand
     root = Root(sandbox.prebuilt, "prebuilt")
     image = store.compile_image(sandbox.unit, "sm_90")
     with root.open("v1", "sm_90", create=True) as folder:
-        name = f"{folders.TEMPORARY}1-a" if between == "a temporary file" else f"{image.entry.stem}.cubin"
+        name = f"{folders.TEMPORARY}1-a" if between == "a temporary file" else f"{image.sidecar.stem}.cubin"
         folder.write(name, image.data)
         assert prebuild.finish(root, "sm_90") is None  # of another process
         assert folder.read(name, 1 << 20) == image.data
@@ -319,9 +321,9 @@ def test_prebuilding_at_the_same_time_takes_nothing_from_the_other(sandbox: Sand
 def test_of_two_images_the_newest_whole_one_stays(sandbox: Sandbox, prebuilt: Path) -> None:
     (good,) = files(prebuilt, "sm_90/*.cubin")
     image = store.compile_image(sandbox.unit, "sm_90")
-    made_by = build.Toolchain("99.0.1", image.entry.nvrtc_build)
-    key = build.entry_key(image.entry.source_digest, "sm_90", made_by)
-    newer = replace(image, entry=replace(image.entry, entry_key=key, nvrtc=made_by.nvrtc))
+    made_by = compiler.Toolchain("99.0.1", image.sidecar.nvrtc_build)
+    key = compiler.entry_key(image.sidecar.source_digest, "sm_90", made_by)
+    newer = replace(image, sidecar=replace(image.sidecar, entry_key=key, nvrtc=made_by.nvrtc))
     path = store.publish(Root(prebuilt, "prebuilt"), newer)
     path.write_bytes(b"")
     os.utime(good.with_suffix(".json"), (0, 0))
@@ -338,7 +340,7 @@ def packaged(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> Path:
     """As in an installed wheel that holds the kernels for sm_90."""
     package = sandbox.folder / "site-packages" / "cupy_moe"
     sandbox.publish(package / "cache", "sm_90")
-    monkeypatch.setattr(folders, "__file__", str(package / "folders.py"))
+    monkeypatch.setattr(folders, "__file__", str(package / "images" / "folders.py"))
     return package / "cache"
 
 
@@ -367,7 +369,7 @@ def test_the_user_cache_counts_only_for_the_compiler_that_is_installed(
 ) -> None:
     invoke("prebuild", "--arch", "sm_90")
     invoke("prebuild", "--arch", "sm_90", "--check")
-    monkeypatch.setattr(build, "installed_nvrtc", lambda: frozenset({"99.0.1"}))
+    monkeypatch.setattr(compiler, "installed_nvrtc", lambda: frozenset({"99.0.1"}))
     invoke("prebuild", "--arch", "sm_90", "--check", code=1)
     monkeypatch.setenv("CUPY_MOE_DISABLE_JIT", "1")  # then anything is better than nothing
     invoke("prebuild", "--arch", "sm_90", "--check")
@@ -394,7 +396,7 @@ def test_without_nvrtc_prebuild_says_what_to_install(
     def missing() -> None:
         raise DependencyError("NVRTC cannot be loaded; pip install it")
 
-    monkeypatch.setattr(build, "_nvrtc", missing)
+    monkeypatch.setattr(compiler, "_nvrtc", missing)
     assert "pip install it" in invoke("prebuild", "--arch", "all", "--out", sandbox.prebuilt, code=1).output
     assert "pip install it" in invoke("prebuild", "--arch", "90", "--out", sandbox.prebuilt, code=1).output
 
@@ -407,7 +409,7 @@ def test_without_out_it_writes_to_the_checkout_or_the_user_cache(
     invoke("prebuild", "--arch", "sm_90")
     assert {path.parent.name for path in files(sandbox.user, "*/*.cubin")} == {"sm_80", "sm_90"}
     assert not files(sandbox.user, "*/manifest.json")
-    monkeypatch.setattr(build, "checkout", lambda: sandbox.folder)
+    monkeypatch.setattr(sources, "checkout", lambda: sandbox.folder)
     assert invoke("path", "--prebuild").stdout.strip() == str(sandbox.folder / "cache")
 
 
@@ -633,7 +635,7 @@ def test_doctor_allows_no_compiler_where_all_is_prebuilt(
     def missing() -> None:
         raise DependencyError("no NVRTC")
 
-    monkeypatch.setattr(build, "toolchain", missing)
+    monkeypatch.setattr(compiler, "toolchain", missing)
     assert doctor()["NVRTC"] == [("WARN", "no NVRTC")]
     monkeypatch.delenv("CUPY_MOE_PREBUILT_DIR")
     assert doctor(code=1)["NVRTC"] == [("FAIL", "no NVRTC")]
@@ -655,3 +657,21 @@ def test_strict_verification_wants_a_manifest_and_sidecars_that_agree_with_thems
     for name, value in (*other.items(), ("entry_key", entry["entry_key"][:16] + "0" * 48)):
         sidecar.write_text(json.dumps(entry | {name: value}))
         assert "than its .json says" in invoke("verify", prebuilt, code=1).stdout, name
+
+
+def test_an_architecture_stands_for_all_that_its_devices_look_for(sandbox: Sandbox) -> None:
+    """Units that want sm_90a are made for --arch sm_90, too; strict folders have both, or say what lacks."""
+    (sandbox.sources / "specific.cu").write_text('// targets  sm_90a\nextern "C" __global__ void f() {}\n')
+    sources._read_units.cache_clear()
+    invoke("prebuild", "--arch", "sm_90", "--arch", "sm_80", "--out", sandbox.prebuilt)
+    made = [f"{path.parent.name} {path.stem.split('-')[0]}" for path in files(sandbox.prebuilt, "*/*.cubin")]
+    assert sorted(made) == ["sm_80 tiny", "sm_90 tiny", "sm_90a specific"]
+    assert len(files(sandbox.prebuilt, "*/manifest.json")) == 3
+    invoke("verify", "--strict", sandbox.prebuilt)
+    invoke("prebuild", "--arch", "9.0", "--arch", "90a", "--out", sandbox.prebuilt, "--check")
+    shutil.rmtree(sandbox.prebuilt / "v1" / "sm_90a")
+    assert "no specific for sm_90a" in invoke("verify", "--strict", sandbox.prebuilt, code=1).stdout
+    assert (
+        "sm_90a  specific  missing"
+        in invoke("prebuild", "--arch", "sm_90", "--out", sandbox.prebuilt, "--check", code=1).stdout
+    )

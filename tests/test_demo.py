@@ -9,7 +9,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from cupy_moe import cli, demo
+from cupy_moe.tools import cli, demo
 
 SMALL = ["--device", "cpu", "--tokens", "64", "--experts", "8", "--block-size", "16"]
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from cache_helpers import USER, Sandbox, acting_as, files, needs_uids
 
-from cupy_moe import build, cache, folders, store
 from cupy_moe.errors import KernelNotPrebuiltError
-from cupy_moe.folders import Root, UntrustedError
+from cupy_moe.images import compiler, folders, lookup, store
+from cupy_moe.images.folders import Root, UntrustedError
 
 STRANGER, COLLEAGUE, TEAM = 54322, 54323, 54400
 
@@ -25,7 +25,7 @@ def common(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.delenv("CUPY_MOE_CACHE_DIR")
     monkeypatch.setenv("HOME", "/nowhere")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    build.installed_nvrtc()
+    compiler.installed_nvrtc()
     folder = Path(tempfile.mkdtemp())
     folder.chmod(0o1777)
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
@@ -41,7 +41,7 @@ def image(sandbox: Sandbox) -> store.Image:
 def found() -> str:
     """The origin of what a look-up finds."""
     try:
-        return next(cache.candidates("tiny", (9, 0))).origin
+        return next(lookup.candidates("tiny", (9, 0))).origin
     except KernelNotPrebuiltError:
         return "nothing"
 
@@ -232,7 +232,7 @@ def test_a_path_too_deep_to_make_costs_one_warning(
     sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("CUPY_MOE_CACHE_DIR", str(sandbox.folder / ("d/" * 1200)))
-    assert next(cache.candidates("tiny", (9, 0))).origin == "compiled"
+    assert next(lookup.candidates("tiny", (9, 0))).origin == "compiled"
     assert "File name too long" in caplog.text
 
 
@@ -270,7 +270,7 @@ def test_the_folder_of_the_package_is_trusted_as_its_code_is(
     package = common / "site-packages" / "cupy_moe"
     fill(package / "cache", image, COLLEAGUE)
     _swap_for_link(_one(package / "cache", "*/*.cubin"))  # as some installers do with every file
-    monkeypatch.setattr(folders, "__file__", str(package / "folders.py"))
+    monkeypatch.setattr(folders, "__file__", str(package / "images" / "folders.py"))
     with acting_as(USER):
         assert found() == "package"
 

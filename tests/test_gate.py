@@ -15,8 +15,12 @@ import torch
 from cache_helpers import Everything
 from gpus import H200
 
-from cupy_moe import cpu, gate, grouped_topk, plan, topk_sigmoid, topk_softmax
-from cupy_moe.plan import GATE_WARP_MAX_TOKENS, plan_gate
+from cupy_moe import grouped_topk, topk_sigmoid, topk_softmax
+from cupy_moe.cpu import gate as cpu_gate
+from cupy_moe.operators import gate
+from cupy_moe.operators.gate import GateOptions
+from cupy_moe.plans import gate as gate_plans
+from cupy_moe.plans.gate import GATE_WARP_MAX_TOKENS, plan_gate
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ID_TYPES = (torch.int32, torch.int64, torch.uint32)
@@ -84,13 +88,13 @@ def test_agrees_with_loops() -> None:
         factor, softcap = (2.5, 0.0) if case % 2 else (1.0, 30.0 if case % 5 == 2 else 0.0)
         divisors = [g for g in (2, 3, 4) if num_experts % g == 0 and topk <= num_experts // g and not softcap]
         groups = (divisors[case % len(divisors)], 1 + case % 2) if divisors and case % 7 > 3 else (1, 1)
-        options = (case % 2 == 1, bias, factor, softcap, None, *groups)
-        weights, ids = cpu.gate(x, topk, scoring, *options)
+        options = GateOptions(topk, case % 2 == 1, scoring, *groups, factor, softcap)
+        weights, ids = cpu_gate.gate(x, bias, **options._asdict())
         rel = 1e-5 if softcap else 2e-6
         for row in range(len(x)):
             expected = naive(
-                x[row].tolist(), topk, scoring, options[0], None if bias is None else bias.tolist(), factor,
-                softcap, *groups,
+                x[row].tolist(), topk, scoring, options.renormalize, None if bias is None else bias.tolist(),
+                factor, softcap, *groups,
             )  # fmt: skip
             assert ids[row].tolist() == expected[1], (case, row)
             assert weights[row].tolist() == pytest.approx(expected[0], rel=rel, abs=1e-37), (case, row)
@@ -228,31 +232,31 @@ def test_operator_of_torch() -> None:
 @pytest.mark.parametrize(
     ("size", "kernel"),
     [
-        ((1, 256, 8, 1, 4, False, False), "gate_warp/gate_plain_8"),
-        ((1, 128, 8, 1, 4, False, False), "gate_warp/gate_plain_4"),
-        ((1, 129, 8, 1, 4, False, False), "gate_warp/gate_plain_8"),
-        ((1, 257, 8, 1, 4, False, False), "gate_warp/gate_plain_16"),
-        ((1, 512, 32, 1, 4, False, False), "gate_warp/gate_plain_16"),
-        ((1, 513, 8, 1, 4, False, False), "gate_wide/gate_wide"),
-        ((1, 512, 33, 1, 4, False, False), "gate_wide/gate_wide"),
-        ((1, 8, 2, 1, 4, False, True), "gate_wide/gate_wide"),
-        ((1, 64, 2, 1, 4, True, False), "gate_warp/gate_full_8"),
-        ((1, 256, 8, 8, 4, False, False), "gate_warp/gate_full_8"),
-        ((1, 160, 6, 8, 4, True, False), "gate_warp/gate_full_8"),
-        ((1, 264, 8, 33, 4, True, False), "gate_wide/gate_wide"),
-        ((1023, 8, 2, 1, 4, False, False), "gate_warp/gate_plain_4"),
-        ((1024, 8, 2, 1, 4, False, False), "gate_warp/gate_several_4"),
-        ((1024, 64, 8, 1, 4, True, False), "gate_warp/gate_several_8"),
-        ((1024, 65, 8, 1, 4, False, False), "gate_warp/gate_plain_4"),
-        ((1024, 64, 9, 1, 4, False, False), "gate_warp/gate_plain_4"),
-        ((GATE_WARP_MAX_TOKENS, 256, 8, 8, 4, True, False), "gate_warp/gate_full_8"),
-        ((GATE_WARP_MAX_TOKENS + 1, 256, 8, 8, 4, True, False), "gate_wide/gate_wide"),
-        ((2**27 + 1, 64, 2, 1, 4, False, False), "gate_wide/gate_wide"),
+        ((1, 256, 8, 1, 4, False, False), "gate_plain_8"),
+        ((1, 128, 8, 1, 4, False, False), "gate_plain_4"),
+        ((1, 129, 8, 1, 4, False, False), "gate_plain_8"),
+        ((1, 257, 8, 1, 4, False, False), "gate_plain_16"),
+        ((1, 512, 32, 1, 4, False, False), "gate_plain_16"),
+        ((1, 513, 8, 1, 4, False, False), "gate_wide"),
+        ((1, 512, 33, 1, 4, False, False), "gate_wide"),
+        ((1, 8, 2, 1, 4, False, True), "gate_wide"),
+        ((1, 64, 2, 1, 4, True, False), "gate_full_8"),
+        ((1, 256, 8, 8, 4, False, False), "gate_full_8"),
+        ((1, 160, 6, 8, 4, True, False), "gate_full_8"),
+        ((1, 264, 8, 33, 4, True, False), "gate_wide"),
+        ((1023, 8, 2, 1, 4, False, False), "gate_plain_4"),
+        ((1024, 8, 2, 1, 4, False, False), "gate_several_4"),
+        ((1024, 64, 8, 1, 4, True, False), "gate_several_8"),
+        ((1024, 65, 8, 1, 4, False, False), "gate_plain_4"),
+        ((1024, 64, 9, 1, 4, False, False), "gate_plain_4"),
+        ((GATE_WARP_MAX_TOKENS, 256, 8, 8, 4, True, False), "gate_full_8"),
+        ((GATE_WARP_MAX_TOKENS + 1, 256, 8, 8, 4, True, False), "gate_wide"),
+        ((2**27 + 1, 64, 2, 1, 4, False, False), "gate_wide"),
     ],
 )
 def test_plan(size: Any, kernel: str) -> None:
     chosen = plan_gate(*(*size, H200))
-    assert chosen.launch.kernel == kernel
+    assert chosen.launch.entry == kernel
     rows = chosen.launch.grid * chosen.launch.block // chosen.lanes_per_row
     assert "wide" in kernel or chosen.launch.grid * chosen.launch.block <= 2**32
     assert rows >= size[0] or chosen.launch.grid == size[0]
@@ -276,7 +280,7 @@ def test_plan_refuses() -> None:
 
 
 def test_kernels_exist(everything: Everything) -> None:
-    names = {f"gate_{mode}_{share}" for mode, shares in plan.GATE_SHARES.items() for share in shares}
+    names = {f"gate_{mode}_{share}" for mode, shares in gate_plans.GATE_SHARES.items() for share in shares}
     for result in everything.results:
         if result.unit in ("gate_warp", "gate_wide"):
             assert set(result.kernels) == (names if result.unit == "gate_warp" else {"gate_wide"}), (
@@ -284,38 +288,30 @@ def test_kernels_exist(everything: Everything) -> None:
             )
 
 
-def check(x: torch.Tensor, topk: int, options: tuple[Any, ...], ids_dtype: torch.dtype, kernel: Any) -> bool:
-    """One case on the GPU, if the kernel can do it. `options` are those of cpu.gate from scoring_func on."""
-    scoring, renormalize, bias, factor, softcap, mask, num_groups, topk_group = options
-    tokens = len(x)
+def check(
+    x: torch.Tensor,
+    options: GateOptions,
+    bias: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    ids_dtype: torch.dtype,
+    kernel: str | None,
+) -> bool:
+    """One case on the GPU, if the kernel can do it."""
+    topk, tokens = options.topk, len(x)
     buffers = [
         torch.full((tokens + 2, topk), -77, device="cuda", dtype=torch.float32),
         torch.full((tokens + 2, topk), 77, device="cuda", dtype=SIGNED.get(ids_dtype, ids_dtype)),
     ]
     out = buffers[0][1:-1], buffers[1][1:-1].view(ids_dtype)
     try:
-        gate._gate(
-            x,
-            topk,
-            renormalize,
-            scoring,
-            num_groups,
-            topk_group,
-            bias,
-            factor,
-            softcap,
-            mask,
-            ids_dtype,
-            out,
-            kernel,
-        )
+        gate._gate(x, options, bias, mask, ids_dtype, out, kernel)
     except ValueError:
         assert kernel not in (None, "wide")
         return False
-    on_cpu: list[Any] = [option.cpu() if isinstance(option, torch.Tensor) else option for option in options]
-    weights, ids = cpu.gate(x.cpu(), topk, *on_cpu)
+    tensors = [None if tensor is None else tensor.cpu() for tensor in (bias, mask)]
+    weights, ids = cpu_gate.gate(x.cpu(), *tensors, **options._asdict())
     ours = buffers[1][1:-1].cpu().long()
-    what = f"{list(x.shape)} {x.dtype} {topk=} {options=} {kernel=}"
+    what = f"{list(x.shape)} {x.dtype} {options} {bias=} {mask=} {kernel=}"
     assert (buffers[0][[0, -1]] == -77).all(), what
     assert (buffers[1][[0, -1]] == 77).all(), what
     same = ours == ids
@@ -332,7 +328,7 @@ def check(x: torch.Tensor, topk: int, options: tuple[Any, ...], ids_dtype: torch
     # Another expert in a row may change all of its weights, when these are renormalised.
     error = ((ours_weights - weights) / weights).abs()[same.all(1, keepdim=True) & (weights != 0)]
     # Capped logits are rounded before the exponential; sums of both signs lose what cancels.
-    bound = 6e-6 if softcap else 3e-6 if scoring == "none" else 1e-6
+    bound = 6e-6 if options.softcap else 3e-6 if options.scoring_func == "none" else 1e-6
     assert not len(error) or error.max() < bound, f"{what}: {error.max()}"
     return True
 
@@ -361,9 +357,9 @@ def test_gpu_agrees_with_the_cpu() -> None:
             ("softmax", "sigmoid", "none", "sigmoid", "softmax")[case % 5],
             2.5 if case % 6 == 0 else 1.0,
         )
-        options = (scoring, case // 3 % 2 == 1, bias, factor, softcap, mask, *grouping)
-        for kernel in (None, *plan.GATE_KERNELS):
-            count += check(x, topk, options, ID_TYPES[case % 3], kernel)
+        options = GateOptions(topk, case // 3 % 2 == 1, scoring, *grouping, factor, softcap)
+        for kernel in (None, *gate_plans.GATE_KERNELS):
+            count += check(x, options, bias, mask, ID_TYPES[case % 3], kernel)
     assert count > 2000
 
 
@@ -379,9 +375,9 @@ def test_gpu_many_rows() -> None:
         x = make(tokens, tokens, num_experts, torch.float32).cuda()
         bias = torch.randn(num_experts, device="cuda") * 0.1
         for scoring, with_bias in itertools.product(("softmax", "sigmoid"), (None, bias)):
-            options = scoring, True, with_bias, 1.0, 0.0, None, 1, 1
+            options = GateOptions(topk, True, scoring)
             for kernel in (None, "several"):
-                check(x, topk, options, torch.int32, kernel)
+                check(x, options, with_bias, None, torch.int32, kernel)
 
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]

@@ -15,11 +15,15 @@ import pytest
 import torch
 from gpus import H200
 
-from cupy_moe import align, align_batched, combine, gate, launch, modules, moe_align_block_size
+from cupy_moe import moe_align_block_size
+from cupy_moe.cuda import launch, modules
+from cupy_moe.cuda.limits import device_limits
 from cupy_moe.errors import KernelLaunchError
-from cupy_moe.plan import LaunchPlan
+from cupy_moe.operators import align, align_batched, gate
+from cupy_moe.operators import moe_sum as moe_sum_operator
+from cupy_moe.plans.base import LaunchPlan
 
-PLAN = LaunchPlan("tiny/tiny_add", 3, 64, 128)
+PLAN = LaunchPlan("tiny", "tiny_add", 3, 64, 128)
 
 
 class Refused(Exception):
@@ -56,7 +60,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
     driver = Driver()
     runtime = SimpleNamespace(setDevice=driver.devices.append)
     monkeypatch.setattr(_cupy, "cupy", SimpleNamespace(cuda=SimpleNamespace(driver=driver, runtime=runtime)))
-    monkeypatch.setattr(modules, "kernel", lambda device, unit, entry: 4242)
+    monkeypatch.setattr(modules, "function", lambda device, unit, entry: 4242)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(launch, "_current_stream", lambda device: 99)
     monkeypatch.setattr(launch, "_pool", [])
@@ -139,7 +143,7 @@ def test_a_refused_launch_names_the_kernel(driver: Driver) -> None:
 def test_all_that_is_remembered_of_calls_takes_less_than_20_mb(
     driver: Driver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (align, gate, combine):
+    for module in (align, gate, moe_sum_operator):
         monkeypatch.setattr(module, "device_limits", lambda device: H200)
     cuda = torch.device("cuda", 0)
 
@@ -148,12 +152,12 @@ def test_all_that_is_remembered_of_calls_takes_less_than_20_mb(
             dtype = {"i32": torch.int32, "i64": torch.int64}[kind]
             align._prepare(8 * i, 16, 256, False, dtype, None, 0, 0, None)
         align_batched._prepare(8, i, 16, cuda)
-        numbers = 8, True, "softmax", 1, 1, False, 1.0 + i, 0.0
-        gate._prepare(i, 256, 256, torch.float32, cuda, True, *numbers, torch.int32, None)
+        options = gate.GateOptions(8, True, "softmax", routed_scaling_factor=1.0 + i)
+        gate._prepare(i, 256, 256, torch.float32, cuda, True, options, False, torch.int32, None)
         rows = (i, 8, 4096), (32768, 4096, 1), (4096, 1), torch.float32
-        combine._prepare(*rows, cuda, True, False, 1.0, None, 2**31)
+        moe_sum_operator._prepare(*rows, cuda, True, False, 1.0, None, 2**31)
 
-    caches = align._prepare, align_batched._prepare, gate._prepare, combine._prepare
+    caches = align._prepare, align_batched._prepare, gate._prepare, moe_sum_operator._prepare
     for cache in caches:
         cache.cache_clear()
     tracemalloc.start()
@@ -232,8 +236,8 @@ def test_a_signal_handler_may_launch_at_any_time(ids: torch.Tensor) -> None:
 
 @pytest.fixture
 def clusters() -> None:
-    limits = launch.device_limits(torch.cuda.current_device())
-    if not limits.max_clusters("align_shared/align_shared_cluster16_i32", 16):
+    limits = device_limits(torch.cuda.current_device())
+    if not limits.max_clusters("align_shared", "align_shared_cluster16_i32", 16):
         pytest.skip("this GPU runs no clusters of 16 blocks")
 
 
@@ -247,8 +251,8 @@ def refusing(monkeypatch: pytest.MonkeyPatch, clusters: None) -> Iterator[list[s
         real = real_bind(plan, *arguments)
 
         def call(*pointers: int) -> None:
-            launched.append(plan.kernel)
-            if "cluster" in plan.kernel:
+            launched.append(plan.entry)
+            if "cluster" in plan.entry:
                 raise KernelLaunchError("no room for clusters")
             real(*pointers)
 

@@ -15,8 +15,9 @@ import pytest
 from cache_helpers import PACKAGE, Everything, Sandbox, copy_package, run_python
 
 import cupy_moe
-from cupy_moe import build, cache, modules, store
+from cupy_moe.cuda import limits, modules
 from cupy_moe.errors import KernelLoadError, KernelNotPrebuiltError
+from cupy_moe.images import compiler, elf, lookup, targets
 
 
 @pytest.fixture
@@ -49,7 +50,7 @@ class Driver:
 
     def load(self, data: bytes) -> None:
         self.loads.append(data)
-        kind = "compute" if data[:4] != b"\x7fELF" else store.elf_target(data)
+        kind = "compute" if data[:4] != b"\x7fELF" else f"sm_{elf.number(data)}"
         if kind in self.refuses:
             raise Refused(self.refuses[kind])
 
@@ -72,7 +73,7 @@ class Driver:
 def driver(fresh: None, monkeypatch: pytest.MonkeyPatch) -> Driver:
     from cupy_moe import _cupy
 
-    build.toolchain()  # with CuPy itself: the made-up one has no compiler
+    compiler.toolchain()  # with CuPy itself: the made-up one has no compiler
     driver = Driver()
 
     class Device:
@@ -99,32 +100,32 @@ def driver(fresh: None, monkeypatch: pytest.MonkeyPatch) -> Driver:
 
 
 def test_a_kernel_is_loaded_once_per_device_and_made_ready(driver: Driver) -> None:
-    pointers = {modules.kernel(device, "tiny", "tiny_add") for device in (0, 1, 0, 1)}
+    pointers = {modules.function(device, "tiny", "tiny_add") for device in (0, 1, 0, 1)}
     assert pointers == {1008, 2008}
-    assert [store.elf_target(data) for data in driver.loads] == ["sm_90", "sm_80"]
-    shared = modules._MAX_DYNAMIC_SHARED
+    assert [elf.number(data) for data in driver.loads] == [90, 80]
+    shared = modules.MAX_DYNAMIC_SHARED
     assert driver.attributes == [(1008, shared, 231424), (2008, shared, 231424)]
 
 
 def test_a_kernel_of_large_clusters_is_allowed_them_where_there_are_any(driver: Driver) -> None:
     for device in (0, 1):
-        modules.kernel(device, "tiny", "tiny_cluster")
-    shared, clusters = modules._MAX_DYNAMIC_SHARED, modules._NON_PORTABLE_CLUSTER
+        modules.function(device, "tiny", "tiny_cluster")
+    shared, clusters = modules.MAX_DYNAMIC_SHARED, modules._NON_PORTABLE_CLUSTER
     assert driver.attributes == [(1012, shared, 231424), (1012, clusters, 1), (2012, shared, 231424)]
 
 
 def test_a_device_that_allows_no_large_clusters_loads_the_kernel_all_the_same(driver: Driver) -> None:
     driver.refused_attribute = modules._NON_PORTABLE_CLUSTER
-    assert modules.kernel(0, "tiny", "tiny_cluster") == 1012
+    assert modules.function(0, "tiny", "tiny_cluster") == 1012
 
 
 def test_a_device_without_clusters_is_asked_for_none(driver: Driver) -> None:
-    assert modules.max_clusters(1, "tiny/tiny_cluster", 16) == 0
+    assert limits.max_clusters(1, "tiny", "tiny_cluster", 16) == 0
     assert driver.loads == []
 
 
 def test_threads_load_once(driver: Driver) -> None:
-    threads = [threading.Thread(target=modules.kernel, args=(0, "tiny", "tiny_add")) for _ in range(8)]
+    threads = [threading.Thread(target=modules.function, args=(0, "tiny", "tiny_add")) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -144,7 +145,7 @@ def test_a_refused_image_gives_way_to_the_next(
     sandbox.publish(sandbox.prebuilt, "compute_90")
     monkeypatch.setenv("CUPY_MOE_PREBUILT_DIR", str(sandbox.prebuilt))
     driver.refuses = {"sm_90": status}
-    assert modules.image(0, "tiny").entry.target == "compute_90"
+    assert modules.images(0)[0].sidecar.target == "compute_90"
     warned = [record for record in caplog.records if record.levelno == logging.WARNING]
     assert bool(warned) == (status != 209)  # a wrong architecture is what the next candidate is for
     assert all("damaged" in record.getMessage() for record in warned)
@@ -154,7 +155,7 @@ def test_when_all_are_refused_the_error_tells_each_reason(driver: Driver, sandbo
     sandbox.publish(sandbox.user, "compute_80")
     driver.refuses = {"sm_90": 209, "compute": 222}
     with pytest.raises(KernelLoadError) as caught:
-        modules.kernel(0, "tiny", "tiny_add")
+        modules.function(0, "tiny", "tiny_add")
     message = str(caught.value)
     assert message.startswith("device 0 (Imaginary): no image of kernel 'tiny'")
     assert "refused: sm_90 image (compiled, in memory): CUDA_ERROR_209" in message
@@ -164,24 +165,24 @@ def test_when_all_are_refused_the_error_tells_each_reason(driver: Driver, sandbo
 def test_a_missing_image_names_the_device(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUPY_MOE_DISABLE_JIT", "1")
     with pytest.raises(KernelNotPrebuiltError, match=r"device 1 \(Imaginary\).* 8\.0\n"):
-        modules.kernel(1, "tiny", "tiny_add")
+        modules.function(1, "tiny", "tiny_add")
 
 
 def test_a_missing_entry_is_answered_with_those_there_are(driver: Driver) -> None:
     driver.missing = {"tiny_sub": 500}
     with pytest.raises(KernelLoadError, match=r"'tiny_sub' .* has tiny_add, tiny_cluster, tiny_reverse"):
-        modules.kernel(0, "tiny", "tiny_sub")
+        modules.function(0, "tiny", "tiny_sub")
 
 
 def test_a_driver_that_loads_nothing_during_capture_is_explained(driver: Driver) -> None:
     driver.refuses = {"sm_90": 900}
     with pytest.raises(KernelLoadError, match=r"capture .*cupy_moe\.warmup\(\)"):
-        modules.kernel(0, "tiny", "tiny_add")
+        modules.function(0, "tiny", "tiny_add")
     driver.refuses, driver.missing = {}, {"tiny_add": 906}
     with pytest.raises(KernelLoadError, match=r"capture .*cupy_moe\.warmup\(\)"):
-        modules.kernel(0, "tiny", "tiny_add")
+        modules.function(0, "tiny", "tiny_add")
     driver.missing = {}
-    assert modules.kernel(0, "tiny", "tiny_add")
+    assert modules.function(0, "tiny", "tiny_add")
 
 
 def test_warmup_loads_everything_and_says_so_in_one_line(
@@ -194,8 +195,8 @@ def test_warmup_loads_everything_and_says_so_in_one_line(
     assert len(caplog.records) == 1
     assert "3 kernels ready on device 0 in" in caplog.text
     assert "3 from prebuilt sm_90" in caplog.text
-    monkeypatch.setattr(cache, "candidates", lambda *_: pytest.fail("looked up again"))
-    assert modules.kernel(0, "tiny", "tiny_cluster")
+    monkeypatch.setattr(lookup, "candidates", lambda *_: pytest.fail("looked up again"))
+    assert modules.function(0, "tiny", "tiny_cluster")
     assert cupy_moe.warmup([0]) == 3
 
 
@@ -224,7 +225,7 @@ def _launch(device: int, entry: str, count: int) -> list[int]:
     from cupy_moe._cupy import cupy
 
     data = torch.arange(count, dtype=torch.int32, device=f"cuda:{device}")
-    modules.kernel(device, "tiny", entry)
+    modules.function(device, "tiny", entry)
     function = modules._functions[device, "tiny", entry]
     stream = SimpleNamespace(ptr=torch.cuda.current_stream(device).cuda_stream)
     clusters = entry == "tiny_cluster"
@@ -236,14 +237,14 @@ def _launch(device: int, entry: str, count: int) -> list[int]:
 
 @pytest.fixture
 def native(fresh: None) -> str:
-    return build.native_targets(modules.capability(0))[0]
+    return targets.native_targets(modules.capability(0))[0]
 
 
 @pytest.mark.gpu
 def test_a_compiled_kernel_runs(native: str, sandbox: Sandbox) -> None:
     assert _launch(0, "tiny_add", 256) == [value + 3 for value in range(256)]
     assert _launch(0, "tiny_reverse", 256) == list(reversed(range(256)))
-    assert modules.image(0, "tiny").origin == "compiled"
+    assert modules.images(0)[0].origin == "compiled"
     if modules.capability(0) >= (9, 0):
         assert _launch(0, "tiny_cluster", 16) == [16] * 16
 
@@ -255,8 +256,8 @@ def test_dynamic_shared_memory_is_all_that_is_left(native: str) -> None:
     runtime = cupy.cuda.runtime
     limit = runtime.deviceGetAttribute(runtime.cudaDevAttrMaxSharedMemoryPerBlockOptin, 0)
     for entry, static in (("tiny_add", 0), ("tiny_reverse", 1024)):
-        pointer = modules.kernel(0, "tiny", entry)
-        assert cupy.cuda.driver.funcGetAttribute(modules._MAX_DYNAMIC_SHARED, pointer) == limit - static
+        pointer = modules.function(0, "tiny", entry)
+        assert cupy.cuda.driver.funcGetAttribute(modules.MAX_DYNAMIC_SHARED, pointer) == limit - static
 
 
 @pytest.mark.gpu
@@ -266,9 +267,9 @@ def test_a_prebuilt_kernel_runs_without_nvrtc(
     sandbox.publish(sandbox.prebuilt, native)
     monkeypatch.setenv("CUPY_MOE_PREBUILT_DIR", str(sandbox.prebuilt))
     monkeypatch.setenv("CUPY_MOE_DISABLE_JIT", "1")
-    monkeypatch.setattr(build, "_nvrtc", lambda: pytest.fail("the compiler was loaded"))
+    monkeypatch.setattr(compiler, "_nvrtc", lambda: pytest.fail("the compiler was loaded"))
     assert _launch(0, "tiny_add", 4) == [3, 4, 5, 6]
-    assert modules.image(0, "tiny").origin == "prebuilt"
+    assert modules.images(0)[0].origin == "prebuilt"
 
 
 @pytest.mark.gpu
@@ -290,24 +291,24 @@ def test_the_driver_refuses_and_the_compiler_steps_in(
     damage: str,
 ) -> None:
     caplog.set_level(logging.INFO, "cupy_moe")
-    good = cache.compile_image(sandbox.unit, native)
+    good = lookup.compile_image(sandbox.unit, native)
     other = "sm_80" if native != "sm_80" else "sm_90"
     bad = {
-        "wrong architecture": cache.compile_image(sandbox.unit, other).data,
+        "wrong architecture": lookup.compile_image(sandbox.unit, other).data,
         "other machine": good.data[:18] + b"\x3e\x00" + good.data[20:],  # x86
         "zeros": bytes(4096),
         "text": b"no PTX",
     }[damage]
-    candidates = cache.candidates
+    candidates = lookup.candidates
 
-    def first_a_bad_one(unit: str, capability: tuple[int, int]) -> Iterator[cache.Image]:
+    def first_a_bad_one(unit: str, capability: tuple[int, int]) -> Iterator[lookup.Image]:
         yield replace(good, data=bad, origin="prebuilt")
         yield from candidates(unit, capability)
 
-    monkeypatch.setattr(cache, "candidates", first_a_bad_one)
+    monkeypatch.setattr(lookup, "candidates", first_a_bad_one)
     assert _launch(0, "tiny_add", 4) == [3, 4, 5, 6]
     assert "not using the" in caplog.text
-    assert modules.image(0, "tiny").data == good.data
+    assert modules.images(0)[0].data == good.data
 
 
 @pytest.mark.gpu
@@ -328,7 +329,7 @@ def test_without_nvrtc_ptx_runs(native: str, sandbox: Sandbox, monkeypatch: pyte
     monkeypatch.setenv("CUPY_MOE_PREBUILT_DIR", str(sandbox.prebuilt))
     monkeypatch.setenv("CUPY_MOE_DISABLE_JIT", "1")
     assert _launch(0, "tiny_add", 4) == [3, 4, 5, 6]
-    assert modules.image(0, "tiny").entry.target == ptx
+    assert modules.images(0)[0].sidecar.target == ptx
     if modules.capability(0) >= (9, 0):
         assert _launch(0, "tiny_cluster", 16) == [16] * 16
 
@@ -341,7 +342,7 @@ def test_with_neither_image_nor_compiler_the_error_names_the_gpu(
 
     monkeypatch.setenv("CUPY_MOE_DISABLE_JIT", "1")
     with pytest.raises(KernelNotPrebuiltError) as caught:
-        modules.kernel(0, "tiny", "tiny_add")
+        modules.function(0, "tiny", "tiny_add")
     assert torch.cuda.get_device_name(0) in str(caught.value)
     assert f"cupy-moe prebuild --arch {native}" in str(caught.value)
 
@@ -361,7 +362,7 @@ def test_the_first_use_may_be_inside_a_capture(
     data = torch.zeros(4, dtype=torch.int32, device="cuda")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        modules.kernel(0, "tiny", "tiny_add")
+        modules.function(0, "tiny", "tiny_add")
         function = modules._functions[0, "tiny", "tiny_add"]
         stream = SimpleNamespace(ptr=torch.cuda.current_stream().cuda_stream)
         with cupy.cuda.Device(0):
@@ -377,7 +378,7 @@ def test_warmup_readies_every_kernel_from_a_prebuilt_folder(
 ) -> None:
     monkeypatch.setattr(modules, "_modules", {})
     monkeypatch.setattr(modules, "_functions", {})
-    target = build.native_targets(modules.capability(0))[0]
+    target = targets.native_targets(modules.capability(0))[0]
     results = [result for result in everything.results if result.target == target]
     monkeypatch.setenv("CUPY_MOE_PREBUILT_DIR", str(everything.folder))
     monkeypatch.setenv("CUPY_MOE_DISABLE_JIT", "1")
@@ -393,10 +394,11 @@ import torch; torch.zeros(1, device="cuda"); torch.cuda.synchronize()
 ready = time.perf_counter()
 from cupy_moe._cupy import cupy
 imported = time.perf_counter()
-from cupy_moe import modules, cache
-modules.kernel(0, "tiny", "tiny_add")
+from cupy_moe.cuda import limits, modules
+from cupy_moe.images import lookup
+modules.function(0, "tiny", "tiny_add")
 done = time.perf_counter()
-print(f"{modules.image(0, 'tiny').origin} torch+context {(ready - start) * 1e3:.0f} ms,"
+print(f"{modules.images(0)[0].origin} torch+context {(ready - start) * 1e3:.0f} ms,"
       f" import cupy {(imported - ready) * 1e3:.1f} ms, first kernel {(done - imported) * 1e3:.1f} ms")
 """
 

@@ -14,9 +14,11 @@ import torch
 from cache_helpers import Everything
 from gpus import H200
 
-import cupy_moe
-from cupy_moe import cpu, moe_sum, plan
-from cupy_moe.plan import plan_sum
+from cupy_moe import moe_sum
+from cupy_moe.cpu import moe_sum as cpu_moe_sum
+from cupy_moe.operators import moe_sum as operator
+from cupy_moe.plans import moe_sum as moe_sum_plans
+from cupy_moe.plans.moe_sum import plan_sum
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -45,7 +47,7 @@ def make(case: int, tokens: int, topk: int, hidden: int, dtype: torch.dtype) -> 
         ids = torch.randint(-2, 12, (tokens, topk), generator=generator)
         if case % 4 == 3:
             options["expert_map"] = torch.randint(-2, 12, (10,), generator=generator, dtype=torch.int32)
-        read = cpu._is_read(ids, options.get("expert_map"))
+        read = cpu_moe_sum._is_read(ids, options.get("expert_map"))
         x = torch.where(read[:, :, None], x, torch.nan)
         options["topk_ids"] = ids.to((torch.int32, torch.int64)[case // 4 % 2])
         if case % 7 == 2:
@@ -62,7 +64,7 @@ def reference(x: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
     if "topk_ids" in options:
         ids = options["topk_ids"]
         ids = ids.view(torch.int32) if ids.dtype is torch.uint32 else ids
-        x = torch.where(cpu._is_read(ids, options.get("expert_map"))[:, :, None], x, 0.0)
+        x = torch.where(cpu_moe_sum._is_read(ids, options.get("expert_map"))[:, :, None], x, 0.0)
     if "topk_weights" in options:
         x = x * options["topk_weights"].double()[:, :, None]
     total = x.sum(1) * options.get("routed_scaling_factor", 1.0)
@@ -155,7 +157,7 @@ def test_operator_of_torch() -> None:
 
 def plan_of(
     tokens: int, topk: int, hidden: int, vectors: bool = True, extended: bool = False
-) -> plan.SumPlan:
+) -> moe_sum_plans.SumPlan:
     return plan_sum(tokens, topk, hidden, "bf16", 2, vectors, extended, H200)
 
 
@@ -169,11 +171,11 @@ def test_plan() -> None:
             assert chosen.num_tokens * chosen.units_per_token < 2**31
     kinds = {1: "n", 2: "2", 3: "n", 4: "4", 5: "n", 6: "n", 8: "8", 9: "n", 10: "n", 16: "8", 24: "n"}
     for topk, kind in kinds.items():
-        assert plan_of(300, topk, 7168).launch.kernel == f"moe_sum/moe_sum_{kind}_bf16"
+        assert plan_of(300, topk, 7168).launch.entry == f"moe_sum_{kind}_bf16"
     for tokens, kind in {1: "8", 16: "8", 64: "4", 150: "4", 151: "8", 2000: "8", 16384: "4"}.items():
-        assert plan_of(tokens, 8, 7168).launch.kernel == f"moe_sum/moe_sum_{kind}_bf16"
-    assert plan_of(64, 8, 7168, extended=True).launch.kernel == "moe_sum/moe_sum_ext_bf16"
-    assert plan_of(64, 8, 7168, vectors=False, extended=True).launch.kernel == "moe_sum/moe_sum_any_bf16"
+        assert plan_of(tokens, 8, 7168).launch.entry == f"moe_sum_{kind}_bf16"
+    assert plan_of(64, 8, 7168, extended=True).launch.entry == "moe_sum_ext_bf16"
+    assert plan_of(64, 8, 7168, vectors=False, extended=True).launch.entry == "moe_sum_any_bf16"
     assert plan_of(3_000_000, 1, 1001, vectors=False).num_tokens == (2**31 - 1) // 1001
     with pytest.raises(ValueError, match="hidden size"):
         plan_of(1, 1, 2**31, vectors=False)
@@ -226,21 +228,21 @@ def test_gpu_beyond_31_bits(tokens: int, topk: int, hidden: int) -> None:
     x = torch.empty((tokens, topk, hidden), dtype=torch.bfloat16, device="cuda").normal_()
     result = moe_sum(x)
     for rows in (slice(0, 50), slice(tokens // 2, tokens // 2 + 50), slice(tokens - 50, tokens)):
-        assert torch.equal(result[rows].cpu(), cpu.moe_sum(x[rows].cpu()))
+        assert torch.equal(result[rows].cpu(), cpu_moe_sum.moe_sum(x[rows].cpu()))
 
 
 @pytest.mark.gpu
 def test_gpu_several_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where one launch cannot number all units."""
-    monkeypatch.setattr(plan, "INT32_MAX", 5000)
-    cupy_moe.combine._prepare.cache_clear()
+    monkeypatch.setattr(moe_sum_plans, "INT32_MAX", 5000)
+    operator._prepare.cache_clear()
     for case in range(24):
         x, options = make(case, 50, 3, 512, torch.float32)
         on_gpu: dict[str, Any] = {
             k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in options.items()
         }
         assert torch.equal(moe_sum(layout(case % 11, x.cuda()), **on_gpu).cpu(), moe_sum(x, **options))
-    cupy_moe.combine._prepare.cache_clear()
+    operator._prepare.cache_clear()
 
 
 @pytest.mark.gpu

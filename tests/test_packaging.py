@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import subprocess
@@ -18,7 +19,9 @@ import torch
 from cache_helpers import Everything, copy_package, run_python
 
 import cupy_moe
-from cupy_moe import __version__, build, cli, config
+from cupy_moe import __version__, config
+from cupy_moe.images import compiler, sources, targets
+from cupy_moe.tools import cli
 
 ROOT = Path(__file__).parents[1]
 FAKE_CACHE = ("v1/sm_90/align-0123456789abcdef.cubin", "v1/sm_90/align-0123456789abcdef.json")
@@ -28,17 +31,44 @@ FAKE_CACHE = ("v1/sm_90/align-0123456789abcdef.cubin", "v1/sm_90/align-012345678
     ("module", "barred"),
     [
         ("cupy_moe", "torch cupy numpy click"),
-        ("cupy_moe.plan", "torch cupy numpy"),
-        ("cupy_moe.cache", "torch cupy numpy"),
-        ("cupy_moe.cli", "torch cupy numpy"),
-        ("cupy_moe.build", "torch"),
-        ("cupy_moe.cpu", "cupy"),
+        ("cupy_moe.plans.align", "torch cupy numpy"),
+        ("cupy_moe.images.lookup", "torch cupy numpy"),
+        ("cupy_moe.tools.cli", "torch cupy numpy"),
+        ("cupy_moe.cpu.align", "cupy"),
     ],
 )
 def test_imports_stay_light(module: str, barred: str) -> None:
     code = f"import sys, {module}; print(*sorted(set({barred.split()}) & set(sys.modules)))"
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert run.stdout.split() == []
+
+
+# What each folder may import, besides itself and the modules beside the folders.
+LAYERS: dict[str, set[str]] = {
+    "images": set(),
+    "plans": set(),
+    "cpu": {"plans"},
+    "cuda": {"plans", "images"},
+    "dispatch": set(),
+    "operators": {"plans", "cpu", "cuda", "dispatch"},
+    "compat": {"operators", "dispatch"},
+    "tools": {"operators", "plans", "cuda", "images"},
+}
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_imports_go_one_way(layer: str) -> None:
+    for path in (ROOT / "cupy_moe" / layer).glob("*.py"):
+        imported = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level == 2:
+                imported |= {(node.module or alias.name).partition(".")[0] for alias in node.names}
+        assert imported & LAYERS.keys() <= LAYERS[layer], path
+
+
+def test_every_folder_has_its_layer() -> None:
+    folders = {path.parent.name for path in (ROOT / "cupy_moe").glob("*/__init__.py")}
+    assert folders == LAYERS.keys()
 
 
 @pytest.fixture(scope="module")
@@ -67,9 +97,10 @@ def wheel_names(tree: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> list[
 
 def test_wheel_carries_sources_and_cache(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = [f.relative_to(ROOT).as_posix() for f in (ROOT / "cupy_moe").rglob("*.py")]
-    sources = [f"cupy_moe/kernels_cu/{f.name}" for f in (ROOT / "kernels_cu").glob("*.cu*")]
-    assert sources
-    wanted = [*package, "cupy_moe/py.typed", *sources, *(f"cupy_moe/cache/{n}" for n in FAKE_CACHE)]
+    folder = ROOT / "kernels_cu"
+    kernels = [f"cupy_moe/kernels_cu/{f.relative_to(folder)}" for f in folder.rglob("*.*")]
+    assert kernels
+    wanted = [*package, "cupy_moe/py.typed", *kernels, *(f"cupy_moe/cache/{n}" for n in FAKE_CACHE)]
     assert wheel_names(tree, tmp_path, monkeypatch) == sorted(wanted)
 
 
@@ -85,11 +116,11 @@ def test_sdist_makes_the_same_wheel(tree: Path, tmp_path: Path, monkeypatch: pyt
 
 LOOK_UP = """
 import sys
-from cupy_moe import build, cache
-for target in (*build.TARGETS, "sm_130"):
-    for unit in build.units():
-        image = next(cache.candidates(unit, divmod(build.number(target), 10)))
-        print(image.origin, image.entry.target)
+from cupy_moe.images import lookup, sources, targets
+for target in (*targets.TARGETS, "sm_130"):
+    for unit in sources.units():
+        image = next(lookup.candidates(unit, divmod(targets.number(target), 10)))
+        print(image.origin, image.sidecar.target)
 assert not {"torch", "cupy"} & set(sys.modules)
 """
 
@@ -109,18 +140,20 @@ def test_wheel_with_every_kernel_is_small_and_compiles_nothing(
 
     verify = run_python(installed, "-m", "cupy_moe", "verify", "--strict", "cupy_moe/cache")
     assert verify.returncode == 0, verify.stdout
-    targets = [*build.supported_targets(), build.PTX_TARGET]
-    assert f"{len(targets) * len(build.units())} images in 1 folders, 0 problems" in verify.stdout
-    if set(build.TARGETS) <= set(targets):
+    known = [*compiler.supported_targets(), targets.PTX_TARGET]
+    assert f"{len(known) * len(sources.units())} images in 1 folders, 0 problems" in verify.stdout
+    if set(targets.TARGETS) <= set(known):
         found = run_python(installed, "-c", LOOK_UP, env={"CUPY_MOE_DISABLE_JIT": "1"})
-        wanted = [f"package {target}" for target in (*build.TARGETS, build.PTX_TARGET) for _ in build.units()]
+        wanted = [
+            f"package {target}" for target in (*targets.TARGETS, targets.PTX_TARGET) for _ in sources.units()
+        ]
         assert found.stdout.splitlines() == wanted, found.stderr
 
 
 def test_script_builds_a_wheel_that_holds_all(tmp_path: Path) -> None:
     pytest.importorskip("hatchling.build")
-    if not set(build.TARGETS) <= set(build.supported_targets()):
-        pytest.skip(f"NVRTC {build.toolchain().nvrtc} does not know every target")
+    if not set(targets.TARGETS) <= set(compiler.supported_targets()):
+        pytest.skip(f"NVRTC {compiler.toolchain().nvrtc} does not know every target")
     checkout = copy_package(tmp_path / "checkout")
     for name in ("pyproject.toml", "README.md", "LICENSE", ".gitignore"):
         copy(ROOT / name, checkout)
@@ -133,10 +166,10 @@ def test_script_builds_a_wheel_that_holds_all(tmp_path: Path) -> None:
         ["scripts/wheel"], cwd=checkout, env=environment, capture_output=True, text=True, check=False
     )
     assert run.returncode == 0, run.stderr
-    assert f"{len(build.TARGETS) + 1} images in 1 folders, 0 problems" in run.stdout
+    assert f"{len(targets.TARGETS) + 1} images in 1 folders, 0 problems" in run.stdout
     with zipfile.ZipFile(checkout / f"dist/cupy_moe-{__version__}-py3-none-any.whl") as wheel:
         names = wheel.namelist()
-    for target in build.TARGETS:
+    for target in targets.TARGETS:
         assert any(re.search(rf"/cache/v1/{target}/tiny-\w+\.cubin$", name) for name in names)
 
 

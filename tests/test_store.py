@@ -18,11 +18,11 @@ from click.testing import CliRunner
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from cupy_moe import cache, store
-from cupy_moe.cli import main
 from cupy_moe.errors import KernelNotPrebuiltError
-from cupy_moe.folders import Root
-from cupy_moe.store import DamagedEntryError
+from cupy_moe.images import elf, lookup, store
+from cupy_moe.images.folders import Root
+from cupy_moe.images.store import DamagedEntryError
+from cupy_moe.tools.cli import main
 
 fuzz = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -38,7 +38,7 @@ def cubin(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def is_found() -> bool:
     try:
-        return bool(next(cache.candidates("tiny", (9, 0))))
+        return bool(next(lookup.candidates("tiny", (9, 0))))
     except KernelNotPrebuiltError:
         return False
 
@@ -202,7 +202,7 @@ def test_a_user_cache_that_cannot_exist_costs_warnings_and_a_compilation(
     (sandbox.folder / "file").touch()
     monkeypatch.setenv("CUPY_MOE_CACHE_DIR", str(sandbox.folder / name))
     for _ in range(2):
-        assert next(cache.candidates("tiny", (9, 0))).origin == "compiled"
+        assert next(lookup.candidates("tiny", (9, 0))).origin == "compiled"
     assert "are not kept" in caplog.text
     assert len(caplog.records) <= 2
 
@@ -213,10 +213,10 @@ def test_a_folder_that_may_not_be_searched_is_passed_over(
     sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, parts: str
 ) -> None:
     sandbox.publish(sandbox.user, "sm_90")
-    assert next(cache.candidates("tiny", (9, 0))).origin == "user"
+    assert next(lookup.candidates("tiny", (9, 0))).origin == "user"
     (sandbox.user / parts).chmod(0)
     with acting_as(USER):  # who may not search the folders above, either
-        assert next(cache.candidates("tiny", (9, 0))).origin == "compiled"
+        assert next(lookup.candidates("tiny", (9, 0))).origin == "compiled"
 
 
 # ---- entry points
@@ -225,8 +225,8 @@ def test_a_folder_that_may_not_be_searched_is_passed_over(
 @pytest.mark.parametrize("target", ["sm_75", "sm_90", "sm_120", "compute_90"])
 def test_entry_points_are_read_from_the_image(sandbox: Sandbox, target: str) -> None:
     image = store.compile_image(sandbox.unit, target)
-    assert store.entry_points(image.data, target) == image.entry.kernels.keys()
-    assert len(image.entry.kernels) == (2 if target == "sm_75" else 3)
+    assert store.entry_points(image.data, target) == image.sidecar.kernels.keys()
+    assert len(image.sidecar.kernels) == (2 if target == "sm_75" else 3)
 
 
 @given(data=st.data())
@@ -238,7 +238,7 @@ def test_a_damaged_image_may_say_anything(cubin: Path, data: Any) -> None:
             st.integers(0, 255)
         )
     whole = bytes(image[: data.draw(st.integers(0, len(image)))])
-    assert isinstance(store.elf_target(whole), str)
+    assert isinstance(elf.number(whole), str)
     with contextlib.suppress(DamagedEntryError):
         assert isinstance(store.entry_points(whole, "sm_90"), set)
 

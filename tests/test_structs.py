@@ -11,11 +11,17 @@ from cache_helpers import Everything
 from gpus import H200
 
 import cupy_moe.ops
-from cupy_moe import align, build, gate, plan, structs
-from cupy_moe.structs import ArgumentStruct
+from cupy_moe.cuda import structs
+from cupy_moe.cuda.structs import ArgumentStruct
+from cupy_moe.images import sources, targets
+from cupy_moe.operators import align, gate
+from cupy_moe.plans import align as align_plans
+from cupy_moe.plans import base
+from cupy_moe.plans import gate as gate_plans
+from cupy_moe.plans import moe_sum as moe_sum_plans
 
-FOLDER = build.source_folder()
-FILES = {path.name: path.read_text() for path in FOLDER.glob("*.cu*")}
+FOLDER = sources.source_folder()
+FILES = {str(path.relative_to(FOLDER)): path.read_text() for path in FOLDER.rglob("*.cu*")}
 assert cupy_moe.ops.__name__  # is imported, so all operators are, and all their structs declared
 
 
@@ -61,20 +67,22 @@ def test_fields_have_the_names_the_order_and_the_types_of_the_source(declared: A
 
 def test_a_divisor_is_three_words() -> None:
     assert "struct Divisor {\n  u32 value, magic, shift;\n" in FILES["common.cuh"]
-    assert plan.divisor(7)[0] == 7
+    assert base.divisor(7)[0] == 7
 
 
 def test_the_compiler_lays_structs_out_with_the_same_size(everything: Everything) -> None:
     entries = 0
-    for path in (everything.folder / "v1" / build.PTX_TARGET).glob("*.ptx"):
+    for path in (everything.folder / "v1" / targets.PTX_TARGET).glob("*.ptx"):
         text = path.read_text()
         unit = path.stem.rpartition("-")[0]
-        included = {f"{unit}.cu", *re.findall(r'#include "(\w+\.cuh)"', FILES[f"{unit}.cu"])}
-        (declared,) = (one for one in ours if one.file in included)
+        (source,) = (name for name in FILES if name.endswith(f"/{unit}.cu"))
+        included = re.findall(r'#include "(\S+)"', FILES[source])
+        # Its own, or that of its family.
+        declared = next(one for file in (source, *included) for one in ours if one.file == file)
         for size in re.findall(r"\.entry \w+\(\s*\.param \.align 8 \.b8 \w+\[(\d+)\]\s*\)", text):
             assert int(size) == -(-declared.size // 8) * 8, unit
             entries += 1
-    assert entries == sum(len(r.kernels) for r in everything.results if r.target == build.PTX_TARGET)
+    assert entries == sum(len(r.kernels) for r in everything.results if r.target == targets.PTX_TARGET)
 
 
 def test_a_field_by_another_name_is_refused() -> None:
@@ -105,10 +113,10 @@ def camel(name: str) -> str:
 @pytest.mark.parametrize(
     ("file", "enumeration"),
     [
-        ("align.cuh", align.IdType),
-        ("align.cuh", align.MapMode),
-        ("gate.cuh", gate.ElementType),
-        ("gate.cuh", gate.Scoring),
+        ("align/align.cuh", align.IdType),
+        ("align/align.cuh", align.MapMode),
+        ("gate/gate.cuh", gate.ElementType),
+        ("gate/gate.cuh", gate.Scoring),
     ],
 )
 def test_enums_have_the_names_and_values_of_the_source(file: str, enumeration: type[enum.IntEnum]) -> None:
@@ -117,12 +125,12 @@ def test_enums_have_the_names_and_values_of_the_source(file: str, enumeration: t
 
 
 def test_constants_that_plans_share_with_kernels() -> None:
-    assert constant("align_small.cu", "kMaxIds") == plan.SMALL_MAX_IDS
-    assert constant("gate_warp.cu", "kSeveralMaxLanes") == plan.SEVERAL_MAX_LANES
-    assert constant("gate_wide.cu", "kMaxThreads") == plan.WIDE_MAX_THREADS
-    assert constant("gate_warp.cu", "kMaxThreads") == plan.GATE_WARPS * plan.WARP
-    assert constant("moe_sum.cu", "kMaxThreads") == plan.SUM_THREADS
-    assert constant("common.cuh", "kWarpSize") == plan.WARP
+    assert constant("align/align_small.cu", "kMaxIds") == align_plans.SMALL_MAX_IDS
+    assert constant("gate/gate_warp.cu", "kSeveralMaxLanes") == gate_plans.SEVERAL_MAX_LANES
+    assert constant("gate/gate_wide.cu", "kMaxThreads") == gate_plans.WIDE_MAX_THREADS
+    assert constant("gate/gate_warp.cu", "kMaxThreads") == gate_plans.GATE_WARPS * base.WARP
+    assert constant("moe_sum/moe_sum.cu", "kMaxThreads") == moe_sum_plans.SUM_THREADS
+    assert constant("common.cuh", "kWarpSize") == base.WARP
 
 
 def evaluated(expression: str, **names: Any) -> int:
@@ -139,46 +147,48 @@ def formula(file: str, pattern: str) -> str:
 
 def table_words(num_experts: int, num_rows: int) -> int:
     """What the kernels take for the table, as align.cuh says it."""
-    rounding = formula("align.cuh", r"round_up_4\(u32 value\) \{ return (.*?); \}")
+    rounding = formula("align/align.cuh", r"round_up_4\(u32 value\) \{ return (.*?); \}")
     stride = evaluated(
-        formula("align.cuh", r"stride\((round_up_4\(.*?\))\),"),
+        formula("align/align.cuh", r"stride\((round_up_4\(.*?\))\),"),
         num_experts=num_experts,
         round_up_4=lambda value: evaluated(rounding, value=value),
     )
     height = evaluated(
-        formula("align.cuh", r"height\((.*?)\),\n"), num_rows=num_rows, kRows=constant("align.cuh", "kRows")
+        formula("align/align.cuh", r"height\((.*?)\),\n"),
+        num_rows=num_rows,
+        kRows=constant("align/align.cuh", "kRows"),
     )
     return evaluated(
-        formula("align.cuh", r"words\(\) const \{ return (.*?); \}"), height=height, stride=stride
+        formula("align/align.cuh", r"words\(\) const \{ return (.*?); \}"), height=height, stride=stride
     )
 
 
 def test_the_table_is_as_large_as_the_kernels_take_it() -> None:
     for num_experts in (1, 2, 3, 4, 5, 8, 63, 64, 255, 256, 257, 1500):
         for num_rows in range(1, 33):
-            planned = plan._table_bytes(num_experts, num_rows)
+            planned = align_plans.table_bytes(num_experts, num_rows)
             assert planned == 4 * table_words(num_experts, num_rows), f"{num_experts=} {num_rows=}"
 
 
 def test_what_clusters_exchange_is_as_large_as_the_kernels_take_it() -> None:
-    source = FILES["align_shared.cu"]
+    source = FILES["align/align_shared.cu"]
     assert "u16* all_counts = chunk_counts + stride;" in source
     assert "u32* stage = (u32*)(all_counts + kCluster * stride);" in source
-    rounding = formula("align_shared.cu", r"const u32 stride = (\(.*?\) & ~7u);")
+    rounding = formula("align/align_shared.cu", r"const u32 stride = (\(.*?\) & ~7u);")
     for num_experts in (1, 7, 8, 9, 256, 257):
         for cluster in (8, 16):
             stride = evaluated(rounding, num_experts=num_experts)
             words = 4 * table_words(num_experts, 20) + 2 * (cluster + 1) * stride
-            assert plan._table_bytes(num_experts, 20, cluster) == words
-    staged = plan.plan_align(131_072, 256, 163_584, 128, "i32", H200)
+            assert align_plans.table_bytes(num_experts, 20, cluster) == words
+    staged = align_plans.plan_align(131_072, 256, 163_584, 128, "i32", H200)
     assert staged.kernel == "cluster16"
-    table = plan._table_bytes(256, staged.num_rows, 16)
-    assert staged.launches[0].shared_bytes == table + 4 * staged.per_block
+    table = align_plans.table_bytes(256, staged.arguments["num_rows"], 16)
+    assert staged.launches[0].shared_bytes == table + 4 * staged.arguments["per_block"]
 
 
 def test_static_shared_memory_is_within_what_plans_leave_for_it(everything: Everything) -> None:
-    reserved = {"gate_wide": plan.WIDE_STATIC_SHARED, "align_shared": plan.STATIC_SHARED}
-    reserved["align_global"] = plan.STATIC_SHARED
+    reserved = {"gate_wide": gate_plans.WIDE_STATIC_SHARED, "align_shared": align_plans.STATIC_SHARED}
+    reserved["align_global"] = align_plans.STATIC_SHARED
     for result in everything.results:
         for entry, figures in result.kernels.items():
             if result.unit in reserved and figures:
@@ -186,12 +196,12 @@ def test_static_shared_memory_is_within_what_plans_leave_for_it(everything: Ever
 
 
 def test_gate_wide_has_the_words_that_are_planned() -> None:
-    said = formula("gate_wide.cu", r"// shared   \((.*?)\) words")
+    said = formula("gate/gate_wide.cu", r"// shared   \((.*?)\) words")
     for num_experts, num_groups, topk in ((8, 1, 2), (5000, 10, 64)):
         words = evaluated(said, num_experts=num_experts, num_groups=num_groups, topk=topk)
-        launch = plan.plan_gate(1, num_experts, topk, num_groups, 4, True, True, H200).launch
+        launch = gate_plans.plan_gate(1, num_experts, topk, num_groups, 4, True, True, H200).launch
         assert launch.shared_bytes == 4 * words
-    source = FILES["gate_wide.cu"]
+    source = FILES["gate/gate_wide.cu"]
     assert "u32* group_keys = keys + num_experts;" in source
     assert "u32* winners = group_keys + args.num_groups;" in source
     assert "reinterpret_cast<float*>(winners + args.topk)" in source

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from ..align import aligned_sizes
 from ..errors import DependencyError
+from ..operators.align import aligned_sizes
 
 
 class Switch:

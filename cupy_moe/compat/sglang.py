@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import torch
 
-from ..align import moe_align_block_size as _align
-from ..arguments import as_float, as_int, check_range
-from ..combine import moe_sum as _sum
-from ..gate import grouped_topk as _grouped_topk
-from ..gate import topk_sigmoid as _topk_sigmoid
-from ..gate import topk_softmax as _topk_softmax
-from ..library import is_watched
-from ..tensors import is_plain
+from ..dispatch.operator import is_watched
+from ..dispatch.tensors import is_plain
+from ..operators.align import moe_align_block_size as _align
+from ..operators.gate import grouped_topk as _grouped_topk
+from ..operators.gate import topk_sigmoid as _topk_sigmoid
+from ..operators.gate import topk_softmax as _topk_softmax
+from ..operators.moe_sum import moe_sum as _sum
+from ..values import as_float, as_int, check_range
 from ._engine import Switch, fp32, heads, pad_tails, require
 
 

@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import torch
 
-from ..align import moe_align_block_size as _align
-from ..align_batched import batched_moe_align_block_size as _align_batched
-from ..combine import moe_sum as _sum
-from ..gate import grouped_topk as _grouped_topk
-from ..gate import topk_sigmoid as _topk_sigmoid
-from ..gate import topk_softmax as _topk_softmax
+from ..operators.align import moe_align_block_size as _align
+from ..operators.align_batched import batched_moe_align_block_size as _align_batched
+from ..operators.gate import grouped_topk as _grouped_topk
+from ..operators.gate import topk_sigmoid as _topk_sigmoid
+from ..operators.gate import topk_softmax as _topk_softmax
+from ..operators.moe_sum import moe_sum as _sum
 from ._engine import Switch, fp32, heads, pad_tails, require
 
 

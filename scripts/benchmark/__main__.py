@@ -15,6 +15,7 @@ import click
 import torch
 
 import cupy_moe
+from cupy_moe.images import compiler
 
 from . import cases, measure, operators, peers, report, timing
 from .operators import OPERATORS
@@ -120,7 +121,6 @@ def run(
 
 
 def environment(found: dict[str, str]) -> dict[str, Any]:
-    from cupy_moe import build
 
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
@@ -135,7 +135,7 @@ def environment(found: dict[str, str]) -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "torch": version("torch"),
         "cupy": cupy.__version__,
-        "nvrtc": build.toolchain().nvrtc,
+        "nvrtc": compiler.toolchain().nvrtc,
         "cupy_moe": cupy_moe.__version__,
         "peers": found,
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),

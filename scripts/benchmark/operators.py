@@ -11,8 +11,9 @@ import routing
 import torch
 
 import cupy_moe
-from cupy_moe import cpu
-from cupy_moe.plan import ALIGN_KERNELS, aligned_sizes, ceil_div
+from cupy_moe.cpu import align as cpu_align
+from cupy_moe.plans.align import ALIGN_KERNELS, aligned_sizes
+from cupy_moe.plans.base import ceil_div
 
 from .cases import (
     ALIGN,
@@ -91,7 +92,7 @@ class Align(Operator):
         return _routed(kind, case.tokens, case.topk, case.experts, device, seed)
 
     def expected(self, case: AlignCase, inputs: torch.Tensor) -> Any:
-        return cpu.moe_align_block_size(inputs, case.block_size, case.experts)
+        return cpu_align.moe_align_block_size(inputs, case.block_size, case.experts)
 
     def bind(self, contender: str, case: AlignCase, inputs: torch.Tensor) -> Bound:
         num_ids, experts, block_size = case.num_ids, case.experts, case.block_size

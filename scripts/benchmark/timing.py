@@ -80,14 +80,15 @@ def host_us(contenders: Mapping[str, Call], calls: int = 300, rounds: int = 7) -
 
 def floor_us(replays: int) -> dict[str, float]:
     """What the GPU takes to start kernels that do nothing."""
-    from cupy_moe import build, modules
     from cupy_moe._cupy import cupy
+    from cupy_moe.cuda import modules
+    from cupy_moe.images import compiler, sources, targets
 
     device = torch.cuda.current_device()
-    target = build.native_targets(modules.capability(device))[0]
+    target = targets.native_targets(modules.capability(device))[0]
     source = b'extern "C" __global__ void nothing_kernel() {}'
     module = cupy.cuda.function.Module()
-    module.load(build.compile(build.Unit("nothing", source, {}, ()), target).data)
+    module.load(compiler.compile(sources.Unit("nothing", source, {}, ()), target).data)
     function = module.get_function("nothing_kernel")
 
     def launch(grid: int, block: int) -> None:

@@ -1,0 +1,1 @@
+"""Plans -> launches on a device: argument structs, loaded kernels, limits."""

@@ -1,0 +1,57 @@
+"""What plans ask of a device."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+
+import torch
+
+from ..errors import DependencyError
+from ..plans.base import DeviceLimits
+from . import modules
+
+
+@functools.cache
+def device_limits(device: int) -> DeviceLimits:
+    """CUDA's attributes: torch has them under other names in other versions."""
+    if torch.version.cuda is None:
+        raise DependencyError("kernels need a torch that is built for CUDA; CPU tensors work with any")
+    from .._cupy import cupy
+
+    runtime = cupy.cuda.runtime
+    return DeviceLimits(
+        runtime.deviceGetAttribute(runtime.cudaDevAttrMultiProcessorCount, device),
+        runtime.deviceGetAttribute(runtime.cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+        functools.cache(functools.partial(max_clusters, device)),
+    )
+
+
+class _LaunchConfig(ctypes.Structure):
+    """CUlaunchConfig of cuda.h."""
+
+    _fields_ = (
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared_bytes", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.c_void_p),
+        ("num_attributes", ctypes.c_uint),
+    )
+
+
+def max_clusters(device: int, unit: str, entry: str, size: int) -> int:
+    """How many clusters of an entry point that is compiled for `size` blocks run at once, by the driver's
+    account, if each block takes an SM for itself. 0: none does, or the device knows no clusters."""
+    if not modules.has_clusters(device):
+        return 0
+    from .._cupy import cupy
+
+    function, count = modules.function(device, unit, entry), ctypes.c_int()
+    with cupy.cuda.Device(device):
+        shared_bytes = cupy.cuda.driver.funcGetAttribute(modules.MAX_DYNAMIC_SHARED, function)
+        config = _LaunchConfig((size, 1, 1), (32, 1, 1), shared_bytes, None, None, 0)
+        # Not among what CuPy wraps. The driver is in the process already, under this name.
+        occupancy = ctypes.CDLL("libcuda.so.1").cuOccupancyMaxActiveClusters
+        status = occupancy(ctypes.byref(count), ctypes.c_void_p(function), ctypes.byref(config))
+    return 0 if status else count.value

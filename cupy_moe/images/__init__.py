@@ -1,0 +1,1 @@
+"""Sources -> images: targets, the compiler, folders and whom to trust, look-up, prebuilding. No torch."""
