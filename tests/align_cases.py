@@ -82,8 +82,8 @@ def layouts(ids: torch.Tensor) -> dict[str, torch.Tensor]:
 
 def kernel_of(launched: Sequence[str]) -> str:
     """Which of ALIGN_KERNELS it is that launches these entry points."""
-    unit, _, entry = launched[0].partition("/")
-    if unit == "align_global":
+    entry = launched[0]
+    if entry.startswith("align_count_"):
         return "global_large" if "_large_" in entry else "global"
     (name,) = [name for name in ALIGN_KERNELS if f"_{name}_" in entry and name != "shared"] or ["shared"]
     return name

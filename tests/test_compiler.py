@@ -62,7 +62,7 @@ def test_any_byte_of_any_file_changes_the_digest(data: Any) -> None:
 def test_only_headers_that_a_unit_includes_change_its_digest(sandbox: Sandbox) -> None:
     (sandbox.sources / "deep.cuh").write_text("// 1")
     (sandbox.sources / "odd.cuh").write_text("// 1")
-    (sandbox.sources / "tiny.cuh").write_text(f'# include "deep.cuh"\n#include "tiny.cuh"\n{HEADER}')
+    (sandbox.sources / "tiny.cuh").write_text(f'#include "deep.cuh"\n#include "tiny.cuh"\n{HEADER}')
     unit = sandbox.unit
     assert list(unit.headers) == ["deep.cuh", "tiny.cuh"]
     (sandbox.sources / "odd.cuh").write_text("// 2")

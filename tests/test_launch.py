@@ -267,8 +267,8 @@ def refusing(monkeypatch: pytest.MonkeyPatch, clusters: None) -> Iterator[list[s
 @pytest.mark.gpu
 def test_where_the_driver_refuses_clusters_others_step_in(ids: torch.Tensor, refusing: list[str]) -> None:
     for count, fallback in (
-        (20_000, "align_shared/align_shared_i32"),
-        (60_000, "align_global/align_count_i32"),
+        (20_000, "align_shared_i32"),
+        (60_000, "align_count_i32"),
     ):
         for _ in range(2):
             refusing.clear()

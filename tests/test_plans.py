@@ -19,7 +19,6 @@ from cupy_moe.plans.align import ALIGN_KERNELS, AlignPlan, aligned_sizes, plan_a
 from cupy_moe.plans.base import DeviceLimits, divisor
 from cupy_moe.values import INT32_MAX
 
-CLUSTERS = "align_shared/align_shared_cluster{}_i32"
 EXPERTS = (1, 2, 8, 31, 64, 257, 1023, 1024, 1025, 4096, 8192, 9000, 20_000, 65_535, 65_536)
 IDS = (0, 1, 31, 33, 127, 128, 129, 1023, 1025, 8191, 8193, 16_385, 65_537, 1_000_003)
 

@@ -13,8 +13,9 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -86,28 +87,39 @@ def unit(name: str) -> Unit:
 
 @functools.cache
 def _read_units(folder: Path, options: tuple[str, ...]) -> dict[str, Unit]:
-    headers = {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*.cuh"))}
-    found: dict[str, Unit] = {}
-    for path in sorted(folder.rglob("*.cu"), key=lambda path: path.stem):
-        if path.stem in found:
-            raise CupyMoeError(f"two files in {folder} are called {path.name}")
-        data = path.read_bytes()
-        wanted = _said(data, "targets") or DEFAULT_TARGETS
+    headers, found = dict(_read(folder, ".cuh")), dict[str, Unit]()
+    for path, data in _read(folder, ".cu"):
+        name = os.path.basename(path).removesuffix(".cu")
+        if name in found:
+            raise CupyMoeError(f"two files in {folder} are called {name}.cu")
+        said = {key: tuple(words.decode().split()) for key, words in _SAYS.findall(b"\n" + data)}
+        wanted = said.get(b"targets", DEFAULT_TARGETS)
         if unknown := set(wanted) - {*DEFAULT_TARGETS, *SPECIFIC_TARGETS}:
             raise CupyMoeError(f"{path} wants unknown targets: {', '.join(sorted(unknown))}")
-        own = (*options, *_said(data, "options"))
-        found[path.stem] = Unit(path.stem, data, _included(data, headers), own, wanted)
-    return found
+        own = (*options, *said.get(b"options", ()))
+        found[name] = Unit(name, data, _included(data, headers), own, wanted)
+    return dict(sorted(found.items()))
 
 
-def _said(source: bytes, what: str) -> tuple[str, ...]:
-    line = re.search(rf"^// {what}  (.*)$", source.decode(), re.MULTILINE)
-    return tuple(line[1].split()) if line else ()
+# That begin with a text, which is found ten times as fast as the beginning of a line.
+_SAYS = re.compile(rb"\n// (targets|options)  (.*)")
+_INCLUDES = re.compile(rb'\n#include "([^"]+)"')
+
+
+def _read(folder: Path, suffix: str) -> Iterator[tuple[str, bytes]]:
+    """Files by their paths from the folder on. Not with `Path.rglob`, which takes half as long as a first call."""
+    for parent, _, names in os.walk(folder):
+        for name in sorted(names):
+            if name.endswith(suffix):
+                path = os.path.join(parent, name)
+                with open(path, "rb") as file:
+                    yield os.path.relpath(path, folder), file.read()
 
 
 def _included(source: bytes, headers: dict[str, bytes]) -> dict[str, bytes]:
-    """Of the headers, those that a source includes, and that these include; whether or not under an `#if`."""
-    names = [name.decode() for name in re.findall(rb'^\s*#\s*include\s*"([^"]+)"', source, re.MULTILINE)]
+    """Of the headers, those that a source includes, and that these include; whether or not under an `#if`.
+    The compiler gets no others, so what is overlooked cannot go unseen."""
+    names = [name.decode() for name in _INCLUDES.findall(b"\n" + source)]
     found = {name: headers[name] for name in names if name in headers}
     rest = {name: data for name, data in headers.items() if name not in found}
     for data in list(found.values()):
