@@ -279,6 +279,16 @@ def test_a_case_without_a_target_may_stand_among_others() -> None:
     assert [line[-3:-1] for line in table.rows[:2]] == [["1.6", "no"], ["", ""]]
 
 
+def test_pages_are_what_the_figures_say() -> None:
+    results = ROOT / "scripts/results"
+    plots = {"sweep": results / "h200.svg"}
+    pages = bench.pages(json.loads((results / "h200.json").read_text()), plots)
+    assert pages.keys() == {ROOT / "README.md", results / "README.md"}
+    for path, text in pages.items():
+        again = "scripts/bench --from scripts/results/h200.json --readme"
+        assert path.read_text() == text, f"{path} is out of date: {again}"
+
+
 def test_readme_has_the_telling_cases_and_the_page_has_all() -> None:
     result = made_up_result()
     plots = {"sweep": ROOT / "scripts/results/imaginary.svg", "elsewhere": Path("/elsewhere.svg")}
