@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 from benchmark import __main__ as bench
-from benchmark import cases, measure, operators, report, timing
-from benchmark.operators import OPERATORS, Align, Bound, Gate, Grouped, Sigmoid, Sum
+from benchmark import base, discover, measure, report, timing
+from benchmark.align import Align, AlignCase, sweep
+from benchmark.align_batched import AlignBatched, BatchedCase
+from benchmark.base import Bound
+from benchmark.gate import NUM_GROUPS, TOPK_GROUP, GateCase, Grouped, Sigmoid, Softmax
+from benchmark.moe_sum import Sum, SumCase
 from click.testing import CliRunner, Result
 
 import cupy_moe
@@ -24,27 +32,35 @@ ENVIRONMENT = {
 US = {"cupy_moe": 2.0, "vllm": 5.0, "sglang": 4.0}
 
 
-def made_up_result() -> dict[str, Any]:
-    def row(case: Any, kinds: tuple[str, ...]) -> dict[str, Any]:
-        scale = case.num_ids**0.5 if isinstance(case, cases.AlignCase) else 1
-        us = {kind: {name: us * scale for name, us in US.items()} for kind in kinds}
-        return {**case._asdict(), "us": us}
+OPERATORS = {operator.section: operator for operator in bench.OPERATORS}
 
-    routings = cases.TIMED_ROUTINGS
-    align = [row(case, (*routings, "cold") if case.num_ids >= 131_072 else routings) for case in cases.ALIGN]
-    kernels = [
-        {**row(case, ("uniform",)), "us": {"uniform": {"cupy_moe": 2.0, "small": 2.0}}}
-        for case in cases.ALIGN
-    ]
-    return {
+
+def made_up_result() -> dict[str, Any]:
+    result: dict[str, Any] = {
         "format": bench.FORMAT, "environment": ENVIRONMENT, "seed": 1, "floor": {"one block of 32": 0.7},
-        "align": align, "kernels": kernels, "sweep": [row(case, routings) for case in cases.sweep()],
-        "sum": [row(case, ("random",)) for case in cases.SUM],
-        "gate": [row(case, ("random",)) for case in cases.GATE],
-        "sigmoid": [row(case, ("random",)) for case in cases.SIGMOID],
-        "grouped": [row(case, ("random",)) for case in cases.GROUPED],
-        "host": {"cupy_moe": 10.0, "cupy_moe, out=": 8.0, "vllm": 20.0, "vllm, expert_map": 40.0},
     }  # fmt: skip
+
+    def row(operator: base.Operator, case: Any, kinds: tuple[str, ...]) -> dict[str, Any]:
+        scale = case.num_ids**0.5 if isinstance(case, AlignCase) else 1
+        us = {name: us * scale for name, us in US.items() if name == "cupy_moe" or name in operator.theirs}
+        return {**case._asdict(), "us": dict.fromkeys(kinds, us)}
+
+    for operator in bench.OPERATORS:
+        timed = tuple(operator.timed)
+        result[operator.section] = [
+            row(operator, case, (*timed, "cold") if operator.is_timed_cold(case) else timed)
+            for case in operator.cases
+        ]
+        if operator.sweep:
+            result[operator.sweep.section] = [row(operator, case, timed) for case in operator.sweep.cases]
+        if operator.kernels:
+            us = {timed[0]: {"cupy_moe": 2.0, operator.kernels.names[0]: 2.0}}
+            result[operator.kernels.section] = [{**case._asdict(), "us": us} for case in operator.cases]
+        if operator.host:
+            result[operator.host.section] = {
+                "cupy_moe": 10.0, "cupy_moe, out=": 8.0, "vllm": 20.0, "vllm, expert_map": 40.0
+            }  # fmt: skip
+    return result
 
 
 def run(*arguments: str) -> Result:
@@ -61,7 +77,7 @@ def made_up_times(monkeypatch: pytest.MonkeyPatch) -> None:
     def host_us(contenders: Any) -> dict[str, float]:
         return {name: 5.0 for name, call in contenders.items() for _ in [call()]}
 
-    monkeypatch.setattr(operators, "device", "cpu")
+    monkeypatch.setattr(base, "device", "cpu")
     monkeypatch.setattr(timing, "gpu_us", gpu_us)
     monkeypatch.setattr(timing, "host_us", host_us)
     monkeypatch.setattr(timing, "eager_us", lambda call, rounds: 700.0)
@@ -69,27 +85,28 @@ def made_up_times(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "l2_bytes", lambda: 2**20)
     monkeypatch.setattr(bench, "environment", lambda found: {**ENVIRONMENT, "peers": found})
     monkeypatch.setattr(bench.peers, "load", lambda folder: {})
+    for operator in bench.OPERATORS:
+        monkeypatch.setattr(operator, "cases", operator.cases[:1])
+        if operator.sweep:
+            monkeypatch.setattr(operator, "sweep", operator.sweep._replace(cases=operator.sweep.cases[:3]))
     monkeypatch.setattr(
-        Align, "cases", (cases.AlignCase(4, 2, 8, 16, 2.0), cases.AlignCase(65536, 2, 8, 64, 4.0))
+        OPERATORS["align"], "cases", (AlignCase(4, 2, 8, 16, 2.0), AlignCase(65536, 2, 8, 64, 4.0))
     )
-    monkeypatch.setattr(Sum, "cases", ())
-    for gate in (Gate, Sigmoid, Grouped):
-        monkeypatch.setattr(gate, "cases", ())
-    monkeypatch.setattr(cases, "SWEEP_MAX_IDS", 16)
 
 
 def test_a_whole_run(made_up_times: None, tmp_path: Path) -> None:
     result = run("--out", str(tmp_path / "r.json"), "--seed", "3", "--kernels")
     assert result.exit_code == 0, result.output
-    assert "10 results checked" in result.output
+    checks = sum(len(operator.cases) * len(operator.checked) for operator in bench.OPERATORS)
+    assert f"{checks} results checked" in result.output
     assert "NVIDIA Imaginary 9000" in result.output
     written = json.loads((tmp_path / "r.json").read_text())
     assert (written["format"], written["seed"]) == (bench.FORMAT, 3)
-    assert {"environment", "floor", "align", "sweep", "kernels", "host"} <= written.keys()
+    assert {"environment", "floor", "kernels", *bench.SECTIONS} <= written.keys()
     small, large = written["align"]
     us = {"cupy_moe": 3.0}
     assert small["us"] == {"uniform": {**us, "torch": 700.0}, "skewed": us, "all_to_one": us}
-    assert cases.AlignCase(**{k: v for k, v in small.items() if k != "us"}) == Align.cases[0]
+    assert AlignCase(**{k: v for k, v in small.items() if k != "us"}) == OPERATORS["align"].cases[0]
     assert large["us"]["cold"] == {"cupy_moe": 3.0}
     again = run("--from", str(tmp_path / "r.json"))
     assert re.split("wrote|no plot", again.output)[0] in result.output
@@ -137,13 +154,13 @@ def test_wrong_usage_is_refused(arguments: list[str]) -> None:
 
 
 @pytest.fixture
-def aligned(monkeypatch: pytest.MonkeyPatch) -> tuple[cases.AlignCase, Any]:
-    monkeypatch.setattr(operators, "device", "cpu")
-    case = cases.AlignCase(50, 2, 8, 4)
+def aligned(monkeypatch: pytest.MonkeyPatch) -> tuple[AlignCase, Any]:
+    monkeypatch.setattr(base, "device", "cpu")
+    case = AlignCase(50, 2, 8, 4)
     return case, Align().expected(case, Align().inputs(case, "skewed", 1))
 
 
-def test_peers_may_order_as_they_like_inside_an_expert(aligned: tuple[cases.AlignCase, Any]) -> None:
+def test_peers_may_order_as_they_like_inside_an_expert(aligned: tuple[AlignCase, Any]) -> None:
     case, expected = aligned
     outputs = tuple(t.clone() for t in expected)
     first = int((expected[1] == expected[1][0]).sum()) * case.block_size  # slots of the first expert
@@ -156,34 +173,36 @@ def test_peers_may_order_as_they_like_inside_an_expert(aligned: tuple[cases.Alig
 
 
 @pytest.mark.parametrize("output", [0, 1, 2])
-def test_poison_is_noticed(aligned: tuple[cases.AlignCase, Any], output: int) -> None:
+def test_poison_is_noticed(aligned: tuple[AlignCase, Any], output: int) -> None:
     case, expected = aligned
     outputs = tuple(t.clone() for t in expected)
-    operators.poison([outputs[output]])
+    base.poison([outputs[output]])
     for contender in ("cupy_moe", "vllm", "sglang"):
         assert Align().wrong(contender, case, outputs, expected)
 
 
 def test_wrong_sums_and_gates_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(operators, "device", "cpu")
-    total = cases.SumCase(3, 2, 16)
+    monkeypatch.setattr(base, "device", "cpu")
+    total = SumCase(3, 2, 16)
     x = Sum().inputs(total, "random", 0)
     expected = Sum().expected(total, x)
     good = x.float().sum(1).bfloat16()
     assert Sum().wrong("cupy_moe", total, (good,), expected) == ""
     assert Sum().wrong("cupy_moe", total, (good + x[:, 0] / 8,), expected)
-    operators.poison([good])
+    base.poison([good])
     assert Sum().wrong("cupy_moe", total, (good,), expected)
 
 
-@pytest.mark.parametrize("operator", [Gate(), Sigmoid(), Grouped()], ids=lambda operator: operator.function)
-def test_wrong_gates_are_noticed(operator: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(operators, "device", "cpu")
-    case = cases.GateCase(5, 32, 4)
+@pytest.mark.parametrize(
+    "operator", [Softmax(), Sigmoid(), Grouped()], ids=lambda operator: operator.function
+)
+def test_wrong_gates_are_noticed(operator: Softmax, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base, "device", "cpu")
+    case = GateCase(5, 32, 4)
     inputs = operator.inputs(case, "random", 0)
     expected = operator.expected(case, inputs)
     bound = operator.bind("cupy_moe", case, inputs)
-    operators.poison(bound.outputs)
+    base.poison(bound.outputs)
     assert operator.wrong("cupy_moe", case, bound.outputs, expected) == "topk_ids out of range"
     bound.call()
     weights, ids = bound.results()
@@ -193,10 +212,12 @@ def test_wrong_gates_are_noticed(operator: Gate, monkeypatch: pytest.MonkeyPatch
         assert operator.wrong("cupy_moe", case, (weights, ids[:, wrong]), expected) == "topk_ids"
 
 
-@pytest.mark.parametrize("operator", [Gate(), Sigmoid(), Grouped()], ids=lambda operator: operator.function)
-def test_one_wrong_row_of_many_is_noticed(operator: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(operators, "device", "cpu")
-    case = cases.GateCase(2000, 32, 4)
+@pytest.mark.parametrize(
+    "operator", [Softmax(), Sigmoid(), Grouped()], ids=lambda operator: operator.function
+)
+def test_one_wrong_row_of_many_is_noticed(operator: Softmax, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base, "device", "cpu")
+    case = GateCase(2000, 32, 4)
     inputs = operator.inputs(case, "random", 0)
     expected = operator.expected(case, inputs)
     bound = operator.bind("cupy_moe", case, inputs)
@@ -212,22 +233,24 @@ def test_one_wrong_row_of_many_is_noticed(operator: Gate, monkeypatch: pytest.Mo
 
 
 def test_groups_that_are_not_chosen_are_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(operators, "device", "cpu")
-    case, grouped = cases.GateCase(5, 32, 4), Grouped()
-    choice = grouped.expected(case, grouped.inputs(case, "random", 0)).choice.view(5, cases.NUM_GROUPS, -1)
+    monkeypatch.setattr(base, "device", "cpu")
+    case, grouped = GateCase(5, 32, 4), Grouped()
+    choice = grouped.expected(case, grouped.inputs(case, "random", 0)).choice.view(5, NUM_GROUPS, -1)
     out = choice.isinf()
     assert bool((out.all(-1) == out.any(-1)).all())
-    assert out.all(-1).sum(-1).tolist() == [cases.NUM_GROUPS - cases.TOPK_GROUP] * 5
+    assert out.all(-1).sum(-1).tolist() == [NUM_GROUPS - TOPK_GROUP] * 5
 
 
 # ---- report ----------------------------------------------------------------------------------------------
 
 
 def test_tables_say_what_was_measured() -> None:
-    texts = {table.title.split(",")[0]: table for table in report.tables(made_up_result())}
+    result = made_up_result()
+    tables = [table for operator in bench.OPERATORS for table in report.tables(operator, result)]
+    texts = {table.title.split(",")[0]: table for table in tables}
     align = texts["moe_align_block_size"]
     assert align.rows[0] == [
-        "1 x 2", "8", "16", "2.83", "7.07", "5.66", "-", "2.00 x", "2", "no", "1.00 x", "1.00 x"
+        "1 x 2", "8", "16", "2.83", "7.07", "5.66", "2.00 x", "2", "no", "1.00 x", "1.00 x"
     ]  # fmt: skip
     assert len({len(line) for line in align.text().splitlines()[2:]}) == 1
     assert len(texts["The same with a cold L2"].rows) == 4
@@ -237,17 +260,57 @@ def test_tables_say_what_was_measured() -> None:
     assert host["vLLM, expert_map"] == ["40.0", "2.00 x", "", ""]
 
 
+def test_only_who_was_timed_has_a_column() -> None:
+    result = made_up_result()
+    (table,) = report.tables(OPERATORS["batched"], result)
+    assert table.header == ["experts x tokens", "block", "cupy_moe", "vLLM", "faster"]
+    assert table.rows[0] == ["8 x 512", "64", "2.00", "5.00", "2.50 x"]
+    for row in result["batched"]:
+        del row["us"]["random"]["vllm"]
+    (table,) = report.tables(OPERATORS["batched"], result)
+    assert table.rows[0] == ["8 x 512", "64", "2.00", "-"]
+
+
+def test_a_case_without_a_target_may_stand_among_others() -> None:
+    result = made_up_result()
+    result["sum"][1]["target_us"] = None
+    (table,) = report.tables(OPERATORS["sum"], result)
+    assert table.header[-3:-1] == ["target", "met"]
+    assert [line[-3:-1] for line in table.rows[:2]] == [["1.6", "no"], ["", ""]]
+
+
+def test_pages_are_what_the_figures_say() -> None:
+    results = ROOT / "scripts/results"
+    plots = {"sweep": results / "h200.svg"}
+    pages = bench.pages(json.loads((results / "h200.json").read_text()), plots)
+    assert pages.keys() == {ROOT / "README.md", results / "README.md"}
+    for path, text in pages.items():
+        again = "scripts/bench --from scripts/results/h200.json --readme"
+        assert path.read_text() == text, f"{path} is out of date: {again}"
+
+
+def test_readme_has_the_telling_cases_and_the_page_has_all() -> None:
+    result = made_up_result()
+    plots = {"sweep": ROOT / "scripts/results/imaginary.svg", "elsewhere": Path("/elsewhere.svg")}
+    page, readme = (bench.pages(result, plots)[ROOT / name] for name in (report.PAGE, "README.md"))
+    assert "(imaginary.svg)" in page
+    assert "(scripts/results/imaginary.svg)" in readme
+    for text in (page, readme):
+        assert "NVIDIA Imaginary 9000, driver 999.1" in text
+        assert "elsewhere.svg" not in text
+    part = readme[readme.index(report.BEGIN) : readme.index(report.END)]
+    for operator in bench.OPERATORS:
+        assert f"\n## {operator.function}\n" in page
+        assert part.count(f"\n| `{operator.function}` |") == len(operator.telling) > 0
+    assert "| `moe_sum` | 64 tokens, 8 x 7168 each, bf16 | 2.00 | 4.00 | 2.00 x |" in readme
+
+
 def test_readme_section_is_replaced_and_nothing_else() -> None:
     text = (ROOT / "README.md").read_text()
-    section = report.readme_section(made_up_result(), "scripts/results/imaginary.svg")
-    replaced = report.replace_section(text, section)
-    assert "(scripts/results/imaginary.svg)" in replaced
-    assert "NVIDIA Imaginary 9000, driver 999.1" in replaced
-    assert "| 1 x 8 | 256 | 16 |" in replaced
-    assert report.replace_section(replaced, section) == replaced
+    replaced = report.replace_section(text, "new")
+    assert report.replace_section(replaced, "new") == replaced
     before, _, rest = text.partition(report.BEGIN)
-    assert replaced.startswith(before + report.BEGIN)
-    assert replaced.endswith(rest[rest.index(report.END) :])
+    assert replaced == f"{before}{report.BEGIN}\nnew\n{rest[rest.index(report.END) :]}"
 
 
 @pytest.mark.parametrize(
@@ -262,8 +325,10 @@ def test_plot_of_a_made_up_result(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     from benchmark import plot
 
+    align = OPERATORS["align"]
+    assert align.sweep
     for path in (tmp_path / "a.svg", tmp_path / "b.svg"):
-        plot.draw(made_up_result(), path)
+        plot.draw(align, align.sweep, made_up_result(), path)
     picture = (tmp_path / "a.svg").read_bytes()
     assert picture.startswith(b"<?xml")
     assert picture == (tmp_path / "b.svg").read_bytes()
@@ -276,17 +341,89 @@ def test_peers_come_from_a_folder(tmp_path: Path) -> None:
     assert bench.peers.load(tmp_path) == {"vllm": "1.2", "sglang": ""}
 
 
-def test_operators_that_do_not_exist_yet_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Sum, "function", "moe_product")
-    assert measure.available(OPERATORS["align"])
-    assert not measure.available(OPERATORS["sum"])
+def test_peers_without_such_a_function_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.ops, "_moe_C", SimpleNamespace(moe_sum=print), raising=False)
+    assert Sum().contenders(["vllm"]) == ["cupy_moe", "vllm"]
+    assert Align().contenders(["vllm"]) == ["cupy_moe"]
+    assert AlignBatched().contenders(["sglang"]) == ["cupy_moe"]
 
 
 def test_what_is_bound_is_what_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(operators, "device", "cpu")
-    case = cases.AlignCase(4, 2, 8, 4)
+    monkeypatch.setattr(base, "device", "cpu")
+    case = AlignCase(4, 2, 8, 4)
     bound = Align().bind("cupy_moe", case, Align().inputs(case, "uniform", 0))
     assert isinstance(bound, Bound)
-    operators.poison(bound.outputs)
+    base.poison(bound.outputs)
     bound.call()
     assert (bound.outputs[0] != -77).all()
+
+
+@pytest.mark.parametrize(
+    ("operator", "peer"),
+    [(op, peer) for op in bench.OPERATORS for peer in op.theirs],
+    ids=lambda value: getattr(value, "function", value),
+)
+def test_peers_are_called_by_their_name(
+    operator: base.Operator, peer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = MagicMock()
+    monkeypatch.setattr(base, "device", "cpu")
+    monkeypatch.setattr(torch.ops, bench.peers.INSTALLED[peer][2], library, raising=False)
+    case = operator.cases[0]
+    operator.bind(peer, case, operator.inputs(case, operator.timed[0], 0)).call()
+    getattr(library, operator.theirs[peer]).assert_called_once()
+
+
+def test_batched_align_is_compared_to_the_last_element(monkeypatch: pytest.MonkeyPatch) -> None:
+    def vllms(max_tokens: int, block_size: int, counts: torch.Tensor, *out: torch.Tensor) -> None:
+        cupy_moe.batched_moe_align_block_size(max_tokens, block_size, counts, out=out)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(base, "device", "cpu")
+    monkeypatch.setattr(
+        torch.ops, "_moe_C", SimpleNamespace(batched_moe_align_block_size=vllms), raising=False
+    )
+    operator, case = AlignBatched(), BatchedCase(4, 10, 8)
+    monkeypatch.setattr(operator, "cases", (case,))
+    assert measure.check([operator], ["vllm", "sglang"], seed=0) == 2 * len(operator.checked)
+    inputs = operator.inputs(case, "random", 0)
+    bound, expected = operator.bind("vllm", case, inputs), operator.expected(case, inputs)
+    bound.call()
+    bound.outputs[0][-1] = -77
+    assert operator.wrong("vllm", case, bound.outputs, expected) == "sorted_token_ids"
+
+
+# ---- what is measured ------------------------------------------------------------------------------------
+
+
+def test_every_function_of_every_operator_module_has_a_benchmark() -> None:
+    families = [path.stem for path in (ROOT / "cupy_moe/operators").glob("*.py") if path.stem != "__init__"]
+    assert families
+    assert discover() == [op for f in sorted(families) for op in of_family(f)]
+    for family in families:
+        module = importlib.import_module(f"cupy_moe.operators.{family}")
+        public = {name for name in module.__all__ if inspect.isfunction(getattr(module, name))}
+        functions = {operator.function for operator in of_family(family)}
+        assert functions <= public
+        # aligned_sizes tells sizes: it launches nothing
+        assert public - functions <= {"aligned_sizes"}
+
+
+def of_family(family: str) -> tuple[base.Operator, ...]:
+    operators: tuple[base.Operator, ...] = importlib.import_module(f"benchmark.{family}").OPERATORS
+    return operators
+
+
+def test_no_two_sections_have_one_name() -> None:
+    kernels = [operator.kernels.section for operator in bench.OPERATORS if operator.kernels]
+    names = [*bench.SECTIONS, *kernels, "format", "environment", "seed", "floor"]
+    assert len(set(names)) == len(names)
+
+
+def test_telling_cases_are_measured() -> None:
+    for operator in bench.OPERATORS:
+        sizes = [case._replace(target_us=None) for case in operator.cases]
+        assert set(operator.telling) <= set(sizes)
+
+
+def test_the_sweep_goes_up_in_powers_of_two() -> None:
+    assert [case.num_ids for case in sweep((8, 64), 16)] == [1, 2, 4, 8, 16] * 2

@@ -7,6 +7,7 @@ import importlib
 import runpy
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,6 +16,7 @@ INSTALLED = {
     "vllm": (("vllm",), ("vllm._moe_C", "vllm._moe_C_stable_libtorch"), "_moe_C"),
     "sglang": (("sglang-kernel", "sgl-kernel"), ("sgl_kernel",), "sgl_kernel"),
 }
+EVERY_VERSION_HAS = "moe_align_block_size"
 
 
 def load(folder: Path | None) -> dict[str, str]:
@@ -28,13 +30,18 @@ def load(folder: Path | None) -> dict[str, str]:
         loaded, versions = module["peers"](), module.get("VERSIONS", {})
         return {name: versions.get(name, "") for name in INSTALLED if name in loaded}
     found = {}
-    for name, (distributions, libraries, namespace) in INSTALLED.items():
+    for name, (distributions, libraries, _) in INSTALLED.items():
         for library in libraries:
             with contextlib.suppress(ImportError):
                 importlib.import_module(library)
-        if hasattr(getattr(torch.ops, namespace), "moe_align_block_size"):
+        if function(name, EVERY_VERSION_HAS) is not None:
             found[name] = next(filter(None, map(_version, distributions)), "")
     return found
+
+
+def function(peer: str, name: str) -> Any:
+    """The operator that the peer registers by this name; None if the version here has none."""
+    return getattr(getattr(torch.ops, INSTALLED[peer][2]), name, None)
 
 
 def _version(distribution: str) -> str:

@@ -1,14 +1,15 @@
-"""Results -> tables, for the terminal and for the README between its two markers."""
+"""Results -> tables for the terminal, the page of all tables, and the README between its two markers."""
 
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from .cases import HOST, HOST_TARGETS, NUM_GROUPS, TOPK_GROUP
-from .measure import OURS, TORCH, Row
+from .base import COLD, OURS, TORCH, Host, Operator, Row
 
-README_WIDTH = 118
+WIDTH = 118
+PAGE = "scripts/results/README.md"
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 NAMES = {"vllm": "vLLM", "sglang": "SGLang", TORCH: "PyTorch"}
 
@@ -17,6 +18,7 @@ class Table(NamedTuple):
     title: str
     header: list[str]
     rows: list[list[str]]
+    num_texts: int = 0  # columns, the first ones, that are words and not figures
 
     def text(self) -> str:
         widths = [max(map(len, column)) for column in zip(self.header, *self.rows, strict=True)]
@@ -27,108 +29,93 @@ class Table(NamedTuple):
         return "\n".join([f"\n{self.title}", *lines])
 
     def markdown(self) -> str:
-        lines = [self.header, ["---:"] * len(self.header), *self.rows]
-        return "\n".join([f"{self.title}:", "", *(f"| {' | '.join(line)} |" for line in lines)])
+        texts = self.num_texts
+        lines = [self.header, [":---"] * texts + ["---:"] * (len(self.header) - texts), *self.rows]
+        title = [f"{self.title}:", ""] if self.title else []
+        return "\n".join([*title, *(f"| {' | '.join(line)} |" for line in lines)])
 
 
-def tables(result: dict[str, Any]) -> list[Table]:
-    """A table for each section that the result has."""
-    peers = list(result["environment"]["peers"])
+def tables(operator: Operator, result: dict[str, Any]) -> list[Table]:
+    """A table for each section of the operator that the result has, but for the sweep, which is a picture."""
     found = []
-    if rows := result.get("align"):
-        names = [*peers, TORCH]
-        found.append(_times("moe_align_block_size, us of GPU time", ALIGN_COLUMNS, rows, names))
-        if cold := [row for row in rows if "cold" in row["us"]]:
-            found.append(_times("The same with a cold L2", ALIGN_COLUMNS, cold, peers, "cold"))
-    if rows := result.get("kernels"):
-        kernels = list(dict.fromkeys(name for row in rows for name in row["us"]["uniform"] if name != OURS))
-        lines = [
-            [*_shape(ALIGN_COLUMNS, row), *_us_cells(row["us"]["uniform"], [OURS, *kernels])] for row in rows
-        ]
-        found.append(Table("Each kernel alone, us", [*ALIGN_COLUMNS, "planned", *kernels], lines))
-    if rows := result.get("sum"):
-        table = _times("moe_sum, bf16, us of GPU time", SUM_COLUMNS, rows, peers)
-        table.header.append("TB/s")
-        for line, row in zip(table.rows, rows, strict=True):
-            line.append(_terabytes(row))
-        found.append(table)
-    for section, title in GATE_TITLES.items():
-        if rows := result.get(section):
-            found.append(_times(f"{title}, us of GPU time", GATE_COLUMNS, rows, peers))
-    if host := result.get("host"):
-        found.append(_host(host))
+    if rows := result.get(operator.section):
+        found.append(_times(operator, rows, result))
+        if cold := [row for row in rows if COLD in row["us"]]:
+            found.append(_compared("The same with a cold L2", operator, cold, COLD, result))
+    if operator.kernels and (rows := result.get(operator.kernels.section)):
+        found.append(_kernels(operator, rows))
+    if operator.host and (us := result.get(operator.host.section)):
+        found.append(_host(operator.host, us))
     return found
 
 
-def _tokens_by(*fields: str) -> Any:
-    return lambda row: " x ".join(str(row[field]) for field in ("tokens", *fields))
+def _times(operator: Operator, rows: list[Row], result: dict[str, Any]) -> Table:
+    """Ours, the others, how much faster than the best peer; the target, and other inputs, where known."""
+    usual, *others = (kind for kind in rows[0]["us"] if kind != COLD)
+    table = _compared(f"{operator.title}, us of GPU time", operator, rows, usual, result)
+    targets = any(row.get("target_us") for row in rows)
+    table.header.extend([*["target", "met"] * targets, *(kind.replace("_", " ") for kind in others)])
+    table.header.extend(operator.more_columns)
+    for line, row in zip(table.rows, rows, strict=True):
+        us, target = row["us"][usual][OURS], row.get("target_us")
+        if targets:
+            line += [f"{target:g}", "yes" if us <= target else "no"] if target else ["", ""]
+        line += [_ratio(row["us"][kind][OURS], us) for kind in others]
+        line += [cell(row) for cell in operator.more_columns.values()]
+    return table
 
 
-def _terabytes(row: Row) -> str:
-    moved = 2 * row["tokens"] * row["hidden"] * (row["topk"] + 1)
-    return f"{moved / row['us']['random'][OURS] / 1e6:.2f}"
-
-
-# Heading -> the cell of a row.
-ALIGN_COLUMNS = {
-    "tokens x topk": _tokens_by("topk"),
-    "experts": lambda row: str(row["experts"]),
-    "block": lambda row: str(row["block_size"]),
-}
-SUM_COLUMNS = {"tokens x topk x hidden": _tokens_by("topk", "hidden")}
-GATE_TITLES = {
-    "gate": "topk_softmax, fp32, renormalized",
-    "sigmoid": "topk_sigmoid, fp32, renormalized, with a bias",
-    "grouped": f"grouped_topk, sigmoid, fp32, renormalized, with a bias, {TOPK_GROUP} of {NUM_GROUPS} groups",
-}
-GATE_COLUMNS = {"tokens x experts": _tokens_by("experts"), "topk": lambda row: str(row["topk"])}
-
-
-def _shape(columns: dict[str, Any], row: Row) -> list[str]:
-    return [cell(row) for cell in columns.values()]
-
-
-def _times(title: str, columns: dict[str, Any], rows: list[Row], others: list[str], kind: str = "") -> Table:
-    """Ours, the others, how much faster than the best peer; the target, and what skew costs, where known."""
-    header = [*columns, OURS, *(NAMES[name] for name in others), "faster"]
-    peers = [name for name in others if name != TORCH]
-    targets = any(row.get("target_us") for row in rows) and kind != "cold"
-    skews = kind != "cold" and "skewed" in rows[0]["us"]
-    header += ["target", "met"] * targets + ["skewed", "all to one"] * skews
+def _compared(title: str, operator: Operator, rows: list[Row], kind: str, result: dict[str, Any]) -> Table:
+    names = [name for name in (*_peers(result), TORCH) if any(name in row["us"][kind] for row in rows)]
     lines = []
     for row in rows:
-        us = row["us"][kind or next(iter(row["us"]))]
-        best = min((us[peer] for peer in peers), default=None)
-        line = [
-            *_shape(columns, row),
-            *_us_cells(us, [OURS, *others]),
-            f"{best / us[OURS]:.2f} x" if best else "-",
-        ]
-        if targets:
-            target = row["target_us"]
-            line += [f"{target:g}", "yes" if us[OURS] <= target else "no"]
-        if skews:
-            line += [f"{row['us'][skew][OURS] / us[OURS]:.2f} x" for skew in ("skewed", "all_to_one")]
-        lines.append(line)
-    return Table(title, header, lines)
+        us = row["us"][kind]
+        faster = _ratio(_best_other(us, result), us[OURS])
+        lines.append([*_shape(operator, row), *_us_cells(us, [OURS, *names]), faster])
+    return Table(title, [*operator.columns, OURS, *(NAMES[name] for name in names), "faster"], lines)
 
 
-def _host(us: dict[str, float]) -> Table:
+def _kernels(operator: Operator, rows: list[Row]) -> Table:
+    (kind,) = rows[0]["us"]
+    names = list(dict.fromkeys(name for row in rows for name in row["us"][kind] if name != OURS))
+    lines = [[*_shape(operator, row), *_us_cells(row["us"][kind], [OURS, *names])] for row in rows]
+    return Table("Each kernel alone, us", [*operator.columns, "planned", *names], lines)
+
+
+def _host(host: Host, us: dict[str, float]) -> Table:
     vllm = us.get("vllm")
     lines = []
     for call, value in us.items():
         ratio = value / vllm if vllm else None
-        target = HOST_TARGETS.get(call)
+        target = host.targets.get(call)
         met = "" if target is None or ratio is None else "yes" if ratio <= target else "no"
-        cells = [f"{ratio:.2f} x" if ratio else "-", f"{target:g} x" if target else "", met]
-        lines.append([_call_name(call), _us(value), *cells])
-    shape = f"{HOST.tokens} x {HOST.topk}, {HOST.experts} experts"
-    return Table(f"Host time of a call, us ({shape})", ["call", "us", "of vLLM's", "target", "met"], lines)
+        lines.append(
+            [_call_name(call), _us(value), _ratio(value, vllm), f"{target:g} x" if target else "", met]
+        )
+    return Table(
+        f"Host time of a call, us ({host.title})", ["call", "us", "of vLLM's", "target", "met"], lines, 1
+    )
 
 
 def _call_name(call: str) -> str:
     name, comma, rest = call.partition(",")
     return NAMES.get(name, name) + comma + rest
+
+
+def _shape(operator: Operator, row: Row) -> list[str]:
+    return [" x ".join(str(row[field]) for field in fields) for fields in operator.columns.values()]
+
+
+def _peers(result: dict[str, Any]) -> list[str]:
+    return list(result["environment"]["peers"])
+
+
+def _best_other(us: dict[str, float], result: dict[str, Any]) -> float | None:
+    return min((us[peer] for peer in _peers(result) if peer in us), default=None)
+
+
+def _ratio(us: float | None, to: float | None) -> str:
+    return f"{us / to:.2f} x" if us and to else "-"
 
 
 def _us(value: float | None) -> str:
@@ -148,27 +135,80 @@ def _us_cells(us: dict[str, float], names: list[str]) -> list[str]:
 
 
 def conditions(result: dict[str, Any]) -> str:
-    """Where and when the figures come from, and what an empty kernel takes there."""
+    """Where and when the figures come from."""
     e = result["environment"]
     peers = [f"{NAMES[name]} {version}".strip() for name, version in e["peers"].items()]
     parts = [
         e["gpu"], f"driver {e['driver']}", f"CUDA {e['cuda']}", f"torch {e['torch']}", f"CuPy {e['cupy']}",
         f"NVRTC {e['nvrtc']}", f"cupy_moe {e['cupy_moe']}", *peers, e["date"],
     ]  # fmt: skip
+    return ", ".join(parts) + "."
+
+
+def floor(result: dict[str, Any]) -> str:
+    """What an empty kernel takes there."""
     floor = ", ".join(f"{_us(us)} us with {what}" for what, us in result.get("floor", {}).items())
-    return ", ".join(parts) + "." + (f" An empty kernel takes {floor}." if floor else "")
+    return f"An empty kernel takes {floor}." if floor else ""
 
 
-def readme_section(result: dict[str, Any], plot: str | None) -> str:
+def page(operators: Sequence[Operator], result: dict[str, Any], pictures: Mapping[str, str]) -> str:
+    """All tables. `pictures` are those of the sweeps, by section, as the page refers to them."""
+    paragraphs = [
+        "# Times of the operators",
+        _filled(
+            "Written by `scripts/bench --readme`, which compares every result with the specification before"
+            f" it times any, and replaces this page. {conditions(result)} {floor(result)}"
+        ),
+        _filled(
+            "GPU times are medians over replays of a CUDA graph of 20 calls, warm L2, all libraries in turn"
+            " in one process. PyTorch's is that of the specification, called eagerly: from its start to its"
+            ' end on the GPU. "faster" is against the best other library, PyTorch aside. Targets are for an'
+            " H200."
+        ),
+    ]
+    for operator in operators:
+        parts = [*_picture(operator, pictures), *(t.markdown() for t in tables(operator, result))]
+        if parts:
+            paragraphs += [
+                f"## {operator.function}",
+                *([_filled(operator.note)] if operator.note else []),
+                *parts,
+            ]
+    return "\n\n".join(paragraphs) + "\n"
+
+
+def readme_section(operators: Sequence[Operator], result: dict[str, Any], pictures: Mapping[str, str]) -> str:
+    """The pictures, and one table of the most telling cases."""
     intro = (
-        f"{conditions(result)} GPU times are medians over replays of a CUDA graph of 20 calls, warm L2,"
-        ' all libraries in turn in one process, uniform routing; "faster" is against the best other library,'
-        ' "skewed" (1/rank) and "all to one" against our uniform time. Written by `scripts/bench --readme`.'
+        'Times of a call on the GPU, measured beside the other libraries in one process; "faster" is against'
+        f" the best of them. The full tables, and how they are measured, are in [`{PAGE}`]({PAGE})."
     )
-    image = [f"![GPU time of moe_align_block_size over the number of ids]({plot})"] if plot else []
-    return "\n\n".join(
-        [textwrap.fill(intro, README_WIDTH), *image, *(table.markdown() for table in tables(result))]
-    )
+    lines = []
+    for operator in operators:
+        for row in result.get(operator.section, ()):
+            if any(_is_of(row, case) for case in operator.telling):
+                us = next(iter(row["us"].values()))
+                best = _best_other(us, result)
+                cells = [f"`{operator.function}`", operator.size.format_map(row), _us(us[OURS]), _us(best)]
+                lines.append([*cells, _ratio(best, us[OURS])])
+    table = Table("", ["operator", "size", f"{OURS}, us", "best other, us", "faster"], lines, 2)
+    images = [image for operator in operators for image in _picture(operator, pictures)]
+    return "\n\n".join([_filled(conditions(result)), *images, _filled(intro), table.markdown()])
+
+
+def _is_of(row: Row, case: Any) -> bool:
+    """Whether the row is of this case, whatever its target was."""
+    return all(row.get(field) == size for field, size in case._asdict().items() if field != "target_us")
+
+
+def _picture(operator: Operator, pictures: Mapping[str, str]) -> list[str]:
+    if operator.sweep is None or operator.sweep.section not in pictures:
+        return []
+    return [f"![GPU time of {operator.function} over its size]({pictures[operator.sweep.section]})"]
+
+
+def _filled(text: str) -> str:
+    return textwrap.fill(text, WIDTH)
 
 
 def replace_section(text: str, section: str) -> str:
