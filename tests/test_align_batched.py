@@ -105,17 +105,6 @@ def test_a_wrong_call_says_what_is_wrong(name: str) -> None:
         call()
 
 
-def test_docstring_example() -> None:
-    import doctest
-
-    finder = doctest.DocTestFinder(recurse=False)
-    function = batched_moe_align_block_size
-    (test,) = finder.find(function, globs={"torch": torch, function.__name__: function})
-    done = doctest.DocTestRunner().run(test)
-    assert done.attempted > 0
-    assert done.failed == 0
-
-
 def test_plan() -> None:
     for num_batches, slots in itertools.product((0, 1, 8, 1024, 65_536), (1, 16, 2048, 2049, 2**31 - 1)):
         if num_batches * slots < 2**31:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cupy_moe
@@ -53,7 +54,7 @@ class Case(NamedTuple):
         return tuple(torch.full_like(result, 77) for result in self())
 
     def with_out(self, out: tuple[Any, ...], **changes: Any) -> None:
-        self(out=out[0] if self.function is moe_sum else out, **changes)
+        self(out=out[0] if len(out) == 1 else out, **changes)
 
 
 generator = torch.Generator().manual_seed(0)
@@ -256,11 +257,11 @@ def test_jit_trace_records_the_operator(name: str, device: str) -> None:
 
 @every_operator
 def test_modes_see_the_operator(name: str) -> None:
-    seen = []
+    seen: list[tuple[Any, Any, Any]] = []
 
     class Mode(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            seen.append(str(func))
+            seen.append((func, args, kwargs or {}))
             return func(*args, **(kwargs or {}))
 
     case = CASES[name]
@@ -269,9 +270,11 @@ def test_modes_see_the_operator(name: str) -> None:
         assert equal(case(), expected)
         case.with_out(out)
     assert equal(out, expected)
-    ours = [call.partition(".")[2] for call in seen if call.startswith("cupy_moe.")]
-    assert len(ours) == 2
-    assert ours[1].endswith(".out")
+    ours = [func for func, *_ in seen if func.namespace == "cupy_moe"]
+    assert [func._overloadname for func in ours] == ["default", "out"]
+    for func, args, kwargs in seen:
+        if func in ours:
+            opcheck(func, args, kwargs)
 
 
 @every_operator

@@ -63,6 +63,12 @@ def bind(plan: LaunchPlan, device: int, num_pointers: int, constants: bytes) -> 
     from .._cupy import cupy
 
     launch_kernel, refused = cupy.cuda.driver.launchKernel, cupy.cuda.driver.CUDADriverError
+    given = num_pointers
+    fixed: tuple[int, ...] = ()
+    if given < 4:  # `launch` takes four: words of the constants stand for those that are missing
+        num_pointers, missing = 4, 8 * (4 - given)
+        constants = constants.ljust(missing, b"\0")
+        fixed, constants = struct.unpack(f"@{4 - given}P", constants[:missing]), constants[missing:]
     pack_into = _layout(num_pointers, len(constants)).pack_into
 
     def launch(a: int, b: int, c: int, d: int, *more: int) -> None:  # at least four; starred ones cost time
@@ -87,15 +93,15 @@ def bind(plan: LaunchPlan, device: int, num_pointers: int, constants: bytes) -> 
             launch_kernel(function, grid, 1, 1, block, 1, 1, shared_bytes, stream, address, 0)
         _pool.append(buffer)
 
-    if torch.cuda.device_count() == 1:
+    if given == num_pointers and torch.cuda.device_count() == 1:
         return launch
 
     def launch_on_device(*pointers: int) -> None:
         if _current_device() == device:
-            launch(*pointers)
+            launch(*pointers, *fixed)
         else:
             with torch.cuda.device(device):
-                launch(*pointers)
+                launch(*pointers, *fixed)
 
     return launch_on_device
 

@@ -60,6 +60,15 @@ def address(name: str, tensor: PlainTensor) -> int:
     return pointer
 
 
+def cuda_index(name: str, device: torch.device) -> int | None:
+    """The number of a CUDA device; None for the CPU. Raises ValueError for any other."""
+    if device.type == "cpu":
+        return None
+    if device.type != "cuda":
+        raise ValueError(f"{name}: expected a CUDA or CPU tensor, got one on {device}")
+    return device.index
+
+
 def check_layout(name: str, tensor: PlainTensor) -> None:
     """Raises TypeError unless the elements of a tensor are in memory at strides, as kernels read them."""
     if tensor.layout is not _strided or tensor.is_nested:

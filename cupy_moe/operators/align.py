@@ -14,7 +14,7 @@ from ..cuda.limits import device_limits
 from ..cuda.structs import ArgumentStruct
 from ..dispatch.arrays import Array, DLPackArray
 from ..dispatch.operator import Operator, has_modes, in_transform, is_compiling
-from ..dispatch.tensors import PLAIN, PlainTensor, address, check_layout, check_tensor, is_plain
+from ..dispatch.tensors import PLAIN, PlainTensor, address, check_layout, check_tensor, cuda_index, is_plain
 from ..errors import KernelLaunchError
 from ..plans.align import ALIGN_KERNELS, aligned_sizes, plan_align
 from ..plans.base import ceil_div, divisor, round_up
@@ -266,14 +266,13 @@ def _prepare(
     if dtype not in _ID_TYPES:
         raise TypeError(f"topk_ids: expected an integer tensor, got {dtype}; cast it")
     num_slots, num_blocks = aligned_sizes(num_ids, num_experts, block_size, pad_sorted_ids)
-    if isinstance(device, torch.device):
-        if device.type != "cpu":
-            raise ValueError(f"topk_ids: expected a CUDA or CPU tensor, got one on {device}")
+    index = cuda_index("topk_ids", device) if isinstance(device, torch.device) else device
+    if index is None:
         return _Call(num_slots, num_blocks)
     id_type = _ID_TYPES[dtype]
     reader = "any" if strides else _READERS.get(id_type, "any")
 
-    limits = device_limits(device)
+    limits = device_limits(index)
     sizes = num_ids, num_experts, num_slots, block_size, reader
     plan, fallback = plan_align(*sizes, limits, kernel), None
     if kernel is None and plan.cluster > 1:
@@ -296,7 +295,7 @@ def _prepare(
     # The last pointers are null in most calls, and then constants, too.
     num_pointers = 6 if plan.scratch_words else 4 if map_mode == _NO_MAP else 5
     constants = bytes(8 * (declared.num_pointers - num_pointers)) + constants
-    launches = tuple(bind(launch, device, num_pointers, constants) for launch in plan.launches)
+    launches = tuple(bind(launch, index, num_pointers, constants) for launch in plan.launches)
     return _Call(num_slots, num_blocks, launches, plan.scratch_words, fallback)
 
 

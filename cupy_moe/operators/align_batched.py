@@ -12,7 +12,7 @@ from ..cuda.launch import CACHED_CALLS, Launch, bind
 from ..cuda.structs import ArgumentStruct
 from ..dispatch.arrays import Array
 from ..dispatch.operator import Operator, is_watched
-from ..dispatch.tensors import address, check_layout, check_tensor, is_plain
+from ..dispatch.tensors import address, check_layout, check_tensor, cuda_index, is_plain
 from ..plans.align import MAX_BLOCK_SIZE
 from ..plans.align_batched import plan_batched
 from ..plans.base import MAX_EXPERTS, divisor, round_up
@@ -114,10 +114,9 @@ def _prepare(num_batches: int, max_tokens: int, block_size: int, device: torch.d
             " with a block to spare"
         )
     num_blocks = num_slots // block_size
-    if device.type == "cpu":
+    index = cuda_index("expert_num_tokens", device)
+    if index is None:
         return _Call(num_slots, num_blocks)
-    if device.type != "cuda":
-        raise ValueError(f"expert_num_tokens: expected a CUDA or CPU tensor, got one on {device}")
     plan, parts = plan_batched(num_batches, width)
     constants = _ARGS.pack(
         num_batches=num_batches,
@@ -127,7 +126,7 @@ def _prepare(num_batches: int, max_tokens: int, block_size: int, device: torch.d
         block_size=divisor(block_size),
         parts=parts,
     )
-    return _Call(num_slots, num_blocks, bind(plan, device.index, _ARGS.num_pointers, constants))
+    return _Call(num_slots, num_blocks, bind(plan, index, _ARGS.num_pointers, constants))
 
 
 def _fake(

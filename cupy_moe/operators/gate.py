@@ -15,7 +15,7 @@ from ..cuda.limits import device_limits
 from ..cuda.structs import ArgumentStruct
 from ..dispatch.arrays import Array, DLPackArray
 from ..dispatch.operator import Operator, is_watched
-from ..dispatch.tensors import PlainTensor, address, check_layout, check_tensor, is_plain
+from ..dispatch.tensors import PlainTensor, address, check_layout, check_tensor, cuda_index, is_plain
 from ..plans.base import MAX_EXPERTS
 from ..plans.gate import GATE_KERNELS, MAX_TOPK, plan_gate
 from ..values import FLOAT32_MAX, as_bool, as_float, as_int, check_choice, check_range
@@ -321,15 +321,13 @@ def _prepare(
     if dtype not in _ELEMENTS:
         raise TypeError(f"gating_output: expected torch.float32, float16 or bfloat16, got {dtype}; cast it")
     options.check(num_experts)
-    if device.type == "cpu":
+    index = cuda_index("gating_output", device)
+    if index is None:
         return None
-    if device.type != "cuda":
-        raise ValueError(f"gating_output: expected a CUDA or CPU tensor, got one on {device}")
-
     row_bytes = (num_experts if num_tokens <= 1 else row_stride) * dtype.itemsize
     plan = plan_gate(
         max(1, num_tokens), num_experts, options.topk, options.num_expert_group, dtype.itemsize, with_bias,
-        options.softcap != 0, device_limits(device.index), kernel,
+        options.softcap != 0, device_limits(index), kernel,
     )  # fmt: skip
     vectors = aligned and plan.vector_bytes > 0 and row_bytes % plan.vector_bytes == 0
     lanes = plan.lanes_per_row
@@ -352,7 +350,7 @@ def _prepare(
         factor=options.routed_scaling_factor,
         softcap=options.softcap,
     )
-    return bind(plan.launch, device.index, _ARGS.num_pointers, constants)
+    return bind(plan.launch, index, _ARGS.num_pointers, constants)
 
 
 def _can_be_out(out: Any) -> bool:

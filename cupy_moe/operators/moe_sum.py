@@ -14,7 +14,7 @@ from ..cuda.limits import device_limits
 from ..cuda.structs import ArgumentStruct
 from ..dispatch.arrays import Array, DLPackArray
 from ..dispatch.operator import Operator, is_watched
-from ..dispatch.tensors import PlainTensor, address, check_layout, check_tensor, is_plain
+from ..dispatch.tensors import PlainTensor, address, check_layout, check_tensor, cuda_index, is_plain
 from ..plans.base import divisor
 from ..plans.moe_sum import plan_sum
 from ..values import FLOAT32_MAX, as_float
@@ -172,10 +172,9 @@ def _prepare(
         raise ValueError(f"out: expected rows that do not overlap, got strides {list(out_strides)}")
     if math.isfinite(factor) and abs(factor) > FLOAT32_MAX:
         raise ValueError(f"routed_scaling_factor: expected a number that fp32 has, got {factor}")
-    if device.type == "cpu":
+    index = cuda_index("input", device)
+    if index is None:
         return _Call(None)
-    if device.type != "cuda":
-        raise ValueError(f"input: expected a CUDA or CPU tensor, got one on {device}")
     num_tokens, topk, hidden = shape
     if num_tokens == 0 or hidden == 0:
         return _Call(())
@@ -189,7 +188,7 @@ def _prepare(
     rows_aligned = (token_bytes | slot_bytes | out_bytes | row_bytes) % 16 == 0
     vectors = aligned and rows_aligned and element_bytes in (0, size)
     id_bytes = 8 if id_type is torch.int64 else 4
-    limits, element = device_limits(device.index), _ELEMENTS[dtype]
+    limits, element = device_limits(index), _ELEMENTS[dtype]
     launches, first = [], 0
     while first < num_tokens:
         plan = plan_sum(
@@ -211,7 +210,7 @@ def _prepare(
         )
         bytes_per_token = token_bytes, out_bytes, row_bytes, 4 * topk, id_bytes * topk
         offsets = tuple(first * per_token for per_token in bytes_per_token)
-        launches.append((bind(plan.launch, device.index, _ARGS.num_pointers, constants), offsets))
+        launches.append((bind(plan.launch, index, _ARGS.num_pointers, constants), offsets))
         first += plan.num_tokens
     return _Call(tuple(launches))
 

@@ -11,12 +11,12 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from ..values import INT32_MAX, as_bool, as_int, check_range
-from .base import MAX_EXPERTS, WARP, DeviceLimits, LaunchPlan, ceil_div, divisor, round_up
+from .base import MAX_EXPERTS, WARP, Constant, DeviceLimits, LaunchPlan, ceil_div, divisor, round_up
 
 MAX_BLOCK_SIZE = 65_536
 
-# align_small compares all pairs of ids: fast for a few, and independent of E. kMaxIds in align_small.cu.
-SMALL_FAST_IDS, SMALL_MAX_IDS = 64, 128
+# align_small compares all pairs of ids: fast for a few, and independent of E.
+SMALL_FAST_IDS, SMALL_MAX_IDS = 64, Constant(128, "align/align_small.cu:kMaxIds")
 # One block writes a few thousand slots in the time that a launch takes; more are spread over more blocks.
 SMALL_SLOTS_PER_BLOCK = 1024
 # Every block counting all ids needs no barrier between blocks, as long as counting is short. On GPUs without

@@ -3,9 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
-WARP = 32
+
+class Constant(int):
+    """A number that Python and a kernel share; tests/test_structs.py looks for it in the source.
+
+    >>> Constant(128, "align/align_small.cu:kMaxIds") + 1
+    129
+    """
+
+    declared: ClassVar[list[Constant]] = []
+    place: str
+
+    def __new__(cls, value: int, place: str) -> Constant:
+        self = super().__new__(cls, value)
+        self.place = place
+        cls.declared.append(self)
+        return self
+
+
+WARP = Constant(32, "common.cuh:kWarpSize")
 MAX_EXPERTS = 65_536
 
 

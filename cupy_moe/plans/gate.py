@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from .base import WARP, DeviceLimits, LaunchPlan, ceil_div, round_up
+from .base import WARP, Constant, DeviceLimits, LaunchPlan, ceil_div, round_up
 
 GATE_KERNELS = ("plain", "full", "several", "wide")
 MAX_TOPK = 64
@@ -12,14 +12,14 @@ MAX_TOPK = 64
 GATE_SHARES = {"plain": (4, 8, 16), "full": (8, 16), "several": (4, 8)}
 # A warp to itself is the quickest for a row; several in one are quicker once the GPU is full of warps.
 SEVERAL_MIN_TOKENS = 1024
-SEVERAL_MAX_LANES = 8  # kSeveralMaxLanes in gate_warp.cu
+SEVERAL_MAX_LANES = Constant(8, "gate/gate_warp.cu:kSeveralMaxLanes")
 # A row or two for every SM; above, blocks of four warps, as an SM holds more warps than blocks.
-GATE_WARPS = 4
+GATE_WARPS = Constant(128, "gate/gate_warp.cu:kMaxThreads") // WARP
 # Their threads have 32-bit numbers.
 GATE_WARP_MAX_TOKENS = 2**32 // WARP - GATE_WARPS
 # Threads of `wide` look at pieces of 8 experts and more; more threads only make barriers slower.
 WIDE_MIN_SHARE = 8
-WIDE_MAX_THREADS = 512
+WIDE_MAX_THREADS = Constant(512, "gate/gate_wide.cu:kMaxThreads")
 WIDE_STATIC_SHARED = 192
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from ..values import INT32_MAX
-from .base import DeviceLimits, LaunchPlan, ceil_div
+from .base import Constant, DeviceLimits, LaunchPlan, ceil_div
 
 # Blocks that leave no thread idle at the usual hidden sizes, multiples of 1024 16-bit elements. Where SMs get
 # no more than one, blocks of half the size reach twice as many.
-SUM_THREADS = 128
+SUM_THREADS = Constant(128, "moe_sum/moe_sum.cu:kMaxThreads")
 # 8 loads in flight are best for a few threads on an SM, and for more than it holds at once. In between, and
 # where memory is the limit (from 16 rounds on), threads with 4 are lighter, and up to 4 % faster on an H200.
 SUM_THREADS_AT_ONCE = 1024
