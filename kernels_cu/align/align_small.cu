@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // moe_align_block_size for the few ids of a decode step, and any number of experts: one launch, no counters.
 //
-// in       topk_ids [num_ids], num_ids <= kMaxIds; expert_map [num_experts] or unused    (SmallArgs)          
+// in       topk_ids [num_ids], num_ids <= kMaxIds; expert_map [num_experts] or unused    (SmallArgs)
 // out      sorted_token_ids [num_slots], expert_ids [num_blocks], num_tokens_post_pad [1], all int32
 // grid     blocks that together cover num_slots, slots_per_block each; block: a multiple of 32 threads, at least
 //          (num_ids + 1) * lanes_per_id
@@ -28,9 +28,9 @@ struct SmallArgs {
   u32 num_ids, num_experts, num_slots, num_blocks;
   u32 map_mode;
   Divisor block_size;
-  u32 slots_per_block;         // that one block writes, a multiple of block_size
-  u32 lanes_per_id;            // threads that share an id, a power of two up to 32
-  u32 id_type, num_cols;       // as in AlignArgs
+  u32 slots_per_block;    // that one block writes, a multiple of block_size
+  u32 lanes_per_id;       // threads that share an id, a power of two up to 32
+  u32 id_type, num_cols;  // as in AlignArgs
   i64 row_stride, col_stride;
 };
 
@@ -99,9 +99,8 @@ __device__ __forceinline__ void align_small(const SmallArgs& args) {
   if (i == n && blockIdx.x == 0) *args.num_tokens_post_pad = (int)(slot - rank);
 }
 
-#define ENTRY(name, Ids)                                           \
-  extern "C" __global__ void __launch_bounds__(1024, 1)            \
-      align_small_##name(const __grid_constant__ SmallArgs args) { \
-    align_small<Ids>(args);                                        \
+#define ENTRY(name, Ids)                                                                                             \
+  extern "C" __global__ void __launch_bounds__(1024, 1) align_small_##name(const __grid_constant__ SmallArgs args) { \
+    align_small<Ids>(args);                                                                                          \
   }
 FOR_EACH_READER(ENTRY)

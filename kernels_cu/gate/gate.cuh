@@ -20,7 +20,7 @@ struct GateArgs {
   u32 renormalize;
   u32 lanes_per_row, row_shift;  // a power of two, and its logarithm
   u32 num_threads;               // blockDim.x, which is in another line of constants, 200 cycles away
-  float factor, softcap;  // softcap 0: none
+  float factor, softcap;         // softcap 0: none
 };
 
 enum ElementType : u32 { kF32, kF16, kBF16 };

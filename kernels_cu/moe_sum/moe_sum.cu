@@ -103,8 +103,8 @@ __device__ __forceinline__ void find_reads(const SumArgs& args, u32 token, u32 f
 
 // Adds the slots [first, first + kInFlight) of a token, which there all are (kExact) or perhaps not.
 template <typename Unit, bool kExtended, u32 kInFlight, bool kExact>
-__device__ __forceinline__ void add_slots(
-    const SumArgs& args, u32 token, u32 first, const char* input, float (&sum)[Unit::kElements]) {
+__device__ __forceinline__ void add_slots(const SumArgs& args, u32 token, u32 first, const char* input,
+                                          float (&sum)[Unit::kElements]) {
   bool reads[kInFlight];
 #pragma unroll
   for (u32 i = 0; i < kInFlight; ++i) reads[i] = kExact || first + i < args.topk;
