@@ -17,7 +17,7 @@ enum MapMode : u32 {
 };
 
 // The argument of align_shared and align_global; align_small has its own, with the same names for what ids and blocks
-// are. What every kernel reads comes first, as the first look at a line of 64 bytes of the arguments takes 200 cycles.
+// are. What every kernel reads comes first: the first access to each 64-byte line of the arguments takes 200 cycles.
 struct AlignArgs {
   const void* topk_ids;
   int* sorted_token_ids;     // [num_slots]
@@ -35,7 +35,7 @@ struct AlignArgs {
   i64 row_stride, col_stride;  // of topk_ids [num_ids / num_cols, num_cols], in elements
 };
 
-// `Args` below is one or the other.
+// Below, `Args` is either of the two structs.
 
 // How ids are read, kPerLoad at once. One unsigned comparison drops negative ids, too, if they are extended
 // with their sign; an id of all ones is never an expert, and stands for none.
@@ -391,6 +391,7 @@ __device__ __forceinline__ void write_padding(const AlignArgs& args, const u32* 
   if (thread == 0) *args.num_tokens_post_pad = (int)post_pad;
 }
 
-// Entry points: contiguous i32 and i64 ids, aligned to 16 bytes, and, where it is not for speed alone, all others.
+// Entry points: for contiguous i32 and i64 ids aligned to 16 bytes; and, in kernels that have to take any, for all
+// others.
 #define FOR_EACH_FAST_READER(ENTRY) ENTRY(i32, Contiguous<u32>) ENTRY(i64, Contiguous<u64>)
 #define FOR_EACH_READER(ENTRY) FOR_EACH_FAST_READER(ENTRY) ENTRY(any, Any)

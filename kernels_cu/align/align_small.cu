@@ -47,7 +47,7 @@ __device__ __forceinline__ void align_small(const SmallArgs& args) {
   u32 *buckets = &buckets4[0].x, *widths = &widths4[0].x;
   const u32 n = args.num_ids, thread = threadIdx.x, lanes = args.lanes_per_id;
 
-  // Fours past the last id compare as dropped ones do: equal to none that is placed, smaller than none.
+  // The last four is filled up with ids that count as dropped: equal to none that is placed, smaller than none.
   const u32 num_fours = ceil_div(n, 4);
   typename Ids::Id id = ~typename Ids::Id(0);
   if (thread < n) id = Ids::load(args, thread);
@@ -63,7 +63,7 @@ __device__ __forceinline__ void align_small(const SmallArgs& args) {
   }
   __syncthreads();
 
-  // `lanes` neighbours share an id; id n stands for the end, since every bucket is smaller than its.
+  // `lanes` neighbours share an id. Id n stands for the end: all buckets are below its own, num_experts.
   const u32 i = thread >> (31 - __clz(lanes)), lane = thread & (lanes - 1);
   const u32 bucket = i < n ? buckets[i] : args.num_experts;
   u32 counts = 0;  // earlier equal ids in the high half, all equal ids in the low half
