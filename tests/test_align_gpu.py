@@ -1,4 +1,4 @@
-"""moe_align_block_size on a GPU: every kernel, element for element what the CPU specification says.
+"""moe_align_block_size on a GPU: every kernel gives what the specification, cupy_moe/cpu/align.py, does.
 
 Grids are loops: a few tests, thousands of cases. Sources of the grids: the tests of vLLM and SGLang.
 """
