@@ -19,9 +19,8 @@ def _give_cupy_a_folder() -> None:
         return
     default = os.path.expanduser("~/.cupy/kernel_cache")
     try:
-        if not os.path.isabs(
-            default
-        ):  # no HOME and no passwd entry: "~" would be created in the current folder
+        # Without HOME and a passwd entry, "~" would be created in the current folder.
+        if not os.path.isabs(default):
             raise FileNotFoundError(default)
         os.makedirs(default, exist_ok=True)
     except OSError:

@@ -39,7 +39,8 @@ struct Inbox {
   // How many bytes to wait for. By one thread; some may have arrived already.
   __device__ __forceinline__ void expect(u32 num_bytes) {
 #if __CUDA_ARCH__ >= 900
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address(this)), "r"(num_bytes) : "memory");
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address(this)), "r"(num_bytes)
+                 : "memory");
 #endif
   }
 

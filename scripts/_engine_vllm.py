@@ -3,7 +3,8 @@
     PYTHONPATH=.:tests python scripts/_engine_vllm.py
 
 Most of vLLM's kernels have no CPU version, but its modules can be imported, and what calls the kernels is
-Python. Results are compared with the specification, and with vLLM's own PyTorch code where it has any.
+Python. Results are compared with the specification (of align: with plain loops), and with vLLM's own PyTorch
+code where it has any.
 """
 
 from __future__ import annotations

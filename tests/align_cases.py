@@ -1,4 +1,4 @@
-"""The rules of moe_align_block_size once more, in loops, and what its tests share."""
+"""moe_align_block_size once more, in loops, to compare the specification with; and what its tests share."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def naive(
     pad_sorted_ids: bool = False,
     ignore_invalid_experts: bool = False,
 ) -> Lists:
-    """The specification as anyone would write it down first: a list for each expert."""
+    """As anyone would write it first: a list for each expert. The specification is cupy_moe/cpu/align.py."""
 
     def local(expert: int) -> int:
         assert expert_map is not None

@@ -11,6 +11,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 from cache_helpers import Everything, Sandbox, write_sources
+from cli_helpers import invoke
 
 from cupy_moe.images import compiler, folders, lookup, prebuild, sources, targets
 from cupy_moe.images.folders import Root
@@ -57,6 +58,14 @@ def sandbox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sandbox:
     monkeypatch.setattr(folders, "_warned", set())
     monkeypatch.setattr(lookup, "_compiled", {})
     return box
+
+
+@pytest.fixture
+def prebuilt(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder in CUPY_MOE_PREBUILT_DIR, with what `cupy-moe prebuild` makes for two targets."""
+    invoke("prebuild", "--arch", "sm_90", "--arch", "8.0", "--out", sandbox.prebuilt)
+    monkeypatch.setenv("CUPY_MOE_PREBUILT_DIR", str(sandbox.prebuilt))
+    return sandbox.prebuilt
 
 
 @pytest.fixture(scope="session")

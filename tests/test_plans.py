@@ -1,4 +1,4 @@
-"""What plan.py decides, for GPUs that nobody here needs to have."""
+"""What cupy_moe/plans decides, for GPUs that nobody here needs to have."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ THRESHOLDS = (
 
 
 def chosen_by_ids(num_ids: int, limits: DeviceLimits) -> str:
-    """The choice as plan.py's constants tell it, for few experts."""
+    """The choice as the constants of plans/align.py tell it, for few experts."""
     of_8, of_16 = (
         limits.max_clusters("align_shared", f"align_shared_cluster{size}_i32", size) for size in (8, 16)
     )

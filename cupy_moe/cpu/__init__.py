@@ -1,1 +1,1 @@
-"""The operators in plain PyTorch, a file a family: what runs for CPU tensors, and the specification."""
+"""The operators in plain PyTorch, a file a family: for CPU tensors, and as the kernels' specification."""

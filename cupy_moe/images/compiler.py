@@ -159,9 +159,8 @@ def _run_nvrtc(
 ) -> tuple[bytes, str]:
     arguments = [*options, f"-arch={target}", "--ptxas-options=-v"]
     if nvrtc.getVersion() >= (12, 9):
-        arguments.append(
-            "--no-cache"
-        )  # NVRTC's own cache calls cuInit, which would poison children forked later
+        # NVRTC's own cache calls cuInit, which would poison children forked later.
+        arguments.append("--no-cache")
     program = nvrtc.createProgram(
         source.decode(), name, tuple(headers.values()), tuple(header.encode() for header in headers)
     )

@@ -17,7 +17,8 @@ SPECIFIC_TARGETS = tuple(f"sm_{n}a" for n in (90, 100, 103, 120, 121))
 # PTX serves devices newer than every cubin. They have clusters, which code below compute_90 cannot use.
 PTX_TARGET = "compute_90"
 DEFAULT_TARGETS = (*TARGETS, PTX_TARGET)
-_TEGRA = {53, 62, 72, 87, 101, 110}  # numbered like desktop parts, not compatible
+# Jetson and DRIVE: numbered like desktop parts, but cubins of the one do not run on the other.
+_TEGRA = {53, 62, 72, 87, 101, 110}
 
 
 def parse_target(text: str) -> str:

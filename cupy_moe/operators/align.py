@@ -59,7 +59,7 @@ _NO_MAP, _MAP_BLOCKS, _MAP_IDS = map(int, MapMode)  # ints, as parts of a key: a
 _READERS = {IdType.I32: "i32", IdType.I64: "i64"}
 _Tensor, _int32 = torch.Tensor, torch.int32
 
-if TYPE_CHECKING:  # at run time only from Python 3.11 on
+if TYPE_CHECKING:  # at run time, named tuples can be generic only from Python 3.11 on
 
     class MoEAlignment(NamedTuple, Generic[Array]):
         sorted_token_ids: Array
@@ -97,7 +97,7 @@ def moe_align_block_size(
     num_experts             1 to 65 536                       with `expert_map`, of all ranks together
     expert_map              [E]                 int32         this rank's id of each, -1: another rank's
     pad_sorted_ids                                            round M up to whole blocks
-    ignore_invalid_experts                                    see below; nothing without `expert_map`
+    ignore_invalid_experts                                    see below; no effect without `expert_map`
     out                     the three results                 written instead of allocated; contiguous
     kernel                  of ALIGN_KERNELS                  forces one, for tests and benchmarks
 
@@ -123,7 +123,7 @@ def moe_align_block_size(
 
     Cost: one or two launches on torch's current stream, no synchronisation, and the outputs as the only
     allocation; `align_global` (many ids, or more experts than shared memory has room for: plans/align.py)
-    also takes a workspace, and ids whose strides no row and column stride describe are copied first. Arrays
+    also takes a workspace, and ids that a row and a column stride do not describe are copied first. Arrays
     with `__dlpack__` (cupy, jax, numpy) are accepted, and give arrays of their kind.
 
     Raises TypeError and ValueError for wrong arguments, before anything is launched; what loading a kernel
@@ -134,7 +134,7 @@ def moe_align_block_size(
     local: PlainTensor = expert_map
     num_ids = tensor.numel() if type(tensor) in PLAIN else None
     if (
-        type(num_ids) is not int  # under torch.jit.trace it is a tensor; negations: see are_outputs
+        type(num_ids) is not int  # under torch.jit.trace it is a tensor; pending negations: see are_outputs
         or is_compiling()
         or has_modes()
         or in_transform()
@@ -147,7 +147,7 @@ def moe_align_block_size(
             )
         flags = pad_sorted_ids, ignore_invalid_experts
         return _operator(topk_ids, block_size, num_experts, expert_map, *flags, out=out, kernel=kernel)
-    # Of one type each, so that equal values of others do not find what is cached for these.
+    # To one type each: _prepare is cached, and 1, True and 1.0 would be the same key.
     if type(block_size) is not int:
         block_size = as_int("block_size", block_size)
     if type(num_experts) is not int:
@@ -188,7 +188,7 @@ def moe_align_block_size(
     else:
         try:
             first, second, third = out
-            fits = (  # the cheapest calls of each kind, and in place: this runs with every launch
+            fits = (  # the cheapest call for each question, and inline: this runs before every launch
                 type(first) is type(second) is type(third) is _Tensor
                 and first.dtype is second.dtype is third.dtype is _int32
                 and first.numel() == num_slots
@@ -235,7 +235,7 @@ def moe_align_block_size(
     except KernelLaunchError:
         if fallback is None:
             raise
-        # The clusters fit the device, but not what is left of it here, in a green context, say.
+        # The whole device could run the clusters, but not what is left of it here: a green context, say.
         flags = pad_sorted_ids, ignore_invalid_experts
         moe_align_block_size(topk_ids, block_size, num_experts, local, *flags, out=outputs, kernel=fallback)
     return outputs
@@ -292,7 +292,7 @@ def _prepare(
         col_stride=col_stride,
         **plan.arguments,
     )
-    # The last pointers are null in most calls, and then constants, too.
+    # The last pointers are null in most calls, and are then passed with the constants.
     num_pointers = 6 if plan.scratch_words else 4 if map_mode == _NO_MAP else 5
     constants = bytes(8 * (declared.num_pointers - num_pointers)) + constants
     launches = tuple(bind(launch, index, num_pointers, constants) for launch in plan.launches)
@@ -311,7 +311,7 @@ def allocate(num_slots: int, num_blocks: int, device: int | torch.device) -> MoE
 def are_outputs(out: Any) -> bool:
     """Whether `out` is three tensors that a kernel can write to.
 
-    Integers are not asked for a pending negation, which only private functions of torch can give them.
+    Pending negations are not looked for: only private functions of torch can give integers one.
     """
     try:
         first, second, third = out
@@ -321,7 +321,7 @@ def are_outputs(out: Any) -> bool:
 
 
 def check_out(out: Any, num_slots: int, num_blocks: int, device: torch.device) -> None:
-    """Raises what is wrong with `out`: it is to be like what `allocate` makes, but for the shapes."""
+    """Raises where `out` is not what `allocate` would make; shapes may differ, lengths may not."""
     for tensor, name, length in zip(out, MoEAlignment._fields, (num_slots, num_blocks, 1), strict=True):
         name = f"out: {name}"
         check_layout(name, tensor)

@@ -123,7 +123,7 @@ def show_padding(
 
 
 def show_path(topk_ids: torch.Tensor, block_size: int, experts: int) -> None:
-    """What runs; on a GPU the same question to plan.py that the operator asks."""
+    """What runs; on a GPU, what plans/align.py answers, as it answers the operator."""
     if not topk_ids.is_cuda:
         click.echo("path     plain PyTorch on the CPU, cupy_moe/cpu/align.py")
         return

@@ -17,7 +17,7 @@ enum MapMode : u32 {
 };
 
 // The argument of align_shared and align_global; align_small has its own, with the same names for what ids and blocks
-// are. What every kernel reads comes first, as the first look at a line of 64 bytes of the arguments takes 200 cycles.
+// are. What every kernel reads comes first: the first access to each 64-byte line of the arguments takes 200 cycles.
 struct AlignArgs {
   const void* topk_ids;
   int* sorted_token_ids;     // [num_slots]
@@ -28,14 +28,14 @@ struct AlignArgs {
   u32 num_ids, num_experts, num_slots, num_blocks;
   u32 map_mode;
   Divisor block_size;
-  u32 per_block;    // ids that one block places, a multiple of 32
-  Divisor per_row;  // consecutive ids that one warp places, a multiple of 32
-  u32 num_rows;     // warps that place ids
+  u32 per_block;               // ids that one block places, a multiple of 32
+  Divisor per_row;             // consecutive ids that one warp places, a multiple of 32
+  u32 num_rows;                // warps that place ids
   u32 id_type, num_cols;       // these four are for `Any` alone, the other readers know them:
   i64 row_stride, col_stride;  // of topk_ids [num_ids / num_cols, num_cols], in elements
 };
 
-// `Args` below is one or the other.
+// Below, `Args` is either of the two structs.
 
 // How ids are read, kPerLoad at once. One unsigned comparison drops negative ids, too, if they are extended
 // with their sign; an id of all ones is never an expert, and stands for none.
@@ -135,6 +135,7 @@ __device__ __forceinline__ void fill(int* values, u32 begin, u32 end, int value,
 
 struct Table {
   static constexpr u32 kRows = 2;  // of a column are read at once
+
   u32 stride;  // one bucket more than experts, for what is dropped, in whole vectors
   u32 num_rows;
   u32 height;  // num_rows + 2, rounded up to kRows
@@ -336,8 +337,8 @@ __device__ __forceinline__ void write_ids(const AlignArgs& args, const Table& ta
   });
 }
 
-// The same in two steps, for a block with many ids: scattered writes cost a sector each, so they are sorted by bucket in
-// shared memory first. It needs only the block's own counts, and takes place while those of others are on the way.
+// The same in two steps, for a block with many ids: scattered writes cost a sector each, so they are sorted by bucket
+// in shared memory first. It needs only the block's own counts, and takes place while those of others are on the way.
 //
 // Fill stage[before()[bucket] + n] with (index in the piece, bucket), 16 bits each; returns the number of ids. The
 // slots are known after a barrier, and then base[] is to take n + before()[] to the slot.
@@ -379,7 +380,8 @@ __device__ __forceinline__ void write_padding(const AlignArgs& args, const u32* 
   const u32 num_warps = blockDim.x / kWarpSize, value = args.num_ids;
   // The last warps first, as they may have no ids to place.
 #pragma unroll 1
-  for (u32 bucket = blockIdx.x + gridDim.x * (num_warps - 1 - warp_id()); bucket < args.num_experts; bucket += gridDim.x * num_warps) {
+  for (u32 bucket = blockIdx.x + gridDim.x * (num_warps - 1 - warp_id()); bucket < args.num_experts;
+       bucket += gridDim.x * num_warps) {
     const u32 begin = first_padding[bucket];
     fill(args.sorted_token_ids, begin, args.block_size.round_up(begin), value, lane_id(), kWarpSize);
   }
@@ -389,7 +391,7 @@ __device__ __forceinline__ void write_padding(const AlignArgs& args, const u32* 
   if (thread == 0) *args.num_tokens_post_pad = (int)post_pad;
 }
 
-
-// Entry points: contiguous i32 and i64 ids, aligned to 16 bytes, and, where it is not for speed alone, all others.
+// Entry points: for contiguous i32 and i64 ids aligned to 16 bytes; and, in kernels that have to take any, for all
+// others.
 #define FOR_EACH_FAST_READER(ENTRY) ENTRY(i32, Contiguous<u32>) ENTRY(i64, Contiguous<u64>)
 #define FOR_EACH_READER(ENTRY) FOR_EACH_FAST_READER(ENTRY) ENTRY(any, Any)

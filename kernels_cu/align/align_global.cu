@@ -48,7 +48,7 @@ __device__ __forceinline__ void align_scatter(const AlignArgs& args) {
   const u32 begin = piece.begin_of_warp(args, table), end = piece.end_of_warp(args, begin);
   const typename Ids::Id id = load_or_none<Ids>(args, begin + lane_id(), end);
   count_ids<Ids, 4>(args, piece.begin, piece.end, table_memory, table.words(),
-                 [&](u32 i) { return piece.row(args, table, i); });
+                    [&](u32 i) { return piece.row(args, table, i); });
 
   // Several threads an expert, so that the loads of a column overlap.
 #pragma unroll 1
@@ -67,8 +67,8 @@ __device__ __forceinline__ void align_scatter(const AlignArgs& args) {
   const Match match(args, begin + lane_id(), id);
   __syncthreads();
   if (!kSharedTable) {
-    const u32 post_pad = find_slots(args, table, warp_sums,
-                                    [&](u32 bucket) { return make_uint2(0, scan_column(table, bucket)); });
+    const u32 post_pad =
+        find_slots(args, table, warp_sums, [&](u32 bucket) { return make_uint2(0, scan_column(table, bucket)); });
     write_ids<Ids>(args, table, begin, end, match);
     write_padding(args, table.after(), post_pad);
     return;
@@ -77,17 +77,15 @@ __device__ __forceinline__ void align_scatter(const AlignArgs& args) {
   for (u32 bucket = threadIdx.x; bucket < num_experts; bucket += blockDim.x)
     table.base[bucket] = scan_column(table, bucket);
   const u32 num_sorted = sort_ids<Ids>(args, table, warp_sums, stage, piece, begin, end, match);
-  const u32 post_pad = find_slots(args, table, warp_sums, [&](u32 bucket) {
-    return make_uint2(0 - table.before()[bucket], table.base[bucket]);
-  });
+  const u32 post_pad = find_slots(
+      args, table, warp_sums, [&](u32 bucket) { return make_uint2(0 - table.before()[bucket], table.base[bucket]); });
   write_sorted(args, table, stage, piece, num_sorted);
   write_padding(args, table.after(), post_pad);
 }
 
-#define ENTRY(kernel, name, Ids, kSharedTable)                        \
-  extern "C" __global__ void __launch_bounds__(1024, 1)               \
-      kernel##_##name(const __grid_constant__ AlignArgs args) {       \
-    kernel<Ids, kSharedTable>(args);                                  \
+#define ENTRY(kernel, name, Ids, kSharedTable)                                                                    \
+  extern "C" __global__ void __launch_bounds__(1024, 1) kernel##_##name(const __grid_constant__ AlignArgs args) { \
+    kernel<Ids, kSharedTable>(args);                                                                              \
   }
 #define ENTRIES(name, Ids)            \
   ENTRY(align_count, name, Ids, true) \

@@ -61,7 +61,7 @@ __device__ __forceinline__ void align_shared(const AlignArgs& args) {
   const typename Ids::Id id = load_or_none<Ids>(args, begin + lane_id(), end);
   constexpr u32 kMaxLoads = kCluster == 1 ? 2 : 4;  // a cluster has more ids to count
   count_ids<Ids, kMaxLoads>(args, chunk_begin, chunk_end, (u32*)memory, table.words(),
-                 [&](u32 i) { return piece.row(args, table, i); });
+                            [&](u32 i) { return piece.row(args, table, i); });
 
   if (kCluster > 1) {
 #pragma unroll 1
@@ -91,18 +91,17 @@ __device__ __forceinline__ void align_shared(const AlignArgs& args) {
   write_padding(args, table.after(), post_pad);
 }
 
-#define ENTRY(name, Ids)                                            \
-  extern "C" __global__ void __launch_bounds__(1024, 1)             \
-      align_shared_##name(const __grid_constant__ AlignArgs args) { \
-    align_shared<Ids, 1>(args);                                     \
+#define ENTRY(name, Ids)                                                                                              \
+  extern "C" __global__ void __launch_bounds__(1024, 1) align_shared_##name(const __grid_constant__ AlignArgs args) { \
+    align_shared<Ids, 1>(args);                                                                                       \
   }
 FOR_EACH_READER(ENTRY)
 
 #if __CUDA_ARCH__ >= 900
-#define CLUSTER_ENTRY(name, Ids, kCluster)                                              \
+#define CLUSTER_ENTRY(name, Ids, kCluster)                                               \
   extern "C" __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(1024, 1) \
-      align_shared_cluster##kCluster##_##name(const __grid_constant__ AlignArgs args) { \
-    align_shared<Ids, kCluster>(args);                                                  \
+      align_shared_cluster##kCluster##_##name(const __grid_constant__ AlignArgs args) {  \
+    align_shared<Ids, kCluster>(args);                                                   \
   }
 #define ENTRY8(name, Ids) CLUSTER_ENTRY(name, Ids, 8)
 #define ENTRY16(name, Ids) CLUSTER_ENTRY(name, Ids, 16)

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // moe_align_block_size for the few ids of a decode step, and any number of experts: one launch, no counters.
 //
-// in       topk_ids [num_ids], num_ids <= kMaxIds; expert_map [num_experts] or unused    (SmallArgs)          
+// in       topk_ids [num_ids], num_ids <= kMaxIds; expert_map [num_experts] or unused    (SmallArgs)
 // out      sorted_token_ids [num_slots], expert_ids [num_blocks], num_tokens_post_pad [1], all int32
 // grid     blocks that together cover num_slots, slots_per_block each; block: a multiple of 32 threads, at least
 //          (num_ids + 1) * lanes_per_id
@@ -28,9 +28,9 @@ struct SmallArgs {
   u32 num_ids, num_experts, num_slots, num_blocks;
   u32 map_mode;
   Divisor block_size;
-  u32 slots_per_block;         // that one block writes, a multiple of block_size
-  u32 lanes_per_id;            // threads that share an id, a power of two up to 32
-  u32 id_type, num_cols;       // as in AlignArgs
+  u32 slots_per_block;    // that one block writes, a multiple of block_size
+  u32 lanes_per_id;       // threads that share an id, a power of two up to 32
+  u32 id_type, num_cols;  // as in AlignArgs
   i64 row_stride, col_stride;
 };
 
@@ -47,7 +47,7 @@ __device__ __forceinline__ void align_small(const SmallArgs& args) {
   u32 *buckets = &buckets4[0].x, *widths = &widths4[0].x;
   const u32 n = args.num_ids, thread = threadIdx.x, lanes = args.lanes_per_id;
 
-  // Fours past the last id compare as dropped ones do: equal to none that is placed, smaller than none.
+  // The last four is filled up with ids that count as dropped: equal to none that is placed, smaller than none.
   const u32 num_fours = ceil_div(n, 4);
   typename Ids::Id id = ~typename Ids::Id(0);
   if (thread < n) id = Ids::load(args, thread);
@@ -63,7 +63,7 @@ __device__ __forceinline__ void align_small(const SmallArgs& args) {
   }
   __syncthreads();
 
-  // `lanes` neighbours share an id; id n stands for the end, since every bucket is smaller than its.
+  // `lanes` neighbours share an id. Id n stands for the end: all buckets are below its own, num_experts.
   const u32 i = thread >> (31 - __clz(lanes)), lane = thread & (lanes - 1);
   const u32 bucket = i < n ? buckets[i] : args.num_experts;
   u32 counts = 0;  // earlier equal ids in the high half, all equal ids in the low half
@@ -99,9 +99,8 @@ __device__ __forceinline__ void align_small(const SmallArgs& args) {
   if (i == n && blockIdx.x == 0) *args.num_tokens_post_pad = (int)(slot - rank);
 }
 
-#define ENTRY(name, Ids)                                           \
-  extern "C" __global__ void __launch_bounds__(1024, 1)            \
-      align_small_##name(const __grid_constant__ SmallArgs args) { \
-    align_small<Ids>(args);                                        \
+#define ENTRY(name, Ids)                                                                                             \
+  extern "C" __global__ void __launch_bounds__(1024, 1) align_small_##name(const __grid_constant__ SmallArgs args) { \
+    align_small<Ids>(args);                                                                                          \
   }
 FOR_EACH_READER(ENTRY)

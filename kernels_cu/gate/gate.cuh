@@ -20,14 +20,14 @@ struct GateArgs {
   u32 renormalize;
   u32 lanes_per_row, row_shift;  // a power of two, and its logarithm
   u32 num_threads;               // blockDim.x, which is in another line of constants, 200 cycles away
-  float factor, softcap;  // softcap 0: none
+  float factor, softcap;         // softcap 0: none
 };
 
 enum ElementType : u32 { kF32, kF16, kBF16 };
 enum Scoring : u32 { kSoftmax, kSigmoid, kAsIs };
 
-// A key is a float as an unsigned integer of the same order; +NaN is above all and 0 below all. -0 counts as +0
-// and every NaN as +NaN, for which the addition sees.
+// A key is a float as an unsigned integer that sorts the same way; that of +NaN is above all others, 0 is below all.
+// -0 counts as +0 and every NaN as +NaN: adding 0 makes them so.
 constexpr u32 kNone = 0, kZeroKey = 0x80000000u, kInfKey = 0xff800000u, kMinusInfKey = 0x007fffffu;
 #define kMinusInf __uint_as_float(0xff800000u)
 
@@ -71,7 +71,8 @@ __device__ __forceinline__ float warp_sum(float value) {
   return value;
 }
 
-// e^x within 3e-7 as part of a sum with e^0: what rounding x * log2(e) costs matters less the smaller e^x is.
+// e^x for a sum that also holds e^0, to 3e-7 of it: rounding x * log2(e) costs a small e^x more of its digits, but a
+// small e^x matters less.
 __device__ __forceinline__ float exp_of_summand(float x) {
   float result;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x * 1.4426950408889634f));
@@ -86,7 +87,7 @@ __device__ __forceinline__ float reciprocal(float x) {
 
 constexpr float kLeastNormal = 1.175494351e-38f, kMostInvertible = 8.507059173e37f;  // 2^-126, 2^126
 
-// The score of one expert; for softmax with the greatest logit of the row, and 1 / the sum of e^(logit - greatest).
+// The score of one expert. For softmax, greatest is the row's greatest logit and scale 1 / sum of e^(logit - greatest).
 // A computed score that is NaN or less than kLeastNormal counts as 0.
 __device__ __forceinline__ float score_of(const GateArgs& args, float logit, float greatest, float scale) {
   if (args.scoring == kAsIs) return is_finite(logit) ? logit : 0.0f;
@@ -94,7 +95,7 @@ __device__ __forceinline__ float score_of(const GateArgs& args, float logit, flo
   if (args.scoring == kSigmoid) {
     score = reciprocal(1.0f + expf(-logit));
   } else {
-    // What rounding the difference costs would be all of the error of a small score; it is d + rest exactly.
+    // Rounding the difference would make nearly all of the error of a small score; d + rest is exact.
     const float d = __fsub_rn(logit, greatest), back = __fsub_rn(logit, d);
     const float rest = __fadd_rn(__fsub_rn(logit, __fadd_rn(d, back)), __fsub_rn(back, greatest));
     const float power = expf(d);
@@ -103,7 +104,7 @@ __device__ __forceinline__ float score_of(const GateArgs& args, float logit, flo
   return score >= kLeastNormal ? score : 0.0f;
 }
 
-// A sum is not divided by unless it and its reciprocal are normal numbers.
+// Weights are divided by their sum only if it and its reciprocal are normal numbers.
 __device__ __forceinline__ float renormalized(float weight, float sum) {
   return kLeastNormal <= sum && sum <= kMostInvertible ? weight * reciprocal(sum) : weight;
 }

@@ -139,7 +139,8 @@ __device__ __forceinline__ void gate_warp(const GateArgs& args) {
   const u32 lanes_per_row = kMode == kSeveral ? args.lanes_per_row : kWarpSize;
   const u32 thread = blockIdx.x * args.num_threads + threadIdx.x, lane = lane_id() & (lanes_per_row - 1);
   const u32 token = min_u32(args.num_tokens - 1, kMode == kSeveral ? thread >> args.row_shift : thread / kWarpSize);
-  const u32 row_lanes = kMode == kSeveral ? (kFullWarp >> (kWarpSize - lanes_per_row)) << (lane_id() - lane) : kFullWarp;
+  const u32 row_lanes =
+      kMode == kSeveral ? (kFullWarp >> (kWarpSize - lanes_per_row)) << (lane_id() - lane) : kFullWarp;
   const u32 earlier_lanes = lanes_below() & row_lanes;
   const char* row = args.logits + token * args.row_stride;
   const bool with_bias = kMode != kPlain && args.bias != nullptr;

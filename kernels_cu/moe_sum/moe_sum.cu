@@ -8,16 +8,16 @@
 // out      output [T, H] of Element
 // grid     threads that together cover num_units; block: up to kMaxThreads threads
 //
-// One thread makes one unit of the output: 16 bytes, or one element where strides or alignment do not allow that
-// (any). It asks for kInFlight slots before it adds the first, so memory is never waited for one slot at a time;
-// more than topk would only take registers. 2, 4 and 8 are for multiples of that, n is for any topk; these four are
-// without weights, ids, shared output and factor, which ext and any have.
+// One thread computes one unit of the output: 16 bytes, or one element where strides or alignment rule that out (any).
+// It requests kInFlight slots before it adds the first, so that their latencies overlap; more than topk would only
+// take registers. The entries 2, 4 and 8 are for multiples of that many slots, n is for any topk; none of these has
+// weights, ids, a shared output or a factor, which ext and any have.
 //
 // Slots whose id is negative, past the map, or mapped outside [0, num_experts) are not read.
 // Order: k ascending, in fp32; products and sums are rounded one by one (no fma), as on the CPU.
 #include "convert.cuh"
 
-// What every kernel reads comes first, as the first look at a line of 64 bytes of the arguments takes 200 cycles.
+// What every kernel reads comes first: the first access to each 64-byte line of the arguments takes 200 cycles.
 struct SumArgs {
   const char* input;
   char* output;
@@ -28,7 +28,7 @@ struct SumArgs {
   i64 token_stride, slot_stride, output_stride;  // in bytes
   u32 num_units, topk;
   Divisor units_per_token;
-  u32 num_threads;   // blockDim.x, which is in another line
+  u32 num_threads;   // blockDim.x, which is in another line of constants
   u32 num_experts;   // of the map; 2^31 without one
   u32 words_per_id;  // 1 or 2
   float factor;
@@ -37,7 +37,7 @@ struct SumArgs {
 
 constexpr u32 kMaxThreads = 128;
 
-// 16 bytes at a time. Stores say that nothing here will read them again (.cs), which leaves more of the L2 to loads.
+// 16 bytes at a time. Stores are marked as not to be read again (.cs), which leaves more of the L2 to loads.
 __device__ __forceinline__ uint4 load_vector(const char* address) {
   uint4 v;
   asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -101,10 +101,10 @@ __device__ __forceinline__ void find_reads(const SumArgs& args, u32 token, u32 f
   }
 }
 
-// Adds the slots [first, first + kInFlight) of a token, which there all are (kExact) or perhaps not.
+// Adds the slots [first, first + kInFlight) of a token: all of them (kExact), or those below topk.
 template <typename Unit, bool kExtended, u32 kInFlight, bool kExact>
-__device__ __forceinline__ void add_slots(
-    const SumArgs& args, u32 token, u32 first, const char* input, float (&sum)[Unit::kElements]) {
+__device__ __forceinline__ void add_slots(const SumArgs& args, u32 token, u32 first, const char* input,
+                                          float (&sum)[Unit::kElements]) {
   bool reads[kInFlight];
 #pragma unroll
   for (u32 i = 0; i < kInFlight; ++i) reads[i] = kExact || first + i < args.topk;
