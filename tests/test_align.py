@@ -15,8 +15,15 @@ import torch
 from align_cases import ID_TYPES, layouts, naive
 from hypothesis import given
 from hypothesis import strategies as st
+from operator_cases import IDS, MAP, Case
 
 from cupy_moe import MoEAlignment, aligned_sizes, moe_align_block_size
+
+CASES = {
+    "align": Case(
+        moe_align_block_size, {"topk_ids": IDS, "block_size": 4, "num_experts": 8, "expert_map": MAP}
+    )
+}
 
 EXAMPLE = [[2, 3, 4], [1, 2, 4], [1, 3, 4], [1, 2, 3]]
 IDS = torch.tensor(EXAMPLE, dtype=torch.int32)

@@ -11,10 +11,19 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from operator_cases import Case
 
 from cupy_moe import MoEAlignment, batched_moe_align_block_size
 from cupy_moe.cpu import align_batched as cpu_align_batched
 from cupy_moe.plans.align_batched import plan_batched
+
+COUNTS = torch.tensor([2, 0, 5], dtype=torch.int32)
+CASES = {
+    "batched": Case(
+        batched_moe_align_block_size,
+        {"max_tokens_per_batch": 8, "block_size": 4, "expert_num_tokens": COUNTS},
+    )
+}
 
 GUARD = 0x3C3C3C3C
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import fractions
 import inspect
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from operator_cases import IDS, LOGITS, all_cases
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -17,11 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import cupy_moe
 from cupy_moe import (
     aligned_sizes,
-    batched_moe_align_block_size,
-    grouped_topk,
     moe_align_block_size,
     moe_sum,
-    topk_sigmoid,
     topk_softmax,
 )
 from cupy_moe.dispatch import operator
@@ -32,81 +29,7 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 on_each_device = pytest.mark.parametrize("device", DEVICES)
 
 
-class Case(NamedTuple):
-    """An operator, arguments for it, and which of these are tensors."""
-
-    function: Callable[..., Any]
-    arguments: dict[str, Any]
-
-    @property
-    def tensors(self) -> list[str]:
-        return [name for name, value in self.arguments.items() if isinstance(value, torch.Tensor)]
-
-    def on(self, device: str) -> Case:
-        moved = {n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in self.arguments.items()}
-        return Case(self.function, moved)
-
-    def __call__(self, **changes: Any) -> tuple[torch.Tensor, ...]:
-        results = self.function(**{**self.arguments, **changes})
-        return results if isinstance(results, tuple) else (results,)
-
-    def out(self) -> tuple[torch.Tensor, ...]:
-        return tuple(torch.full_like(result, 77) for result in self())
-
-    def with_out(self, out: tuple[Any, ...], **changes: Any) -> None:
-        self(out=out[0] if len(out) == 1 else out, **changes)
-
-
-generator = torch.Generator().manual_seed(0)
-LOGITS = torch.randn(5, 8, generator=generator)
-BIAS = torch.randn(8, generator=generator)
-MASK = torch.tensor([False, True, False, False, False])
-IDS = torch.randint(-1, 9, (5, 2), generator=generator, dtype=torch.int32)
-MAP = torch.tensor([0, -1, 1, 2, -1, 3, 9, 4], dtype=torch.int32)
-CASES = {
-    "align": Case(
-        moe_align_block_size, {"topk_ids": IDS, "block_size": 4, "num_experts": 8, "expert_map": MAP}
-    ),
-    "batched": Case(
-        batched_moe_align_block_size,
-        {
-            "max_tokens_per_batch": 8,
-            "block_size": 4,
-            "expert_num_tokens": torch.tensor([2, 0, 5], dtype=torch.int32),
-        },
-    ),
-    "sum": Case(
-        moe_sum,
-        {
-            "input": torch.randn(5, 2, 8, generator=generator),
-            "topk_weights": torch.rand(5, 2, generator=generator),
-            "topk_ids": IDS,
-            "expert_map": MAP,
-            "shared_output": torch.randn(5, 8, generator=generator),
-            "routed_scaling_factor": 2.5,
-        },
-    ),
-    "softmax": Case(
-        topk_softmax,
-        {"gating_output": LOGITS, "topk": 2, "e_score_correction_bias": BIAS, "padding_mask": MASK},
-    ),
-    "sigmoid": Case(
-        topk_sigmoid,
-        {"gating_output": LOGITS, "topk": 2, "e_score_correction_bias": BIAS, "padding_mask": MASK},
-    ),
-    "grouped": Case(
-        grouped_topk,
-        {
-            "gating_output": LOGITS,
-            "topk": 2,
-            "renormalize": True,
-            "num_expert_group": 4,
-            "topk_group": 2,
-            "e_score_correction_bias": BIAS,
-            "padding_mask": MASK,
-        },
-    ),
-}
+CASES = all_cases()
 every_operator = pytest.mark.parametrize("name", CASES)
 every_tensor = pytest.mark.parametrize(
     ("name", "tensor"), [(name, tensor) for name, case in CASES.items() for tensor in case.tensors]

@@ -14,6 +14,7 @@ import pytest
 import torch
 from cache_helpers import Everything
 from gpus import H200
+from operator_cases import BIAS, LOGITS, MASK, Case
 
 from cupy_moe import grouped_topk, topk_sigmoid, topk_softmax
 from cupy_moe.cpu import gate as cpu_gate
@@ -21,6 +22,14 @@ from cupy_moe.operators import gate
 from cupy_moe.operators.gate import GateOptions
 from cupy_moe.plans import gate as gate_plans
 from cupy_moe.plans.gate import GATE_WARP_MAX_TOKENS, plan_gate
+
+TENSORS = {"gating_output": LOGITS, "e_score_correction_bias": BIAS, "padding_mask": MASK}
+GROUPS = {"renormalize": True, "num_expert_group": 4, "topk_group": 2}
+CASES = {
+    "softmax": Case(topk_softmax, {**TENSORS, "topk": 2}),
+    "sigmoid": Case(topk_sigmoid, {**TENSORS, "topk": 2}),
+    "grouped": Case(grouped_topk, {**TENSORS, "topk": 2, **GROUPS}),
+}
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ID_TYPES = (torch.int32, torch.int64, torch.uint32)

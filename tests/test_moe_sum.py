@@ -13,12 +13,27 @@ import pytest
 import torch
 from cache_helpers import Everything
 from gpus import H200
+from operator_cases import IDS, MAP, Case
 
 from cupy_moe import moe_sum
 from cupy_moe.cpu import moe_sum as cpu_moe_sum
 from cupy_moe.operators import moe_sum as operator
 from cupy_moe.plans import moe_sum as moe_sum_plans
 from cupy_moe.plans.moe_sum import plan_sum
+
+CASES = {
+    "sum": Case(
+        moe_sum,
+        {
+            "input": torch.linspace(-3, 3, 80).view(5, 2, 8),
+            "topk_weights": torch.linspace(0, 1, 10).view(5, 2),
+            "topk_ids": IDS,
+            "expert_map": MAP,
+            "shared_output": torch.linspace(-1, 2, 40).view(5, 8),
+            "routed_scaling_factor": 2.5,
+        },
+    )
+}
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 

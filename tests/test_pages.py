@@ -309,9 +309,9 @@ def test_lines_that_a_unit_may_have() -> None:
 
 @pytest.fixture(scope="module")
 def followed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkout in which somebody has followed the walk-through, but for the tests of all operators."""
+    """A checkout in which somebody has followed the walk-through."""
     root = tmp_path_factory.mktemp("followed")
-    for name in ("cupy_moe", "kernels_cu", "tests"):
+    for name in ("cupy_moe", "kernels_cu", "tests", "scripts"):
         copytree(ROOT / name, root / name, ignore=ignore_patterns("__pycache__"))
     copy(ROOT / "pyproject.toml", root)
     for name, body in new_files().items():
@@ -335,7 +335,14 @@ def run_in(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_operator_of_the_walk_through_passes_its_tests(followed: Path) -> None:
-    chosen = ("tests/test_count_experts.py", "tests/test_structs.py", "-k", "count or declared or fields")
+    files = (
+        "tests/test_count_experts.py",
+        "tests/test_structs.py",
+        "tests/test_arguments.py",
+        "tests/test_bench.py",
+    )
+    names = "count or declared or fields or constants or every_function or every_operator"
+    chosen = (*files, "-k", names)
     run = run_in(followed, "-m", "pytest", "-q", "-p", "no:cacheprovider", *chosen)
     assert run.returncode == 0, run.stdout + run.stderr
     assert re.search(r"\b[1-9]\d+ passed", run.stdout), run.stdout
