@@ -20,10 +20,18 @@ __device__ __forceinline__ u32 min_u32(u32 a, u32 b) { return a < b ? a : b; }
 __device__ __forceinline__ u32 lane_id() { return threadIdx.x % kWarpSize; }
 __device__ __forceinline__ u32 warp_id() { return threadIdx.x / kWarpSize; }
 
+// Where EMULATED is set, a C++ compiler makes of a kernel what runs on a CPU (tests/emulator). PTX then gives way to
+// functions called `plain_`, which do the same in C++; a test on GPUs compares the two.
+
+__device__ __forceinline__ u32 plain_lanes_below() { return (1u << lane_id()) - 1; }
 __device__ __forceinline__ u32 lanes_below() {
+#if EMULATED
+  return plain_lanes_below();
+#else
   u32 mask;
   asm("mov.u32 %0, %%lanemask_lt;" : "=r"(mask));
   return mask;
+#endif
 }
 
 // Division of any value below 2^31 by a divisor known at launch: a multiplication and a shift.

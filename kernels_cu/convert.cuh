@@ -14,18 +14,53 @@ struct F32 {
   static __device__ __forceinline__ u32 pack(const float* values) { return __float_as_uint(values[0]); }
 };
 
+// The conversions of F16 and BF16 for where there is no PTX.
+__device__ __forceinline__ float plain_f16_to_float(u16 bits) {
+  const u32 magnitude = bits & 0x7fffu, sign = (u32)(bits & 0x8000u) << 16;
+  if (magnitude > 0x7c00u) return __uint_as_float(sign | 0x400000u | magnitude << 13 | 0x7f800000u);  // NaN
+  if (magnitude == 0x7c00u) return __uint_as_float(sign | 0x7f800000u);
+  // The exponent is 112 too small; that puts normal and subnormal numbers right, exactly.
+  const float scaled = __uint_as_float(magnitude << 13) * __uint_as_float((127 + 112) << 23);
+  return __uint_as_float(sign | __float_as_uint(scaled));
+}
+
+__device__ __forceinline__ u16 plain_float_to_f16(float value) {
+  const u32 word = __float_as_uint(value), magnitude = word & 0x7fffffffu, sign = word >> 16 & 0x8000u;
+  if (magnitude > 0x7f800000u) return 0x7fffu;          // NaN
+  if (magnitude >= 0x477ff000u) return sign | 0x7c00u;  // 65520 and more round to infinity
+  if (magnitude < 0x38800000u) {                        // subnormal in fp16: adding 0.5 rounds at the right bit
+    const u32 rounded = __float_as_uint(__fadd_rn(__uint_as_float(magnitude), 0.5f)) - __float_as_uint(0.5f);
+    return sign | rounded;
+  }
+  const u32 rounded = magnitude + 0xfffu + (magnitude >> 13 & 1);  // to nearest, ties to even
+  return sign | (rounded - (112u << 23)) >> 13;
+}
+
+__device__ __forceinline__ u16 plain_float_to_bf16(float value) {
+  const u32 word = __float_as_uint(value);
+  return value == value ? (u16)((word + 0x7fffu + (word >> 16 & 1)) >> 16) : (u16)0x7fffu;
+}
+
 struct F16 {
   static constexpr u32 kBytes = 2, kPerWord = 2;
   using Bits = u16;
   static __device__ __forceinline__ float to_float(Bits bits) {
+#if EMULATED
+    return plain_f16_to_float(bits);
+#else
     float value;
     asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
     return value;
+#endif
   }
   static __device__ __forceinline__ Bits from_float(float value) {
+#if EMULATED
+    return plain_float_to_f16(value);
+#else
     Bits bits;
     asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
     return bits;
+#endif
   }
   static __device__ __forceinline__ void unpack(u32 word, float* values) {
     values[0] = to_float((Bits)word);
@@ -41,21 +76,20 @@ struct BF16 {
   using Bits = u16;
   static __device__ __forceinline__ float to_float(Bits bits) { return __uint_as_float((u32)bits << 16); }
   static __device__ __forceinline__ Bits from_float(float value) {
+#if __CUDA_ARCH__ >= 800 && !EMULATED
     Bits bits;
-#if __CUDA_ARCH__ >= 800
     asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
-#else
-    const u32 word = __float_as_uint(value);
-    bits = value == value ? (Bits)((word + 0x7fffu + (word >> 16 & 1)) >> 16) : (Bits)0x7fffu;
-#endif
     return bits;
+#else
+    return plain_float_to_bf16(value);
+#endif
   }
   static __device__ __forceinline__ void unpack(u32 word, float* values) {
     values[0] = __uint_as_float(word << 16);
     values[1] = __uint_as_float(word & 0xffff0000u);
   }
   static __device__ __forceinline__ u32 pack(const float* values) {
-#if __CUDA_ARCH__ >= 800
+#if __CUDA_ARCH__ >= 800 && !EMULATED
     u32 word;
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(values[1]), "f"(values[0]));
     return word;

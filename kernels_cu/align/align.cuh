@@ -236,7 +236,14 @@ __device__ __forceinline__ u32 scan_column(const Table& table, u32 bucket) {
 }
 
 // Of the lanes, keep those that have the calling lane's bit k of value. Four instructions; the compiler makes eight.
+__device__ __forceinline__ void plain_keep_equal_bit(u32& lanes, u32 value, u32 k) {
+  const u32 same = __ballot_sync(kFullWarp, value >> k & 1);
+  lanes &= value >> k & 1 ? same : ~same;
+}
 __device__ __forceinline__ void keep_equal_bit(u32& lanes, u32 value, u32 k) {
+#if EMULATED
+  plain_keep_equal_bit(lanes, value, k);
+#else
   asm volatile(
       "{\n"
       ".reg .pred is_set;\n"
@@ -249,6 +256,7 @@ __device__ __forceinline__ void keep_equal_bit(u32& lanes, u32 value, u32 k) {
       "}"
       : "+r"(lanes)
       : "r"(value), "r"(1u << k));
+#endif
 }
 
 // The lanes whose ids are in the same bucket; none for a lane whose id is dropped. Ballots on the bits of the

@@ -74,15 +74,23 @@ __device__ __forceinline__ float warp_sum(float value) {
 // e^x for a sum that also holds e^0, to 3e-7 of it: rounding x * log2(e) costs a small e^x more of its digits, but a
 // small e^x matters less.
 __device__ __forceinline__ float exp_of_summand(float x) {
+#if EMULATED
+  return exp2f(x * 1.4426950408889634f);
+#else
   float result;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x * 1.4426950408889634f));
   return result;
+#endif
 }
 
 __device__ __forceinline__ float reciprocal(float x) {
+#if EMULATED
+  return 1.0f / x;
+#else
   float result;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
   return result;
+#endif
 }
 
 constexpr float kLeastNormal = 1.175494351e-38f, kMostInvertible = 8.507059173e37f;  // 2^-126, 2^126

@@ -39,16 +39,24 @@ constexpr u32 kMaxThreads = 128;
 
 // 16 bytes at a time. Stores are marked as not to be read again (.cs), which leaves more of the L2 to loads.
 __device__ __forceinline__ uint4 load_vector(const char* address) {
+#if EMULATED
+  return *reinterpret_cast<const uint4*>(address);
+#else
   uint4 v;
   asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
                : "l"(address));
   return v;
+#endif
 }
 
 __device__ __forceinline__ void store_vector(char* address, uint4 v) {
+#if EMULATED
+  *reinterpret_cast<uint4*>(address) = v;
+#else
   asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
                : "memory");
+#endif
 }
 
 // What a thread holds of one slot, and its sum in fp32.

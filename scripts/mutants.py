@@ -1,0 +1,182 @@
+"""Deliberate faults in kernels, constants, plans and argument structs, and whether the suite notices them.
+
+    scripts/mutants                 all of them, two at a time; prints a table, exits with 1 if one is missed
+    scripts/mutants barrier 17      those whose number or description says so
+
+Each is put into a copy of the checkout, where the tests that need no GPU run until the first fails.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+# Those first that are likely to notice; all run.
+FIRST = ("structs", "plans", "emulator", "align", "align_batched", "gate", "moe_sum", "launch", "arguments")
+
+
+class Mutant(NamedTuple):
+    what: str
+    file: str
+    before: str
+    after: str
+    missed: str = ""  # why it is not noticed
+
+
+ALIGN, SHARED, SMALL = (
+    "kernels_cu/align/align.cuh",
+    "kernels_cu/align/align_shared.cu",
+    "kernels_cu/align/align_small.cu",
+)
+GLOBAL, BATCHED = "kernels_cu/align/align_global.cu", "kernels_cu/align_batched/align_batched.cu"
+GATE, WARP, WIDE = "kernels_cu/gate/gate.cuh", "kernels_cu/gate/gate_warp.cu", "kernels_cu/gate/gate_wide.cu"
+SUM, COMMON, CONVERT = "kernels_cu/moe_sum/moe_sum.cu", "kernels_cu/common.cuh", "kernels_cu/convert.cuh"
+PLAN, PLAN_GATE, PLAN_SUM = "cupy_moe/plans/align.py", "cupy_moe/plans/gate.py", "cupy_moe/plans/moe_sum.py"
+OPERATOR = "cupy_moe/operators/align.py"
+
+MUTANTS = [
+    # comparisons
+    Mutant("ids equal to num_experts are placed", ALIGN, "ids[k] < args.num_experts ?", "ids[k] <= args.num_experts ?"),
+    Mutant("map entries are not bounded", ALIGN, "min_u32((u32)__ldg(args.expert_map + of[k]), args.num_experts)", "(u32)__ldg(args.expert_map + of[k])"),
+    Mutant("a mapped block names any expert", ALIGN, "(u32)local < args.num_experts ? local : -1", "local"),
+    Mutant("the last id of a piece is left out", ALIGN, "return i < end ? Ids::load", "return i + 1 < end ? Ids::load"),
+    Mutant("rows after the piece count as the piece's", ALIGN, "return i < end ? table.of_warp", "return i <= end ? table.of_warp"),
+    Mutant("equal ids: the later one comes first", SMALL, "other.x == bucket ? (first < i ?", "other.x == bucket ? (first > i ?"),
+    Mutant("smaller or equal buckets count as smaller", SMALL, "other.y < bucket ? width.y", "other.y <= bucket ? width.y"),
+    Mutant("a slot at the end of the slice is written twice", SMALL, "slot < slot_end", "slot <= slot_end"),
+    Mutant("ties go to the later group", WARP, "theirs == score && other < group", "theirs == score && other > group"),
+    Mutant("ties go to the later group, wide", WIDE, "group_keys[other] == score && other < group", "group_keys[other] == score && other > group"),
+    Mutant("ties go to the later expert, wide", WIDE, "key == last.key && place > last.place", "key == last.key && place < last.place"),
+    Mutant("as many groups as asked for and one more", WARP, "return rank < args.topk_group", "return rank <= args.topk_group"),
+    Mutant("a slot of any id is read", SUM, "reads[i] &= id < args.num_experts &&", "reads[i] &= id <= args.num_experts &&"),
+    Mutant("the upper word of ids is not looked at", SUM, "(args.words_per_id == 1 || upper == 0)", "true"),
+    Mutant("one unit too many", SUM, "if (unit >= args.num_units) return;", "if (unit > args.num_units) return;"),
+    Mutant("negative counts are not 0", BATCHED, "return count < 0 ? 0 : min_u32(count, args.max_tokens);", "return min_u32(count, args.max_tokens);"),
+    Mutant("counts are not bounded", BATCHED, "min_u32(count, args.max_tokens)", "count"),
+    # barriers
+    Mutant("no barrier after the buckets are there", SMALL, "  __syncthreads();\n\n  // `lanes` neighbours", "\n  // `lanes` neighbours"),
+    Mutant("no barrier before counting", ALIGN, "= make_uint4(0, 0, 0, 0);\n  __syncthreads();", "= make_uint4(0, 0, 0, 0);"),
+    Mutant("no barrier after counting", ALIGN, "to_bucket(args, Ids::load(args, i)), 1);\n  __syncthreads();", "to_bucket(args, Ids::load(args, i)), 1);"),
+    Mutant("no barrier between rounds of a scan", ALIGN, "if (first > 0) __syncthreads();  // warp_sums is still being read", ""),
+    Mutant("no barrier after the slots are found", ALIGN, "    post_pad += total;\n  }\n  __syncthreads();", "    post_pad += total;\n  }"),
+    Mutant("no barrier of the warp before a row is advanced", ALIGN, "    if (begin >= end) break;\n    __syncwarp();", "    if (begin >= end) break;"),
+    Mutant("no barrier of the warp after a row is advanced", ALIGN, "match = Match(args, next, next_id);\n    __syncwarp();", "match = Match(args, next, next_id);"),
+    Mutant("no barrier in a scan", COMMON, "warp_sums[warp] = scanned;\n  __syncthreads();", "warp_sums[warp] = scanned;"),
+    Mutant("nobody waits for the counts of others", SHARED, "  if (kCluster > 1) inbox.wait();\n", ""),
+    Mutant("nobody waits for the cluster to run", SHARED, "    cluster_wait<kCluster>();\n", ""),
+    Mutant("the inbox expects too little", SHARED, "inbox.expect(kCluster * stride * sizeof(u16))", "inbox.expect((kCluster - 1) * stride * sizeof(u16))"),
+    Mutant("no barrier between offers", WIDE, "if (lane_id() == 0) offers[warp_id()] = offer;\n    __syncthreads();", "if (lane_id() == 0) offers[warp_id()] = offer;"),
+    Mutant("no barrier after the keys", WIDE, "no_scores ? 0.0f : logit);\n  }\n  __syncthreads();", "no_scores ? 0.0f : logit);\n  }"),
+    Mutant("offers of one round only", WIDE, "u32* offers = partial[k % 2];", "u32* offers = partial[0];"),
+    Mutant("no barrier before the sums are read", BATCHED, "atomicAdd(sums + 1, all);\n  }\n  __syncthreads();", "atomicAdd(sums + 1, all);\n  }"),
+    Mutant("sums are added to before they are cleared", BATCHED, "if (threadIdx.x < 2) sums[threadIdx.x] = 0;\n  __syncthreads();", "if (threadIdx.x < 2) sums[threadIdx.x] = 0;"),
+    # off by one, wrong operation
+    Mutant("the quotient of a divisor is shifted by one less", COMMON, "__umulhi(x << 1, magic) >> shift", "__umulhi(x << 1, magic) >> (shift - 1)"),
+    Mutant("rounding up one too far", COMMON, "return quotient(x + value - 1) * value;", "return quotient(x + value) * value;"),
+    Mutant("an inclusive scan", COMMON, "return scanned - value + warp_sum", "return scanned + warp_sum"),
+    Mutant("the tail is not filled", ALIGN, "  fill(args.sorted_token_ids, post_pad, args.num_slots, value, thread, num_threads);\n", ""),
+    Mutant("the padding of the first bucket of a warp only", ALIGN, "bucket < args.num_experts;\n       bucket += gridDim.x * num_warps)", "bucket < min_u32(args.num_experts, gridDim.x * num_warps);\n       bucket += gridDim.x * num_warps)"),
+    Mutant("the counts of later blocks are left out", GLOBAL, "after += block > blockIdx.x ? count : 0;", "after += block > blockIdx.x + 1 ? count : 0;"),
+    Mutant("bits of the bucket: one too few", ALIGN, "bits != 0; bits >>= kBits", "bits > 1; bits >>= kBits"),
+    Mutant("weights of the slot before", SUM, "args.weights + (i64)token * args.topk + first;", "args.weights + (i64)token * args.topk;"),
+    Mutant("fused products", SUM, "__fadd_rn(sum[e], kExtended ? __fmul_rn(weights[i], values[e]) : values[e])", "fmaf(weights[i], values[e], sum[e])"),
+    Mutant("the factor after the shared output", SUM, "sum[e] = __fadd_rn(sum[e], values[e]);\n", "sum[e] = __fmul_rn(__fadd_rn(sum[e], values[e]), args.factor);\n"),
+    Mutant("softmax is renormalised by another lane's sum", WARP, "value += __shfl_xor_sync(kFullWarp, value, distance)", "value += __shfl_up_sync(kFullWarp, value, distance)", ""),
+    Mutant("a key of NaN selects", GATE, "return key > kInfKey ? kMinusInfKey : key;", "return key;"),
+    Mutant("padding rows have ids", WARP, "padded ? ~0u : id", "id"),
+    Mutant("fp16 is rounded down", CONVERT, "magnitude + 0xfffu + (magnitude >> 13 & 1)", "magnitude"),
+    # constants and formulas
+    Mutant("align_small takes more ids than it has room for", PLAN, 'SMALL_FAST_IDS, SMALL_MAX_IDS = 64, Constant(128,', 'SMALL_FAST_IDS, SMALL_MAX_IDS = 64, Constant(192,'),
+    Mutant("a table of one row less", PLAN, "round_up(num_rows + 2, 2) + 1", "round_up(num_rows + 1, 2) + 1"),
+    Mutant("a table that is too narrow", PLAN, "return round_up(num_experts + 1, 4)", "return round_up(num_experts, 4)"),
+    Mutant("no room for the counts of one block", PLAN, "(cluster + 1) * 2 * round_up(num_experts, 8)", "cluster * 2 * round_up(num_experts, 8)"),
+    Mutant("too few scratch words", PLAN, 'pieces.arguments, grid * stride)', 'pieces.arguments, (grid - 1) * stride)'),
+    Mutant("pieces that do not cover the ids", PLAN, "round_up(ceil_div(sizes.num_ids, grid), WARP)", "round_up(sizes.num_ids // grid, WARP)"),
+    Mutant("too few threads for the last id", PLAN, "round_up((sizes.num_ids + 1) * lanes, WARP)", "round_up(sizes.num_ids * lanes, WARP)"),
+    Mutant("too little shared memory for many experts", PLAN_GATE, "4 * (num_experts + num_groups + 2 * topk)", "4 * (num_experts + num_groups + topk)"),
+    Mutant("lanes with one expert too few", PLAN_GATE, "share for share in GATE_SHARES[kernel] if num_experts // num_groups <= share * lanes", "share for share in GATE_SHARES[kernel] if num_experts // num_groups <= share * lanes + 1"),
+    Mutant("a block too few", PLAN_SUM, "ceil_div(num_units, threads), threads", "num_units // threads, threads"),
+    # structs and enums
+    Mutant("two fields of a struct change places", ALIGN, "u32 num_ids, num_experts, num_slots, num_blocks;\n  u32 map_mode;", "u32 num_experts, num_ids, num_slots, num_blocks;\n  u32 map_mode;"),
+    Mutant("a field has another type", GATE, "float factor, softcap;", "u32 factor; float softcap;"),
+    Mutant("an enumerator is put before another", GATE, "enum Scoring : u32 { kSoftmax, kSigmoid, kAsIs };", "enum Scoring : u32 { kSigmoid, kSoftmax, kAsIs };"),
+    Mutant("the map's modes change places", OPERATOR, "NO_MAP, MAP_BLOCKS, MAP_IDS = range(3)", "NO_MAP, MAP_IDS, MAP_BLOCKS = range(3)"),
+    Mutant("pointers change places", OPERATOR, "            for launch in launches:\n                launch(ids, a, b, c)\n    except", "            for launch in launches:\n                launch(ids, b, a, c)\n    except"),
+    Mutant("the words of an id are its bytes", "cupy_moe/operators/moe_sum.py", "words_per_id=id_bytes // 4,", "words_per_id=id_bytes // 8 or 1,"),
+    # without consequence
+    Mutant("more threads that share a column", GLOBAL, "kColumnParts = 4;", "kColumnParts = 8;", "the same results, at another speed"),
+    Mutant("one load in flight", SHARED, "kMaxLoads = kCluster == 1 ? 2 : 4;", "kMaxLoads = 1;", "the same results, at another speed"),
+]  # fmt: skip
+
+
+def examine(number: int) -> tuple[str, float]:
+    """The first test that fails, "" if none does; and how long it took, in seconds."""
+    mutant = MUTANTS[number]
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="cupy_moe-mutant-") as folder:
+        copy = Path(folder)
+        ignored = shutil.ignore_patterns("__pycache__", ".*", "results")
+        for name in ("cupy_moe", "kernels_cu", "scripts", "tests"):
+            shutil.copytree(ROOT / name, copy / name, ignore=ignored)
+        for name in ("pyproject.toml", "README.md"):
+            shutil.copy(ROOT / name, copy)
+        (copy / "cache").mkdir()
+        path = copy / mutant.file
+        text = path.read_text(encoding="utf-8")
+        if text.count(mutant.before) < 1:
+            raise SystemExit(f"{number} ({mutant.what}): {mutant.file} has no {mutant.before!r}")
+        path.write_text(text.replace(mutant.before, mutant.after, 1), encoding="utf-8")
+        # What is compiled is kept by its contents.
+        (ROOT / ".pytest_cache").mkdir(exist_ok=True)
+        (copy / ".pytest_cache").symlink_to(ROOT / ".pytest_cache")
+        tests = [f"tests/test_{name}.py" for name in FIRST]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-x",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "--no-header",
+            *tests,
+        ]
+        environment = os.environ | {"PYTHONPATH": str(copy), "CUDA_VISIBLE_DEVICES": "", "CI": "1"}
+        run = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, check=False)
+    failed = [line for line in run.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    if run.returncode and not failed:
+        failed = [(run.stdout + run.stderr).strip().splitlines()[-1]]
+    return (failed[0].split(" - ")[0] if failed else ""), time.monotonic() - start
+
+
+def main(words: list[str]) -> int:
+    chosen = [
+        number
+        for number, mutant in enumerate(MUTANTS)
+        if not words
+        or any(word == str(number) or (not word.isdigit() and word in mutant.what) for word in words)
+    ]
+    missed = caught = 0
+    with ThreadPoolExecutor(2) as pool:
+        for number, (failed, seconds) in zip(chosen, pool.map(examine, chosen), strict=True):
+            mutant = MUTANTS[number]
+            known = f"not noticed: {mutant.missed}" if mutant.missed else "MISSED"
+            if not failed and not mutant.missed:
+                missed += 1
+            caught += bool(failed)
+            print(f"{number:3}  {mutant.what:50}  {seconds:4.0f} s  {failed or known}", flush=True)
+    equal = sum(bool(MUTANTS[number].missed) for number in chosen)
+    print(f"{caught} of {len(chosen) - equal} noticed; {equal} more change nothing but speed")
+    return int(missed > 0.05 * len(chosen))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,192 @@
+"""Random calls of every operator, by a seed: sizes around what kernels and plans care about, and garbage."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from cupy_moe import batched_moe_align_block_size, moe_align_block_size, moe_sum
+from cupy_moe.cpu import align as cpu_align
+from cupy_moe.cpu import align_batched as cpu_align_batched
+from cupy_moe.cpu import gate as cpu_gate
+from cupy_moe.cpu import moe_sum as cpu_moe_sum
+from cupy_moe.operators.gate import GateOptions, _run
+from cupy_moe.plans.align import ALIGN_KERNELS
+from cupy_moe.plans.gate import GATE_KERNELS
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+ID_TYPES = (torch.int32, torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
+
+
+class Call(NamedTuple):
+    """A call of an operator, its tensors by name apart from the rest, and what it has to give."""
+
+    function: Callable[..., Any]
+    tensors: dict[str, torch.Tensor]
+    rest: dict[str, Any]
+    expected: Callable[..., Any]
+    kernels: tuple[str, ...] = ()  # that can be forced
+
+    def specified(self) -> tuple[torch.Tensor, ...]:
+        return as_tuple(self.expected(**self.tensors, **self.rest))
+
+    def run(self, place: Callable[[torch.Tensor], torch.Tensor], kernel: str | None = None) -> Any:
+        """The results, of tensors that `place` has moved to where they belong."""
+        forced = {} if kernel is None else {"kernel": kernel}
+        placed = {name: place(tensor) for name, tensor in self.tensors.items()}
+        return as_tuple(self.function(**placed, **self.rest, **forced))
+
+
+def as_tuple(results: Any) -> tuple[torch.Tensor, ...]:
+    return tuple(results) if isinstance(results, tuple) else (results,)
+
+
+def align(seed: int, most_ids: int = 700) -> Call:
+    pick = random.Random(seed)
+    torch.manual_seed(seed)
+    num_experts = pick.choice((1, 2, 3, 7, 8, 31, 32, 33, 64, 100, 255, 256, 257, 700))
+    num_ids = pick.choice(
+        (0, 1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, pick.randint(130, most_ids))
+    )
+    low, high = pick.choice(
+        ((0, num_experts), (0, num_experts), (-3, num_experts + 3), (0, 1), (-(2**31), 2**31 - 1))
+    )
+    ids = torch.randint(low, high, (num_ids,), dtype=torch.int64)
+    dtype = pick.choice(ID_TYPES)
+    ids = ids.to(dtype)
+    layout = pick.choice(("plain", "plain", "plain", "columns", "offset"))
+    if layout == "columns" and num_ids > 1:
+        ids = torch.stack([ids, ids.flip(0)], dim=1)[:, 0]
+    elif layout == "offset" and num_ids > 1:
+        ids = ids[1:]
+    tensors = {"topk_ids": ids}
+    if pick.random() < 0.4:
+        tensors["expert_map"] = torch.randint(-1, num_experts + 2, (num_experts,), dtype=torch.int32)
+    rest = {
+        "block_size": pick.choice((1, 2, 3, 4, 16, 17, 64, 128)),
+        "num_experts": num_experts,
+        "pad_sorted_ids": pick.random() < 0.5,
+        "ignore_invalid_experts": pick.random() < 0.5,
+    }
+    return Call(moe_align_block_size, tensors, rest, cpu_align.moe_align_block_size, ALIGN_KERNELS)
+
+
+def align_batched(seed: int) -> Call:
+    pick = random.Random(seed)
+    torch.manual_seed(seed)
+    num_batches, most = pick.choice((0, 1, 2, 8, 33, 257)), pick.choice((1, 5, 16, 64, 100))
+    counts = torch.randint(-2, most + 3, (num_batches,), dtype=torch.int32)
+    if pick.random() < 0.2:
+        counts = torch.randint(-(2**31), 2**31 - 1, (num_batches,), dtype=torch.int32)
+    rest = {"max_tokens_per_batch": most, "block_size": pick.choice((1, 3, 16, 64))}
+    tensors = {"expert_num_tokens": counts}
+    return Call(batched_moe_align_block_size, tensors, rest, cpu_align_batched.batched_moe_align_block_size)
+
+
+def sum_up(seed: int) -> Call:
+    pick = random.Random(seed)
+    torch.manual_seed(seed)
+    dtype = pick.choice(DTYPES)
+    tokens, topk = pick.choice((1, 2, 3, 9)), pick.choice((1, 2, 3, 4, 5, 6, 8, 9, 10, 16))
+    hidden = pick.choice((1, 8, 16, 33, 64, 96, 136))
+    values = torch.randn(tokens, topk, hidden) * pick.choice((1.0, 1e-5, 3e4))
+    if pick.random() < 0.3:
+        values[torch.rand(values.shape) < 0.2] = pick.choice((torch.nan, torch.inf, -0.0, 1e-40))
+    input = values.to(dtype)
+    if pick.random() < 0.3:
+        input = input.transpose(0, 1).contiguous().transpose(0, 1)
+    tensors = {"input": input}
+    rest: dict[str, Any] = {}
+    if pick.random() < 0.5:
+        tensors["topk_weights"] = torch.randn(tokens, topk)
+    if pick.random() < 0.5:
+        num_experts = pick.choice((1, 4, 9))
+        tensors["topk_ids"] = torch.randint(
+            -2, num_experts + 2, (tokens, topk), dtype=pick.choice(ID_TYPES[:2])
+        )
+        if pick.random() < 0.5:
+            tensors["expert_map"] = torch.randint(-1, num_experts + 1, (num_experts,), dtype=torch.int32)
+    if pick.random() < 0.4:
+        tensors["shared_output"] = torch.randn(tokens, hidden).to(dtype)
+    if pick.random() < 0.4:
+        rest["routed_scaling_factor"] = pick.choice((2.5, 0.0, -1.0))
+    return Call(moe_sum, tensors, rest, cpu_moe_sum.moe_sum)
+
+
+def gate(seed: int) -> Call:
+    pick = random.Random(seed)
+    torch.manual_seed(seed)
+    num_experts = pick.choice((1, 2, 5, 8, 16, 31, 32, 33, 64, 65, 128, 160, 256, 300, 512, 700))
+    tokens, groups, chosen = pick.choice((1, 2, 3, 7)), 1, 1
+    divisors = [g for g in (2, 3, 4, 5, 8, 32, 64) if num_experts % g == 0]
+    if divisors and pick.random() < 0.4:
+        groups = pick.choice(divisors)
+        chosen = pick.randint(1, groups)
+    topk = pick.randint(1, min(pick.choice((1, 2, 8, 32, 64)), chosen * (num_experts // groups)))
+    logits = torch.randn(tokens, num_experts) * pick.choice((1.0, 1.0, 10.0, 60.0))
+    if pick.random() < 0.3:
+        logits = torch.round(logits)  # ties
+    if pick.random() < 0.15:
+        logits[torch.rand(logits.shape) < 0.1] = pick.choice((torch.nan, torch.inf, -torch.inf))
+    tensors = {"gating_output": logits.to(pick.choice(DTYPES))}
+    if pick.random() < 0.3:
+        tensors["gating_output"] = torch.cat([tensors["gating_output"]] * 2, dim=1)[:, :num_experts]
+    if pick.random() < 0.4:
+        tensors["e_score_correction_bias"] = torch.randn(num_experts) * 0.3
+    if pick.random() < 0.2:
+        tensors["padding_mask"] = torch.rand(tokens) < 0.4
+    options = GateOptions(
+        topk,
+        pick.random() < 0.5,
+        pick.choice(("softmax", "sigmoid", "none")),
+        groups,
+        chosen,
+        pick.choice((1.0, 2.5)),
+        pick.choice((0.0, 0.0, 0.0, 30.0)),
+    )
+    names = ("e_score_correction_bias", "padding_mask")
+
+    def run(**arguments: Any) -> Any:
+        return _run(**{**dict.fromkeys(names), "ids_dtype": torch.int32, **arguments})
+
+    return Call(run, tensors, options._asdict(), cpu_gate.gate, GATE_KERNELS)
+
+
+OPERATORS: dict[str, Callable[[int], Call]] = {
+    "align": align,
+    "align_batched": align_batched,
+    "moe_sum": sum_up,
+    "gate": gate,
+}
+
+
+def difference(call: Call, results: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...]) -> str:
+    """What is wrong with results; "" if nothing is. Of gating, only ids can be the same to the last bit."""
+    if call.function.__name__ != "run":
+        pairs = zip(results, expected, strict=True)
+        return "" if all(same_bits(a, b) for a, b in pairs) else "other results"
+    weights, ids = results
+    theirs, their_ids = expected
+    same = ids.long() == their_ids.long()
+    if "e_score_correction_bias" not in call.tensors and not same.all():
+        return "other ids"
+    rows = same.all(dim=1)
+    if rows.float().mean() < 0.5:  # equal within rounding may change places
+        return "other ids in most rows"
+    bound = 1e-5 if call.rest["softcap"] or call.rest["scoring_func"] == "none" else 2e-6
+    error = ((weights - theirs).abs() - bound * theirs.abs())[rows]
+    return "" if not len(error) or error.max() <= 1e-37 else f"other weights, by {error.max()}"
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal, and NaN where the other is."""
+    if a.shape != b.shape:
+        return False
+    if not a.is_floating_point():
+        return torch.equal(a.long(), b.long())
+    both_nan = a.isnan() & b.isnan()
+    bits = {2: torch.int16, 4: torch.int32}[a.element_size()]
+    return bool((both_nan | (a.contiguous().view(bits) == b.contiguous().view(bits))).all())

@@ -1,0 +1,102 @@
+// Stands in for what kernels_cu uses of CUDA, so that a C++ compiler makes of a kernel what machine.cpp runs.
+// Threads are fibers; what has to wait for others goes through the functions declared here.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#define EMULATED 1
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __noinline__ __attribute__((noinline))
+#define __launch_bounds__(...)
+#ifndef __cluster_dims__  // the preprocessed text tells who is launched in clusters
+#define __cluster_dims__(...)
+#endif
+#define __grid_constant__
+// A block has a thread of the operating system to itself, whose fibers share what is local to it.
+#define __shared__ thread_local
+#define __restrict__
+
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+struct uint3 {
+  unsigned x, y, z;
+};
+inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+
+namespace emulator {
+enum Collective : int { kShuffle, kShuffleUp, kShuffleXor, kBallot, kMatch, kAdd, kMax, kWarpBarrier };
+
+uint3 thread_index();
+uint3 block_index();
+uint3 block_size();
+uint3 grid_size();
+uint64_t collective(Collective kind, unsigned mask, uint64_t value, unsigned argument, int line);
+void block_barrier(int line);
+unsigned atomic_add(unsigned* address, unsigned value);
+void cluster_arrive(int line);
+void cluster_wait(int line);
+void inbox_open(const void* inbox);
+void inbox_expect(const void* inbox, unsigned num_bytes);
+void inbox_send(const void* inbox, void* mine, unsigned rank, const void* value, unsigned num_bytes);
+void inbox_wait(const void* inbox, int line);
+
+template <typename T>
+uint64_t to_bits(T value) {
+  uint64_t bits = 0;
+  memcpy(&bits, &value, sizeof(T));
+  return bits;
+}
+
+template <typename T>
+T from_bits(uint64_t bits) {
+  T value;
+  memcpy(&value, &bits, sizeof(T));
+  return value;
+}
+
+template <typename T>
+T shuffle(Collective kind, unsigned mask, T value, unsigned argument, int line) {
+  return from_bits<T>(collective(kind, mask, to_bits(value), argument, line));
+}
+}  // namespace emulator
+
+#define threadIdx emulator::thread_index()
+#define blockIdx emulator::block_index()
+#define blockDim emulator::block_size()
+#define gridDim emulator::grid_size()
+#define __syncthreads() emulator::block_barrier(__LINE__)
+#define __syncwarp() emulator::collective(emulator::kWarpBarrier, 0xffffffffu, 0, 0, __LINE__)
+#define __shfl_sync(mask, value, lane) emulator::shuffle(emulator::kShuffle, mask, value, lane, __LINE__)
+#define __shfl_up_sync(mask, value, delta) emulator::shuffle(emulator::kShuffleUp, mask, value, delta, __LINE__)
+#define __shfl_xor_sync(mask, value, lanes) emulator::shuffle(emulator::kShuffleXor, mask, value, lanes, __LINE__)
+#define __ballot_sync(mask, vote) unsigned(emulator::collective(emulator::kBallot, mask, bool(vote), 0, __LINE__))
+#define __any_sync(mask, vote) (__ballot_sync(mask, vote) != 0)
+#define __match_any_sync(mask, value) unsigned(emulator::collective(emulator::kMatch, mask, value, 0, __LINE__))
+#define __reduce_add_sync(mask, value) unsigned(emulator::collective(emulator::kAdd, mask, value, 0, __LINE__))
+#define __reduce_max_sync(mask, value) unsigned(emulator::collective(emulator::kMax, mask, value, 0, __LINE__))
+#define atomicAdd emulator::atomic_add
+
+template <typename T>
+inline T __ldg(const T* address) {
+  return *address;
+}
+inline unsigned __umulhi(unsigned a, unsigned b) { return unsigned(uint64_t(a) * b >> 32); }
+inline int __clz(unsigned value) { return value ? __builtin_clz(value) : 32; }
+inline int __ffs(unsigned value) { return __builtin_ffs(int(value)); }
+inline int __popc(unsigned value) { return __builtin_popcount(value); }
+inline float __uint_as_float(unsigned bits) { return emulator::from_bits<float>(bits); }
+inline unsigned __float_as_uint(float value) { return unsigned(emulator::to_bits(value)); }
+// A GPU knows one NaN, which is positive.
+inline float __canonical(float value) { return value == value ? value : __uint_as_float(0x7fffffff); }
+inline float __fadd_rn(float a, float b) { return __canonical(a + b); }
+inline float __fsub_rn(float a, float b) { return __canonical(a - b); }
+inline float __fmul_rn(float a, float b) { return __canonical(a * b); }

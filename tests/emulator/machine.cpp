@@ -1,0 +1,723 @@
+// Runs the blocks of a launch, one cluster after another in random order, and watches every access to memory.
+//
+// Threads of CUDA are fibers, which only give way where they wait, or at random in atomics; a seed decides who is next.
+// A block runs on a thread of the operating system of its own, of which one at a time has the baton, so that shared
+// memory can be what C++ calls thread-local. Kernels are compiled with -fsanitize=thread, and the calls that the
+// compiler then puts before every access are answered here. What is found:
+//
+//   - accesses outside the buffers of the launch and outside the shared memory that was planned;
+//   - shared memory that is read before anybody has written it;
+//   - two accesses of different threads to a byte of shared memory, one of them a write, with nothing between them
+//     that orders them: no barrier of the block, and of the warp only within one;
+//   - barriers, votes and shuffles that not all threads reach, or at different lines; blocks that wait for ever;
+//   - messages to blocks of the cluster that have not opened their inbox, or have ended.
+//
+// The first finding ends the launch.
+#include <link.h>
+
+#include <algorithm>
+#include <condition_variable>
+#include <cstdarg>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <mutex>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "cuda.hpp"
+
+// What kernels declare as `extern __shared__ T memory[]`.
+constexpr size_t kMostShared = 256 << 10;
+alignas(1024) thread_local unsigned char memory[kMostShared];
+
+namespace {
+
+using std::size_t;
+constexpr size_t kStackBytes = 48 << 10;
+constexpr unsigned kWarp = 32;
+
+struct Buffer {
+  const char* begin;
+  const char* end;
+};
+
+// ---- fibers -------------------------------------------------------------------------------------------------------
+
+#if defined(__x86_64__)
+extern "C" void emulator_switch(void** save, void* load);
+asm(R"(
+.text
+.globl emulator_switch
+.hidden emulator_switch
+emulator_switch:
+  push %rbp
+  push %rbx
+  push %r12
+  push %r13
+  push %r14
+  push %r15
+  mov %rsp, (%rdi)
+  mov %rsi, %rsp
+  pop %r15
+  pop %r14
+  pop %r13
+  pop %r12
+  pop %rbx
+  pop %rbp
+  ret
+)");
+constexpr unsigned kSaved = 6;
+#elif defined(__aarch64__)
+extern "C" void emulator_switch(void** save, void* load);
+asm(R"(
+.text
+.globl emulator_switch
+.hidden emulator_switch
+emulator_switch:
+  sub sp, sp, #160
+  stp x19, x20, [sp]
+  stp x21, x22, [sp, #16]
+  stp x23, x24, [sp, #32]
+  stp x25, x26, [sp, #48]
+  stp x27, x28, [sp, #64]
+  stp x29, x30, [sp, #80]
+  stp d8, d9, [sp, #96]
+  stp d10, d11, [sp, #112]
+  stp d12, d13, [sp, #128]
+  stp d14, d15, [sp, #144]
+  mov x9, sp
+  str x9, [x0]
+  mov sp, x1
+  ldp x19, x20, [sp]
+  ldp x21, x22, [sp, #16]
+  ldp x23, x24, [sp, #32]
+  ldp x25, x26, [sp, #48]
+  ldp x27, x28, [sp, #64]
+  ldp x29, x30, [sp, #80]
+  ldp d8, d9, [sp, #96]
+  ldp d10, d11, [sp, #112]
+  ldp d12, d13, [sp, #128]
+  ldp d14, d15, [sp, #144]
+  add sp, sp, #160
+  ret
+)");
+#else
+#error "fibers are written for x86-64 and aarch64"
+#endif
+
+struct Stacks {
+  std::vector<char*> free;
+  ~Stacks() {
+    for (char* stack : free) std::free(stack);
+  }
+  char* take() {
+    if (free.empty()) return static_cast<char*>(std::aligned_alloc(64, kStackBytes));
+    char* stack = free.back();
+    free.pop_back();
+    return stack;
+  }
+} stacks;
+
+// ---- the state of a launch ----------------------------------------------------------------------------------------
+
+struct Block;
+
+enum State { kReady, kAtBarrier, kAtCollective, kAtClusterBarrier, kAtInbox, kDone };
+const char* const kStates[] = {"ready", "at __syncthreads", "at a warp's vote, shuffle or barrier",
+                               "at the cluster's barrier", "at its inbox", "done"};
+
+struct Thread {
+  void* stack_pointer = nullptr;
+  char* stack = nullptr;
+  Block* block = nullptr;
+  unsigned index = 0;
+  State state = kReady;
+  int line = 0;
+  uint64_t result = 0;
+  bool has_mail = false;         // has waited for what others send
+  unsigned cluster_arrivals = 0;
+};
+
+struct Warp {
+  int kind = 0, line = 0;
+  unsigned mask = 0, arrived = 0;
+  uint64_t values[kWarp];
+  unsigned arguments[kWarp];
+  uint64_t epoch = 1;  // of its barriers, and of the block's
+};
+
+// What is remembered of the last access of a kind to a byte: whose, and when in barriers. 0: none.
+using Record = uint64_t;
+constexpr unsigned kOfWarp = 0x4000, kOfMany = 0x7ffe, kRemote = 0x7fff;
+Record record(unsigned who, uint64_t epoch, uint64_t warp_epoch) {
+  return uint64_t(who + 1) << 48 | (epoch & 0xffffff) << 24 | (warp_epoch & 0xffffff);
+}
+unsigned who(Record r) { return unsigned(r >> 48) - 1; }
+uint64_t epoch_of(Record r) { return r >> 24 & 0xffffff; }
+uint64_t warp_epoch_of(Record r) { return r & 0xffffff; }
+
+struct Inbox {
+  bool is_open = false;
+  int64_t expected = -1, received = 0;
+};
+
+struct Block {
+  unsigned index = 0, rank = 0, live = 0, at_barrier = 0;
+  int barrier_line = 0;
+  uint64_t epoch = 1;
+  bool has_started = false, is_done = false;
+  std::vector<Thread> threads;
+  std::vector<Warp> warps;
+  std::vector<unsigned> ready;
+  void* scheduler = nullptr;
+  char *shared = nullptr, *dynamic = nullptr;  // all that is thread-local here, and `memory` in it
+  std::vector<Record> writes, reads, atomics;
+  const void* inbox_address = nullptr;
+  Inbox inbox;
+  std::condition_variable turn;
+};
+
+struct Launch {
+  void (*entry)(const void*) = nullptr;
+  const char* arguments = nullptr;
+  size_t argument_bytes = 0;
+  unsigned grid = 0, block = 0, shared_bytes = 0, cluster = 1;
+  std::vector<Buffer> buffers;
+  std::mt19937_64 random;
+  std::vector<std::unique_ptr<Block>> blocks;  // of the cluster that runs
+  uint64_t arrivals = 0;                       // at the cluster's barrier
+  size_t shared_size = 0;
+  std::mutex baton;
+  Block* holder = nullptr;
+  bool failed = false;
+  std::string finding;
+};
+
+Launch* launch = nullptr;
+Thread* current = nullptr;
+std::vector<Buffer> constants;  // of the kernels' own library
+
+unsigned below(unsigned bound) { return unsigned(launch->random() % bound); }
+
+[[noreturn]] void leave_for_good() {
+  emulator_switch(&current->stack_pointer, current->block->scheduler);
+  std::abort();
+}
+
+void give_way() {
+  Thread* self = current;
+  emulator_switch(&self->stack_pointer, self->block->scheduler);
+  current = self;
+}
+
+__attribute__((format(printf, 1, 2))) void found(const char* format, ...) {
+  char text[512];
+  va_list values;
+  va_start(values, format);
+  vsnprintf(text, sizeof text, format, values);
+  va_end(values);
+  if (!launch->failed) launch->finding = text;
+  launch->failed = true;
+}
+
+template <typename... Values>
+[[noreturn]] void fail(const char* format, Values... values) {
+  char text[400];
+  if constexpr (sizeof...(values) == 0) {
+    snprintf(text, sizeof text, "%s", format);
+  } else {
+    snprintf(text, sizeof text, format, values...);
+  }
+  found("thread %u of block %u: %s", current->index, current->block->index, text);
+  leave_for_good();
+}
+
+void wake(Thread& thread) {
+  thread.state = kReady;
+  thread.block->ready.push_back(thread.index);
+}
+
+void wait_as(State state, int line) {
+  current->state = state;
+  current->line = line;
+  give_way();
+}
+
+// ---- memory -------------------------------------------------------------------------------------------------------
+
+enum Access { kRead, kWrite, kAtomic };
+const char* const kAccesses[] = {"reads", "writes", "adds to"};
+
+bool is_before(Record r, const Thread& me) {
+  if (r == 0) return true;
+  const unsigned other = who(r);
+  if (other == kRemote) return me.has_mail;
+  if (other == me.index || epoch_of(r) < (me.block->epoch & 0xffffff)) return true;
+  if (other == kOfMany) return false;
+  const unsigned warp = other & kOfWarp ? other & ~kOfWarp : other / kWarp;
+  return warp == me.index / kWarp && warp_epoch_of(r) < (me.block->warps[warp].epoch & 0xffffff);
+}
+
+const char* name_of(Record r, char* text, size_t size) {
+  if (who(r) == kRemote) snprintf(text, size, "another block of the cluster");
+  else if (who(r) == kOfMany) snprintf(text, size, "threads of several warps");
+  else if (who(r) & kOfWarp) snprintf(text, size, "threads of warp %u", who(r) & ~kOfWarp);
+  else snprintf(text, size, "thread %u", who(r));
+  return text;
+}
+
+Record merged(Record old, const Thread& me, Record mine) {
+  if (is_before(old, me)) return mine;
+  const unsigned other = who(old), warp = me.index / kWarp;
+  const bool same_warp = other != kOfMany && (other & kOfWarp ? other & ~kOfWarp : other / kWarp) == warp;
+  return record(same_warp ? kOfWarp | warp : kOfMany, me.block->epoch, me.block->warps[warp].epoch);
+}
+
+void access_shared(Block& block, size_t offset, size_t size, Access access) {
+  Thread& me = *current;
+  const Record mine = record(me.index, block.epoch, block.warps[me.index / kWarp].epoch);
+  size_t num_unwritten = 0;
+  char name[64];
+  for (size_t byte = offset; byte < offset + size; ++byte) {
+    Record &write = block.writes[byte], &read = block.reads[byte], &atomic = block.atomics[byte];
+    num_unwritten += write == 0 && atomic == 0;
+    const Record* clash = !is_before(write, me)                       ? &write
+                          : access != kAtomic && !is_before(atomic, me) ? &atomic
+                          : access != kRead && !is_before(read, me)     ? &read
+                                                                        : nullptr;
+    if (clash != nullptr) {
+      fail("race: it %s a byte of shared memory, %zd from the dynamic part on, that %s %s since the last barrier",
+           kAccesses[access], block.shared + byte - block.dynamic, name_of(*clash, name, sizeof name),
+           clash == &read ? "read" : "wrote");
+    }
+    if (access == kWrite) write = mine;
+    if (access == kRead) read = merged(read, me, mine);
+    if (access == kAtomic) atomic = merged(atomic, me, mine);
+  }
+  // Of a vector, some elements may mean nothing.
+  if (access != kWrite && num_unwritten > 0 && (size < 16 || num_unwritten == size)) {
+    fail("%s shared memory that nobody has written, %zd bytes from the dynamic part on", kAccesses[access],
+         block.shared + offset - block.dynamic);
+  }
+}
+
+bool is_within(const Buffer& buffer, const char* address, size_t size) {
+  return buffer.begin <= address && address + size <= buffer.end;
+}
+
+void check_access(const void* pointer, size_t size, Access access) {
+  const char* address = static_cast<const char*>(pointer);
+  if (current == nullptr || is_within({current->stack, current->stack + kStackBytes}, address, size)) return;
+  Block& block = *current->block;
+  if (block.shared <= address && address < block.shared + launch->shared_size) {
+    const bool is_dynamic = block.dynamic <= address && address < block.dynamic + kMostShared;
+    if (is_dynamic && address + size > block.dynamic + launch->shared_bytes) {
+      fail("%s %zu bytes of shared memory at %zd, of %u planned", kAccesses[access], size, address - block.dynamic,
+           launch->shared_bytes);
+    }
+    access_shared(block, address - block.shared, size, access);
+    return;
+  }
+  for (const Buffer& buffer : launch->buffers) {
+    if (is_within(buffer, address, size)) return;
+  }
+  if (access == kRead) {
+    if (is_within({launch->arguments, launch->arguments + launch->argument_bytes}, address, size)) return;
+    for (const Buffer& part : constants) {
+      if (is_within(part, address, size)) return;
+    }
+  }
+  const Buffer* near = nullptr;
+  for (const Buffer& buffer : launch->buffers) {
+    if (address >= buffer.begin && (near == nullptr || buffer.begin > near->begin)) near = &buffer;
+  }
+  if (near != nullptr && address - near->begin < 1 << 20) {
+    fail("%s %zu bytes at %zd of a buffer of %zd", kAccesses[access], size, address - near->begin,
+         near->end - near->begin);
+  }
+  fail("%s %zu bytes outside of all buffers", kAccesses[access], size);
+}
+
+// ---- running ------------------------------------------------------------------------------------------------------
+
+void thread_main() {
+  launch->entry(launch->arguments);
+  Block& block = *current->block;
+  if (block.at_barrier > 0) {
+    fail("ends while others wait for it at the barrier of line %d", block.barrier_line);
+  }
+  current->state = kDone;
+  --block.live;
+  leave_for_good();
+}
+
+void* new_stack(char* stack) {
+#if defined(__x86_64__)
+  void** top = reinterpret_cast<void**>(stack + kStackBytes) - 2;  // as after a call: 8 past a multiple of 16
+  top[0] = reinterpret_cast<void*>(thread_main);
+  top[1] = nullptr;
+  for (unsigned i = 0; i < kSaved; ++i) *--top = nullptr;
+#else
+  void** top = reinterpret_cast<void**>(stack + kStackBytes - 160);
+  memset(top, 0, 160);
+  top[11] = reinterpret_cast<void*>(thread_main);
+#endif
+  return top;
+}
+
+// Where this library's thread-local variables are for the calling thread, and its constants.
+int visit(dl_phdr_info* info, size_t, void* data) {
+  Block& block = *static_cast<Block*>(data);
+  const char* here = reinterpret_cast<const char*>(&visit);
+  bool is_ours = false;
+  for (int i = 0; i < info->dlpi_phnum; ++i) {
+    const auto& part = info->dlpi_phdr[i];
+    const char* begin = reinterpret_cast<const char*>(info->dlpi_addr + part.p_vaddr);
+    is_ours = is_ours || (part.p_type == PT_LOAD && begin <= here && here < begin + part.p_memsz);
+  }
+  if (!is_ours) return 0;
+  constants.clear();
+  for (int i = 0; i < info->dlpi_phnum; ++i) {
+    const auto& part = info->dlpi_phdr[i];
+    const char* begin = reinterpret_cast<const char*>(info->dlpi_addr + part.p_vaddr);
+    if (part.p_type == PT_TLS) {
+      block.shared = static_cast<char*>(info->dlpi_tls_data);
+      launch->shared_size = part.p_memsz;
+    }
+    if (part.p_type == PT_LOAD) constants.push_back({begin, begin + part.p_memsz});
+  }
+  return 1;
+}
+
+void start(Block& block) {
+  block.dynamic = reinterpret_cast<char*>(memory);
+  *const_cast<volatile unsigned char*>(memory) = 0;  // so that there is one for this thread
+  dl_iterate_phdr(visit, &block);
+  block.writes.assign(launch->shared_size, 0);
+  block.reads = block.atomics = block.writes;
+  const size_t dynamic = block.dynamic - block.shared;
+  for (size_t byte = 0; byte < launch->shared_size; ++byte) {  // as it may be before a block starts
+    const bool is_used = byte < dynamic + launch->shared_bytes || byte >= dynamic + kMostShared;
+    if (is_used && byte % 8 == 0) {
+      const uint64_t garbage = launch->random();
+      memcpy(block.shared + byte, &garbage, std::min<size_t>(8, launch->shared_size - byte));
+    }
+  }
+  block.threads.resize(launch->block);
+  block.warps.resize((launch->block + kWarp - 1) / kWarp);
+  block.live = launch->block;
+  for (unsigned i = 0; i < launch->block; ++i) {
+    Thread& thread = block.threads[i];
+    thread.block = &block;
+    thread.index = i;
+    thread.stack = stacks.take();
+    thread.stack_pointer = new_stack(thread.stack);
+    block.ready.push_back(i);
+  }
+  block.has_started = true;
+}
+
+void describe_deadlock() {
+  std::string text = "deadlock:";
+  for (const auto& block : launch->blocks) {
+    unsigned counts[kDone + 1] = {};
+    int lines[kDone + 1] = {};
+    for (const Thread& thread : block->threads) {
+      ++counts[thread.state];
+      lines[thread.state] = thread.line;
+    }
+    for (int state = kAtBarrier; state <= kDone; ++state) {
+      if (counts[state] == 0 || text.size() > 400) continue;
+      text += " " + std::to_string(counts[state]) + " threads of block " + std::to_string(block->index) + " " +
+              kStates[state] + (state == kDone ? ";" : " (line " + std::to_string(lines[state]) + ");");
+    }
+  }
+  found("%s", text.c_str());
+}
+
+// Hands the baton to a block of the cluster that can go on; to itself, if it is the only one.
+void pass(Block& self, std::unique_lock<std::mutex>& lock) {
+  std::vector<Block*> able;
+  bool all_done = true;
+  for (const auto& block : launch->blocks) {
+    all_done = all_done && block->is_done;
+    if (!block->is_done && (!block->has_started || !block->ready.empty())) able.push_back(block.get());
+  }
+  if (able.empty() && !all_done) describe_deadlock();
+  if (launch->failed || all_done) {
+    launch->holder = nullptr;
+    for (const auto& block : launch->blocks) block->turn.notify_one();
+    return;
+  }
+  launch->holder = able[below(unsigned(able.size()))];
+  if (launch->holder == &self) return;
+  launch->holder->turn.notify_one();
+  if (!self.is_done) self.turn.wait(lock, [&] { return launch->holder == &self || launch->failed; });
+}
+
+void run(Block& block) {
+  std::unique_lock<std::mutex> lock(launch->baton);
+  block.turn.wait(lock, [&] { return launch->holder == &block || launch->failed; });
+  if (launch->failed) return;
+  start(block);
+  while (block.live > 0 && !launch->failed) {
+    if (block.ready.empty() || (launch->cluster > 1 && below(256) == 0)) {
+      pass(block, lock);
+      continue;
+    }
+    const unsigned place = below(unsigned(block.ready.size()));
+    std::swap(block.ready[place], block.ready.back());
+    current = &block.threads[block.ready.back()];
+    block.ready.pop_back();
+    emulator_switch(&block.scheduler, current->stack_pointer);
+    current = nullptr;
+  }
+  for (Thread& thread : block.threads) stacks.free.push_back(thread.stack);
+  block.is_done = true;
+  pass(block, lock);
+}
+
+Warp& my_warp() { return current->block->warps[current->index / kWarp]; }
+
+uint64_t result_of(const Warp& warp, unsigned lane) {
+  const unsigned argument = warp.arguments[lane];
+  uint64_t result = 0;
+  unsigned source = lane;
+  switch (warp.kind) {
+    case emulator::kShuffle: source = argument % kWarp; break;
+    case emulator::kShuffleUp: source = argument <= lane ? lane - argument : lane; break;
+    case emulator::kShuffleXor: source = lane ^ argument; break;
+    case emulator::kBallot:
+      for (unsigned i = 0; i < kWarp; ++i) result |= uint64_t((warp.mask >> i & 1) && warp.values[i]) << i;
+      return result;
+    case emulator::kMatch:
+      for (unsigned i = 0; i < kWarp; ++i) {
+        result |= uint64_t((warp.mask >> i & 1) && warp.values[i] == warp.values[lane]) << i;
+      }
+      return result;
+    case emulator::kAdd:
+      for (unsigned i = 0; i < kWarp; ++i) result += warp.mask >> i & 1 ? warp.values[i] : 0;
+      return result & 0xffffffff;
+    case emulator::kMax:
+      for (unsigned i = 0; i < kWarp; ++i) {
+        if (warp.mask >> i & 1) result = std::max(result, warp.values[i]);
+      }
+      return result;
+    default: return 0;
+  }
+  if (source >= kWarp || !(warp.mask >> source & 1)) fail("shuffles from lane %u, which takes no part", source);
+  return warp.values[source];
+}
+
+}  // namespace
+
+// ---- what kernels call --------------------------------------------------------------------------------------------
+
+namespace emulator {
+
+uint3 thread_index() { return {current->index, 0, 0}; }
+uint3 block_index() { return {current->block->index, 0, 0}; }
+uint3 block_size() { return {launch->block, 1, 1}; }
+uint3 grid_size() { return {launch->grid, 1, 1}; }
+
+uint64_t collective(Collective kind, unsigned mask, uint64_t value, unsigned argument, int line) {
+  Warp& warp = my_warp();
+  Thread& self = *current;
+  const unsigned lane = self.index % kWarp;
+  if (warp.arrived == 0) {
+    warp.kind = kind, warp.mask = mask, warp.line = line;
+  } else if (warp.kind != kind || warp.mask != mask || warp.line != line) {
+    fail("is at the vote, shuffle or barrier of line %d, others of its warp at that of line %d", line, warp.line);
+  }
+  if (!(mask >> lane & 1)) fail("is not in the mask %#x of line %d", mask, line);
+  warp.values[lane] = value;
+  warp.arguments[lane] = argument;
+  warp.arrived |= 1u << lane;
+  if (warp.arrived != mask) {
+    wait_as(kAtCollective, line);
+    return self.result;
+  }
+  Block& block = *self.block;
+  const unsigned first = self.index - lane;
+  for (unsigned i = 0; i < kWarp; ++i) {
+    if (!(mask >> i & 1)) continue;
+    Thread& other = block.threads[first + i];
+    other.result = result_of(warp, i);
+    if (i != lane) wake(other);
+  }
+  if (kind == kWarpBarrier) ++warp.epoch;
+  warp.arrived = 0;
+  return self.result;
+}
+
+void block_barrier(int line) {
+  Block& block = *current->block;
+  if (block.live < launch->block) fail("waits at line %d for threads that have ended", line);
+  if (block.at_barrier > 0 && block.barrier_line != line) {
+    fail("is at the barrier of line %d, others of its block at that of line %d", line, block.barrier_line);
+  }
+  block.barrier_line = line;
+  if (++block.at_barrier < launch->block) {
+    wait_as(kAtBarrier, line);
+    return;
+  }
+  block.at_barrier = 0;
+  ++block.epoch;
+  for (Warp& warp : block.warps) ++warp.epoch;
+  for (Thread& thread : block.threads) {
+    if (&thread != current) wake(thread);
+  }
+}
+
+unsigned atomic_add(unsigned* address, unsigned value) {
+  check_access(address, sizeof(unsigned), kAtomic);
+  if (below(16) == 0) {
+    wake(*current);
+    give_way();
+  }
+  const unsigned old = *address;
+  *address = old + value;
+  return old;
+}
+
+void cluster_arrive(int line) {
+  Thread& self = *current;
+  const uint64_t all = uint64_t(launch->cluster) * launch->block;
+  if (self.cluster_arrivals > launch->arrivals / all) fail("arrives twice at the cluster's barrier, line %d", line);
+  ++self.cluster_arrivals;
+  if (++launch->arrivals % all != 0) return;
+  for (const auto& block : launch->blocks) {
+    for (Thread& thread : block->threads) {
+      if (thread.state == kAtClusterBarrier) wake(thread);
+    }
+  }
+}
+
+void cluster_wait(int line) {
+  const uint64_t all = uint64_t(launch->cluster) * launch->block;
+  if (current->cluster_arrivals == 0) fail("waits at the cluster's barrier, line %d, without an arrival", line);
+  if (launch->arrivals / all < current->cluster_arrivals) wait_as(kAtClusterBarrier, line);
+}
+
+void inbox_open(const void* inbox) {
+  Block& block = *current->block;
+  if (block.inbox.is_open) fail("opens the inbox of its block once more");
+  block.inbox.is_open = true;
+  block.inbox_address = inbox;
+}
+
+void wake_receivers(Block& block) {
+  if (block.inbox.received > block.inbox.expected && block.inbox.expected >= 0) {
+    fail("block %u gets %lld bytes, and expects %lld", block.index, (long long)block.inbox.received,
+         (long long)block.inbox.expected);
+  }
+  if (block.inbox.received != block.inbox.expected) return;
+  for (Thread& thread : block.threads) {
+    if (thread.state == kAtInbox) wake(thread);
+  }
+}
+
+void inbox_expect(const void* inbox, unsigned num_bytes) {
+  Block& block = *current->block;
+  if (!block.inbox.is_open) fail("expects bytes in an inbox that is not open");
+  if (block.inbox.expected >= 0) fail("says twice what its inbox expects");
+  block.inbox.expected = num_bytes;
+  wake_receivers(block);
+}
+
+void inbox_send(const void* inbox, void* mine, unsigned rank, const void* value, unsigned num_bytes) {
+  Block& self = *current->block;
+  if (rank >= launch->blocks.size()) fail("sends to block %u of a cluster of %zu", rank, launch->blocks.size());
+  Block& other = *launch->blocks[rank];
+  // A block that has arrived at the barrier may be seen to run; what it did before, by those that waited, too.
+  if (launch->arrivals < uint64_t(launch->cluster) * launch->block) fail("sends before all blocks run");
+  if (!other.inbox.is_open) fail("sends to block %u, whose inbox is not open", rank);
+  if (other.is_done || other.live == 0) fail("sends to block %u, which has ended", rank);
+  const ptrdiff_t offset = static_cast<char*>(mine) - self.shared;
+  const ptrdiff_t dynamic = static_cast<char*>(mine) - self.dynamic;
+  if (dynamic < 0 || dynamic + num_bytes > launch->shared_bytes) fail("sends to byte %zd of shared memory", dynamic);
+  for (unsigned byte = 0; byte < num_bytes; ++byte) {
+    if (other.writes[offset + byte] != 0 || other.reads[offset + byte] != 0) {
+      fail("sends to byte %zd of block %u, which has been used", dynamic + byte, rank);
+    }
+    other.writes[offset + byte] = record(kRemote, 0, 0);
+  }
+  memcpy(other.shared + offset, value, num_bytes);
+  other.inbox.received += num_bytes;
+  wake_receivers(other);
+}
+
+void inbox_wait(const void* inbox, int line) {
+  Block& block = *current->block;
+  if (!block.inbox.is_open) fail("waits for an inbox that is not open, line %d", line);
+  if (block.inbox.received != block.inbox.expected) wait_as(kAtInbox, line);
+  current->has_mail = true;
+}
+
+}  // namespace emulator
+
+// ---- what the compiler puts before every access -------------------------------------------------------------------
+
+extern "C" {
+void __tsan_init() {}
+void __tsan_func_entry(void*) {}
+void __tsan_func_exit() {}
+#define ACCESSES(size)                                                                  \
+  void __tsan_read##size(void* address) { check_access(address, size, kRead); }         \
+  void __tsan_write##size(void* address) { check_access(address, size, kWrite); }       \
+  void __tsan_unaligned_read##size(void* address) { check_access(address, size, kRead); }   \
+  void __tsan_unaligned_write##size(void* address) { check_access(address, size, kWrite); } \
+  void __tsan_volatile_read##size(void* address) { check_access(address, size, kRead); }    \
+  void __tsan_volatile_write##size(void* address) { check_access(address, size, kWrite); }
+ACCESSES(1)
+ACCESSES(2)
+ACCESSES(4)
+ACCESSES(8)
+ACCESSES(16)
+void __tsan_read_range(void* address, size_t size) { check_access(address, size, kRead); }
+void __tsan_write_range(void* address, size_t size) { check_access(address, size, kWrite); }
+
+// What is wrong with a launch; null: nothing. `buffers` are the beginnings and ends of what it may touch.
+const char* emulator_launch(void (*entry)(const void*), const void* arguments, size_t argument_bytes, unsigned grid,
+                            unsigned block, unsigned shared_bytes, unsigned cluster, uint64_t seed,
+                            const Buffer* buffers, size_t num_buffers) {
+  static std::string finding;
+  Launch now;
+  now.entry = entry;
+  now.arguments = static_cast<const char*>(arguments);
+  now.argument_bytes = argument_bytes;
+  now.grid = grid, now.block = block, now.shared_bytes = shared_bytes, now.cluster = cluster;
+  now.random.seed(seed);
+  now.buffers.assign(buffers, buffers + num_buffers);
+  launch = &now;
+  std::vector<unsigned> clusters(grid / cluster);
+  for (unsigned i = 0; i < clusters.size(); ++i) clusters[i] = i;
+  std::shuffle(clusters.begin(), clusters.end(), now.random);
+  for (unsigned index : clusters) {
+    now.blocks.clear();
+    now.arrivals = 0;
+    for (unsigned rank = 0; rank < cluster; ++rank) {
+      now.blocks.push_back(std::make_unique<Block>());
+      now.blocks.back()->index = index * cluster + rank;
+      now.blocks.back()->rank = rank;
+    }
+    now.holder = now.blocks[below(cluster)].get();
+    if (cluster == 1) {
+      run(*now.blocks[0]);
+    } else {
+      std::vector<std::thread> workers;
+      for (const auto& one : now.blocks) workers.emplace_back([&one] { run(*one); });
+      for (std::thread& worker : workers) worker.join();
+    }
+    if (now.failed) break;
+  }
+  launch = nullptr;
+  finding = now.finding;
+  return now.failed ? finding.c_str() : nullptr;
+}
+}

@@ -1,0 +1,301 @@
+"""Every kernel on the CPU, through the operators, and what the emulator finds in kernels that are wrong."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from pathlib import Path
+
+import emulator
+import gpus
+import pytest
+import torch
+from emulator import Emulator, EmulatorError, cases
+from operator_cases import all_cases
+
+from cupy_moe import moe_align_block_size
+from cupy_moe.images import compiler, sources
+from cupy_moe.plans import align as plans
+from cupy_moe.plans.align import ALIGN_KERNELS
+from cupy_moe.plans.gate import GATE_KERNELS
+
+pytestmark = pytest.mark.skipif(bool(emulator.compiler()), reason=str(emulator.compiler()))
+
+DEVICES = {75: gpus.T4, 80: gpus.A100, 89: gpus.RTX4090, 90: gpus.H200, 120: gpus.RTX5090}
+SEEDS = {"align": 24, "align_batched": 40, "moe_sum": 60, "gate": 50}
+
+
+def run(device: Emulator, call: cases.Call, kernel: str | None, what: str) -> bool:
+    """Whether the kernel can do it; then the results are as specified."""
+    try:
+        results = call.run(device.tensor, kernel)
+    except ValueError:
+        assert kernel is not None, what
+        return False
+    assert cases.difference(call, results, call.specified()) == "", what
+    return True
+
+
+@pytest.mark.parametrize("operator", cases.OPERATORS)
+@pytest.mark.parametrize("arch", DEVICES)
+def test_random_calls_with_every_kernel(operator: str, arch: int) -> None:
+    done = dict.fromkeys((None, *ALIGN_KERNELS, *GATE_KERNELS), 0)
+    for seed in range(1000 * arch, 1000 * arch + SEEDS[operator]):
+        call = cases.OPERATORS[operator](seed)
+        with Emulator(DEVICES[arch], arch, seed)() as device:
+            for kernel in (None, *call.kernels):
+                done[kernel] += run(device, call, kernel, f"{operator} {seed=} {kernel=} on {arch}")
+    can = call.kernels if arch == 90 else [kernel for kernel in call.kernels if kernel != "cluster16"]
+    if arch < 90:
+        can = [kernel for kernel in can if kernel != "cluster8"]
+    assert all(done[kernel] > 0 for kernel in (None, *can)), done
+
+
+@pytest.mark.parametrize("name", all_cases())
+def test_every_operator_on_every_device(name: str) -> None:
+    """Of a new operator, this is the first that runs its kernels."""
+    case = all_cases()[name]
+    expected = case()
+    for arch, limits in DEVICES.items():
+        with Emulator(limits, arch)() as device:
+            placed = {
+                n: device.tensor(v) if isinstance(v, torch.Tensor) else v for n, v in case.arguments.items()
+            }
+            for result, right in zip(case(**placed), expected, strict=True):
+                assert torch.allclose(result, right, rtol=1e-6, atol=0), f"on {arch}"
+            assert device.launched
+
+
+@pytest.mark.parametrize(
+    ("threshold", "arch"),
+    [
+        (plans.SMALL_FAST_IDS, 80),
+        (plans.SMALL_MAX_IDS, 90),
+        (plans.SHARED_FAST_IDS, 89),
+        (plans.SHARED_FAST_IDS, 90),
+        (plans.CLUSTER8_FAST_IDS, 80),
+        (plans.CLUSTER8_FAST_IDS, 90),
+    ],
+)
+def test_thresholds_of_align(threshold: int, arch: int) -> None:
+    for num_ids in (threshold - 1, threshold, threshold + 1):
+        ids = torch.randint(-1, 9, (num_ids,), dtype=torch.int32)
+        call = cases.align(0)._replace(
+            tensors={"topk_ids": ids}, rest={"block_size": 64, "num_experts": 8}, kernels=()
+        )
+        with Emulator(DEVICES[arch], arch)() as device:
+            run(device, call, None, f"{num_ids=}")
+        limits = DEVICES[arch]
+        slots, _ = plans.aligned_sizes(num_ids, 8, 64)
+        planned = plans.plan_align(num_ids, 8, slots, 64, "i32", limits)
+        assert device.launched == [launch.entry for launch in planned.launches]
+
+
+def test_the_order_of_threads_is_of_no_consequence() -> None:
+    call = cases.align(7)
+    orders = []
+    for seed in range(5):
+        with Emulator(gpus.H200, 90, seed)() as device:
+            orders.append([result.tolist() for result in call.run(device.tensor, "cluster8")])
+    assert orders.count(orders[0]) == 5
+
+
+def test_many_experts_and_many_ids() -> None:
+    for num_experts, num_ids, kernel in (
+        (65_536, 40, "small"),
+        (5000, 3000, "global_large"),
+        (1500, 5000, None),
+    ):
+        call = cases.align(num_ids)._replace(
+            tensors={"topk_ids": torch.randint(-1, num_experts, (num_ids,))},
+            rest={"block_size": 16, "num_experts": num_experts},
+        )
+        with Emulator(gpus.H200, 90)() as device:
+            assert run(device, call, kernel, f"{num_experts=}")
+
+
+# ---- what it finds in kernels that are wrong
+
+HEAD = """\
+#include "common.cuh"
+#include "cluster.cuh"
+struct TestArgs {
+  u32* data;
+  u32 count;
+};
+#define BODY(name) extern "C" __global__ void name(const __grid_constant__ TestArgs args)
+"""
+WRONG = {
+    "reads past a buffer": (
+        "args.data[0] = args.data[args.count];",
+        "reads 4 bytes at 256 of a buffer of 256",
+    ),
+    "writes before a buffer": ("args.data[(int)threadIdx.x - 1] = 1;", "writes 4 bytes"),
+    "writes far away": ("args.data[1ll << 40] = 1;", "outside of all buffers"),
+    "past dynamic shared memory": (
+        "extern __shared__ u32 memory[]; memory[threadIdx.x + 33] = 1;",
+        ", of 256 planned",
+    ),
+    "unwritten shared memory": (
+        "__shared__ u32 x[64]; if (threadIdx.x) x[threadIdx.x] = 1; __syncthreads(); args.data[threadIdx.x] ="
+        " x[threadIdx.x];",
+        "reads shared memory that nobody has written",
+    ),
+    "no barrier": (
+        "__shared__ u32 x[64]; x[threadIdx.x] = 1; args.data[threadIdx.x] = x[63 - threadIdx.x];",
+        "race|nobody has written",
+    ),
+    "a warp's barrier for two warps": (
+        "__shared__ u32 x[64]; x[threadIdx.x] = 1; __syncthreads(); x[threadIdx.x] = 2; __syncwarp();"
+        " args.data[threadIdx.x] = x[63 - threadIdx.x];",
+        "race",
+    ),
+    "a write after a read": (
+        "__shared__ u32 x; if (threadIdx.x == 0) x = 1; __syncthreads(); args.data[threadIdx.x] = x;"
+        " if (threadIdx.x == 5) x = 2;",
+        "race",
+    ),
+    "an atomic after a write": (
+        "__shared__ u32 x; if (threadIdx.x == 0) x = 1; if (threadIdx.x) atomicAdd(&x, 1);",
+        "race|nobody has written",
+    ),
+    "a barrier that some skip": ("if (threadIdx.x < 63) __syncthreads();", "barrier"),
+    "two barriers": (
+        "if (threadIdx.x < 32) __syncthreads();\\\n else\\\n __syncthreads();",
+        "barrier of line",
+    ),
+    "a vote that some skip": (
+        "if (threadIdx.x != 3) args.data[0] = __ballot_sync(kFullWarp, 1);",
+        "deadlock",
+    ),
+    "different votes": (
+        "if (threadIdx.x % 2) args.data[0] = __ballot_sync(kFullWarp, 1);\n else args.data[1] ="
+        " __reduce_add_sync(kFullWarp, 1);",
+        "others of its warp",
+    ),
+    "an inbox without mail": (
+        "__shared__ Inbox inbox; if (threadIdx.x == 0) inbox.open(); __syncthreads();"
+        " if (threadIdx.x == 0) inbox.expect(16); inbox.wait();",
+        "deadlock: 64 threads of block 0 at its inbox",
+    ),
+    "mail before all run": (
+        "extern __shared__ uint4 memory[]; __shared__ Inbox inbox; if (threadIdx.x == 0) inbox.open();"
+        " __syncthreads(); inbox.send(memory, 0, make_uint4(0, 0, 0, 0));",
+        "sends before all blocks run",
+    ),
+}
+
+
+def launched(tmp_path: Path, body: str, seed: int = 0, arch: int = 90) -> str | None:
+    """What is found in a kernel of 64 threads, with 64 words of data and of dynamic shared memory."""
+    for name in ("common.cuh", "cluster.cuh"):
+        (tmp_path / name).write_text((sources.source_folder() / name).read_text())
+    (tmp_path / "wrong.cu").write_text(f"{HEAD}BODY(wrong) {{\n {body}\n}}\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources, "source_folder", lambda: tmp_path)
+        made = emulator.Library("wrong", arch)
+    data = (ctypes.c_uint32 * 64)()
+    begin = ctypes.addressof(data)
+    arguments = ctypes.create_string_buffer(begin.to_bytes(8, "little") + (64).to_bytes(8, "little"))
+    place = ctypes.addressof(arguments)
+    return made.launch("wrong", place, 1, 64, 256, seed, [(begin, begin + 256)])
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_wrong_is_found(name: str, tmp_path: Path) -> None:
+    body, said = WRONG[name]
+    found = launched(tmp_path, body)
+    assert found is not None
+    assert any(part in found for part in said.split("|")), found
+
+
+RIGHT = {
+    "through barriers": "__shared__ u32 x[64]; x[threadIdx.x] = threadIdx.x; __syncthreads();"
+    " args.data[threadIdx.x] = x[63 - threadIdx.x]; __syncthreads(); x[threadIdx.x] = 2;",
+    "in a warp": "__shared__ u32 x[64]; x[threadIdx.x] = 1; __syncwarp(); args.data[threadIdx.x] ="
+    " x[threadIdx.x ^ 1]; __syncwarp(); x[threadIdx.x] = 2;",
+    "atomics": "__shared__ u32 x; if (threadIdx.x == 0) x = 0; __syncthreads(); atomicAdd(&x, 1);"
+    " __syncthreads(); args.data[threadIdx.x] = x == 64 ? x : args.data[1 << 20];",
+    "halves of a word": "__shared__ u16 x[64]; x[threadIdx.x] = 1; __syncthreads(); args.data[0] = x[3];",
+    "shuffles": "const u32 all = warp_sum(threadIdx.x), expected = threadIdx.x < 32 ? 496 : 1520;"
+    " args.data[threadIdx.x] = all == expected ? all : args.data[1 << 20];",
+}
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_what_is_right_is_left_alone(name: str, tmp_path: Path) -> None:
+    for seed in range(10):
+        assert launched(tmp_path, RIGHT[name], seed) is None
+    assert launched(tmp_path, RIGHT[name], arch=75) is None
+
+
+def test_an_operator_says_what_its_kernel_did(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plans, "STATIC_SHARED", -4)
+    monkeypatch.setattr(plans, "table_bytes", lambda *_: 1000)
+    with (
+        Emulator(gpus.H200, 90)() as device,
+        pytest.raises(EmulatorError, match=r"align_shared_i32, .* of 1000 planned"),
+    ):
+        moe_align_block_size(device.tensor(torch.zeros(500, dtype=torch.int32)), 16, 64, kernel="shared")
+
+
+# ---- beside a GPU
+
+COUNT = int(os.environ.get("CUPY_MOE_EMULATED_CALLS", "60"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("operator", cases.OPERATORS)
+def test_a_gpu_gives_the_same(operator: str) -> None:
+    """All but the weights of gating to the last bit: PTX does not say how exponentials are rounded."""
+    for seed in range(COUNT):
+        call = cases.OPERATORS[operator](seed)
+        kernel = (None, *call.kernels)[seed % (1 + len(call.kernels))]
+        try:
+            on_gpu = tuple(result.cpu() for result in call.run(lambda tensor: tensor.cuda(), kernel))
+        except ValueError:
+            kernel = None
+            on_gpu = tuple(result.cpu() for result in call.run(lambda tensor: tensor.cuda()))
+        with Emulator(gpus.H200, 90, seed)() as device:
+            emulated = call.run(device.tensor, kernel)
+        assert cases.difference(call, emulated, on_gpu) == "", f"{operator} {seed=} {kernel=}"
+
+
+PLAIN = """
+#include "convert.cuh"
+#include "align/align.cuh"
+struct PlainArgs { u32* results; u32 begin; };
+// What differs, of 2^16 values of fp16 and 2^24 of fp32 a launch.
+extern "C" __global__ void compare(const __grid_constant__ PlainArgs args) {
+  const u32 i = blockIdx.x * blockDim.x + threadIdx.x, bits = args.begin + i;
+  const float value = __uint_as_float(bits);
+  u32 wrong = F16::from_float(value) != plain_float_to_f16(value);
+  wrong |= (u32)(BF16::from_float(value) != plain_float_to_bf16(value)) << 1;
+  const float ours = plain_f16_to_float((u16)i), theirs = F16::to_float((u16)i);
+  wrong |= (u32)(__float_as_uint(ours) != __float_as_uint(theirs)) << 2;
+  wrong |= (u32)(lanes_below() != plain_lanes_below()) << 3;
+  u32 lanes = kFullWarp, plain = kFullWarp;
+  const u32 hash = bits * 2654435761u >> 20;
+  for (u32 k = 0; k < 4; ++k) keep_equal_bit(lanes, hash, k), plain_keep_equal_bit(plain, hash, k);
+  wrong |= (u32)(lanes != plain) << 4;
+  if (wrong) atomicOr(args.results, wrong);
+}
+"""
+
+
+@pytest.mark.gpu
+def test_plain_functions_do_what_ptx_does() -> None:
+    from cupy_moe._cupy import cupy
+    from cupy_moe.cuda import modules
+
+    folder = sources.source_folder()
+    headers = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.cuh")}
+    major, minor = modules.capability(0)
+    unit = sources.Unit("plain", PLAIN.encode(), headers, sources.OPTIONS)
+    module = cupy.cuda.function.Module()
+    module.load(compiler.compile(unit, f"sm_{major}{minor}").data)
+    compare = module.get_function("compare")
+    wrong = cupy.zeros(1, dtype=cupy.uint32)
+    for begin in range(0, 2**32, 2**24):
+        compare((2**16,), (256,), (wrong, cupy.uint32(begin)))
+    assert int(wrong[0]) == 0, "1: fp16, 2: bf16, 4: from fp16, 8: lanes, 16: equal bits"
