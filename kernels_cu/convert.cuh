@@ -17,7 +17,7 @@ struct F32 {
 // The conversions of F16 and BF16 for where there is no PTX.
 __device__ __forceinline__ float plain_f16_to_float(u16 bits) {
   const u32 magnitude = bits & 0x7fffu, sign = (u32)(bits & 0x8000u) << 16;
-  if (magnitude > 0x7c00u) return __uint_as_float(sign | 0x400000u | magnitude << 13 | 0x7f800000u);  // NaN
+  if (magnitude > 0x7c00u) return __uint_as_float(0x7fffffffu);  // NaN
   if (magnitude == 0x7c00u) return __uint_as_float(sign | 0x7f800000u);
   // The exponent is 112 too small; that puts normal and subnormal numbers right, exactly.
   const float scaled = __uint_as_float(magnitude << 13) * __uint_as_float((127 + 112) << 23);

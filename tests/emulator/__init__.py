@@ -32,6 +32,8 @@ from cupy_moe.cuda import launch, modules
 from cupy_moe.images import sources
 from cupy_moe.plans.base import DeviceLimits
 
+from .cases import POISON, Placed, place
+
 HERE = Path(__file__).parent
 COMPILER = os.environ.get("CXX") or shutil.which("g++") or "g++"
 WATCHED = [
@@ -50,8 +52,6 @@ WATCHED = [
     "-D__CUDACC_VER_MAJOR__=13",
     "-D__CUDACC_VER_MINOR__=0",
 ]
-GUARD = 256  # bytes around what is allocated, which belong to nobody
-POISON = 0x5A
 
 
 class EmulatorError(Exception):
@@ -178,32 +178,25 @@ def library(unit: str, arch: int) -> Library:
 
 
 class _Allocations(TorchFunctionMode):
-    """Knows where tensors lie; puts what `torch.empty` makes between guards, and fills it with poison."""
+    """Knows what kernels may touch. What `torch.empty` makes lies between guards and is full of poison."""
 
     def __init__(self) -> None:
-        self.kept: list[tuple[torch.Tensor, int, int]] = []
+        self.kept: list[Placed] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.empty:
-            return self.add(func(*args, **(kwargs or {})), poison=True)
         result = func(*args, **(kwargs or {}))
+        if func is torch.empty:
+            placed = self.add(result)
+            placed.memory.fill_(POISON)
+            return placed.tensor
         if func is torch.Tensor.contiguous and result is not args[0]:
-            self.kept.append((result, result.data_ptr(), result.data_ptr() + result.nbytes))
+            return self.add(result).tensor
         return result
 
-    def add(self, tensor: torch.Tensor, poison: bool = False) -> torch.Tensor:
-        """A copy between guards, with the strides of the tensor."""
+    def add(self, tensor: torch.Tensor) -> Placed:
         with torch._C.DisableTorchFunction():
-            size = tensor.element_size()
-            span = 1 + sum(abs(s) * (n - 1) for s, n in zip(tensor.stride(), tensor.shape, strict=True))
-            span = span if tensor.numel() else 0
-            memory = torch.full((2 * GUARD + span * size,), POISON, dtype=torch.uint8)
-            inner = memory[GUARD : GUARD + span * size].view(tensor.dtype)
-            placed = inner.as_strided(tensor.shape, tensor.stride())
-            if not poison:
-                placed.copy_(tensor)
-            self.kept.append((memory, inner.data_ptr(), inner.data_ptr() + inner.nbytes))
-            return placed
+            self.kept.append(place(tensor))
+        return self.kept[-1]
 
 
 class Emulator:
@@ -217,7 +210,7 @@ class Emulator:
 
     def tensor(self, tensor: torch.Tensor) -> torch.Tensor:
         """A copy for kernels to work on, which must not touch anything beside it."""
-        return self._allocations.add(tensor)
+        return self._allocations.add(tensor).tensor
 
     def _function(self, device: int, unit: str, entry: str) -> int:
         self._functions.append((unit, entry))
@@ -228,7 +221,7 @@ class Emulator:
         unit, entry = self._functions[function]
         self.launched.append(entry)
         arguments = ctypes.c_void_p.from_address(pointers).value or 0
-        buffers = [(begin, end) for _, begin, end in self._allocations.kept if end > begin]
+        buffers = [(placed.begin, placed.end) for placed in self._allocations.kept]
         self.seed += 1
         found = library(unit, self.arch).launch(entry, arguments, grid, block, shared, self.seed, buffers)
         if found:

@@ -21,6 +21,29 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ID_TYPES = (torch.int32, torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 
 
+class Placed(NamedTuple):
+    """A copy of a tensor between guards, with its strides, and as far off a multiple of 16 bytes."""
+
+    tensor: torch.Tensor
+    memory: torch.Tensor  # bytes, the guards too
+    begin: int
+    end: int
+
+
+GUARD, POISON = 256, 0x5A
+
+
+def place(tensor: torch.Tensor, device: str = "cpu") -> Placed:
+    size, off = tensor.element_size(), tensor.data_ptr() % 16
+    reach = sum(stride * (length - 1) for stride, length in zip(tensor.stride(), tensor.shape, strict=True))
+    num_bytes = (reach + 1) * size if tensor.numel() else 0
+    memory = torch.full((2 * GUARD + off + num_bytes,), POISON, dtype=torch.uint8, device=device)
+    inner = memory[GUARD + off : GUARD + off + num_bytes].view(tensor.dtype)
+    copy = inner.as_strided(tensor.shape, tensor.stride()).copy_(tensor)
+    begin = memory.data_ptr() + GUARD + off
+    return Placed(copy, memory, begin, begin + num_bytes)
+
+
 class Call(NamedTuple):
     """A call of an operator, its tensors by name apart from the rest, and what it has to give."""
 
@@ -77,7 +100,7 @@ def align(seed: int, most_ids: int = 700) -> Call:
 def align_batched(seed: int) -> Call:
     pick = random.Random(seed)
     torch.manual_seed(seed)
-    num_batches, most = pick.choice((0, 1, 2, 8, 33, 257)), pick.choice((1, 5, 16, 64, 100))
+    num_batches, most = pick.choice((0, 1, 2, 8, 33, 100)), pick.choice((1, 5, 16, 64, 100))
     counts = torch.randint(-2, most + 3, (num_batches,), dtype=torch.int32)
     if pick.random() < 0.2:
         counts = torch.randint(-(2**31), 2**31 - 1, (num_batches,), dtype=torch.int32)
@@ -104,9 +127,10 @@ def sum_up(seed: int) -> Call:
         tensors["topk_weights"] = torch.randn(tokens, topk)
     if pick.random() < 0.5:
         num_experts = pick.choice((1, 4, 9))
-        tensors["topk_ids"] = torch.randint(
-            -2, num_experts + 2, (tokens, topk), dtype=pick.choice(ID_TYPES[:2])
-        )
+        ids = torch.randint(-2, num_experts + 2, (tokens, topk), dtype=pick.choice(ID_TYPES[:2]))
+        if ids.dtype == torch.int64:  # of which the lower words alone would be experts
+            ids[torch.rand(ids.shape) < 0.2] += 2**32
+        tensors["topk_ids"] = ids
         if pick.random() < 0.5:
             tensors["expert_map"] = torch.randint(-1, num_experts + 1, (num_experts,), dtype=torch.int32)
     if pick.random() < 0.4:

@@ -1,3 +1,4 @@
+# ruff: noqa: E501 (a table)
 """Deliberate faults in kernels, constants, plans and argument structs, and whether the suite notices them.
 
     scripts/mutants                 all of them, two at a time; prints a table, exits with 1 if one is missed
@@ -20,7 +21,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
 # Those first that are likely to notice; all run.
-FIRST = ("structs", "plans", "emulator", "align", "align_batched", "gate", "moe_sum", "launch", "arguments")
+FIRST = ("emulator", "structs", "plans", "align", "align_batched", "gate", "moe_sum", "launch", "arguments")
 
 
 class Mutant(NamedTuple):
@@ -44,14 +45,14 @@ OPERATOR = "cupy_moe/operators/align.py"
 
 MUTANTS = [
     # comparisons
-    Mutant("ids equal to num_experts are placed", ALIGN, "ids[k] < args.num_experts ?", "ids[k] <= args.num_experts ?"),
+    Mutant("ids past the last expert are the first expert's", ALIGN, "? (u32)ids[k] : args.num_experts;", "? (u32)ids[k] : 0;"),
     Mutant("map entries are not bounded", ALIGN, "min_u32((u32)__ldg(args.expert_map + of[k]), args.num_experts)", "(u32)__ldg(args.expert_map + of[k])"),
     Mutant("a mapped block names any expert", ALIGN, "(u32)local < args.num_experts ? local : -1", "local"),
     Mutant("the last id of a piece is left out", ALIGN, "return i < end ? Ids::load", "return i + 1 < end ? Ids::load"),
     Mutant("rows after the piece count as the piece's", ALIGN, "return i < end ? table.of_warp", "return i <= end ? table.of_warp"),
     Mutant("equal ids: the later one comes first", SMALL, "other.x == bucket ? (first < i ?", "other.x == bucket ? (first > i ?"),
     Mutant("smaller or equal buckets count as smaller", SMALL, "other.y < bucket ? width.y", "other.y <= bucket ? width.y"),
-    Mutant("a slot at the end of the slice is written twice", SMALL, "slot < slot_end", "slot <= slot_end"),
+    Mutant("a slot at the end of the slice is written twice", SMALL, "slot < slot_end", "slot <= slot_end", "two blocks write the same to that slot"),
     Mutant("ties go to the later group", WARP, "theirs == score && other < group", "theirs == score && other > group"),
     Mutant("ties go to the later group, wide", WIDE, "group_keys[other] == score && other < group", "group_keys[other] == score && other > group"),
     Mutant("ties go to the later expert, wide", WIDE, "key == last.key && place > last.place", "key == last.key && place < last.place"),
@@ -89,7 +90,7 @@ MUTANTS = [
     Mutant("weights of the slot before", SUM, "args.weights + (i64)token * args.topk + first;", "args.weights + (i64)token * args.topk;"),
     Mutant("fused products", SUM, "__fadd_rn(sum[e], kExtended ? __fmul_rn(weights[i], values[e]) : values[e])", "fmaf(weights[i], values[e], sum[e])"),
     Mutant("the factor after the shared output", SUM, "sum[e] = __fadd_rn(sum[e], values[e]);\n", "sum[e] = __fmul_rn(__fadd_rn(sum[e], values[e]), args.factor);\n"),
-    Mutant("softmax is renormalised by another lane's sum", WARP, "value += __shfl_xor_sync(kFullWarp, value, distance)", "value += __shfl_up_sync(kFullWarp, value, distance)", ""),
+    Mutant("a sum that only the last lane has", GATE, "    value += __shfl_xor_sync(kFullWarp, value, distance);", "    value += __shfl_up_sync(kFullWarp, value, distance);"),
     Mutant("a key of NaN selects", GATE, "return key > kInfKey ? kMinusInfKey : key;", "return key;"),
     Mutant("padding rows have ids", WARP, "padded ? ~0u : id", "id"),
     Mutant("fp16 is rounded down", CONVERT, "magnitude + 0xfffu + (magnitude >> 13 & 1)", "magnitude"),
@@ -112,6 +113,7 @@ MUTANTS = [
     Mutant("pointers change places", OPERATOR, "            for launch in launches:\n                launch(ids, a, b, c)\n    except", "            for launch in launches:\n                launch(ids, b, a, c)\n    except"),
     Mutant("the words of an id are its bytes", "cupy_moe/operators/moe_sum.py", "words_per_id=id_bytes // 4,", "words_per_id=id_bytes // 8 or 1,"),
     # without consequence
+    Mutant("ids equal to num_experts keep their value", ALIGN, "ids[k] < args.num_experts ?", "ids[k] <= args.num_experts ?", "it is that of the bucket of those that are dropped"),
     Mutant("more threads that share a column", GLOBAL, "kColumnParts = 4;", "kColumnParts = 8;", "the same results, at another speed"),
     Mutant("one load in flight", SHARED, "kMaxLoads = kCluster == 1 ? 2 : 4;", "kMaxLoads = 1;", "the same results, at another speed"),
 ]  # fmt: skip
@@ -134,9 +136,9 @@ def examine(number: int) -> tuple[str, float]:
         if text.count(mutant.before) < 1:
             raise SystemExit(f"{number} ({mutant.what}): {mutant.file} has no {mutant.before!r}")
         path.write_text(text.replace(mutant.before, mutant.after, 1), encoding="utf-8")
-        # What is compiled is kept by its contents.
-        (ROOT / ".pytest_cache").mkdir(exist_ok=True)
-        (copy / ".pytest_cache").symlink_to(ROOT / ".pytest_cache")
+        # What is compiled already; links, as each copy removes what its sources no longer make.
+        if (kept := ROOT / ".pytest_cache").exists():
+            shutil.copytree(kept, copy / ".pytest_cache", copy_function=os.link)
         tests = [f"tests/test_{name}.py" for name in FIRST]
         command = [
             sys.executable,
