@@ -181,7 +181,7 @@ def readme_section(operators: Sequence[Operator], result: dict[str, Any], pictur
     """The pictures, and one table of the most telling cases."""
     intro = (
         'Times of a call on the GPU, measured beside the other libraries in one process; "faster" is against'
-        f" the best of them. The full tables, and how they are measured, are in [`{PAGE}`]({PAGE})."
+        f" the best of them. The full tables, and how they are measured, are in `{PAGE}`."
     )
     lines = []
     for operator in operators:
