@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from .operators.align import aligned_sizes as aligned_sizes
     from .operators.align import moe_align_block_size as moe_align_block_size
     from .operators.align_batched import batched_moe_align_block_size as batched_moe_align_block_size
+    from .operators.experts import experts_workspace_bytes as experts_workspace_bytes
+    from .operators.experts import fused_experts as fused_experts
+    from .operators.experts import fused_moe as fused_moe
     from .operators.gate import TopK as TopK
     from .operators.gate import grouped_topk as grouped_topk
     from .operators.gate import topk_sigmoid as topk_sigmoid
@@ -39,6 +42,7 @@ _MODULES = {
         "KernelLoadError",
         "KernelNotPrebuiltError",
     ),
+    "operators.experts": ("experts_workspace_bytes", "fused_experts", "fused_moe"),
     "operators.gate": ("TopK", "grouped_topk", "topk_sigmoid", "topk_softmax"),
     "cuda.modules": ("warmup",),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from cupy_moe.images import sources, targets
 from cupy_moe.plans.base import DeviceLimits
 
 
@@ -20,14 +21,24 @@ class Clusters:
         return {8: self.of_8, 16: self.of_16}[size]
 
 
-T4 = DeviceLimits(40, 65_536, Clusters())
-A100 = DeviceLimits(108, 166_912, Clusters())
-RTX4090 = DeviceLimits(128, 101_376, Clusters())
-H20 = DeviceLimits(78, 232_448, Clusters(8, 0))
-H200 = DeviceLimits(132, 232_448, Clusters(15, 7))
-H200_SLICE = DeviceLimits(16, 232_448, Clusters(1, 0))
-B200 = DeviceLimits(148, 232_448, Clusters(17, 8))
-RTX5090 = DeviceLimits(170, 101_376, Clusters(18, 0))
+@dataclass(frozen=True)
+class Runs:
+    """What units are for."""
+
+    number: int
+
+    def __call__(self, unit: str, /) -> bool:
+        return targets.runs_somehow(divmod(self.number, 10), sources.unit(unit).targets)
+
+
+T4 = DeviceLimits(40, 65_536, Clusters(), Runs(75))
+A100 = DeviceLimits(108, 166_912, Clusters(), Runs(80))
+RTX4090 = DeviceLimits(128, 101_376, Clusters(), Runs(89))
+H20 = DeviceLimits(78, 232_448, Clusters(8, 0), Runs(90))
+H200 = DeviceLimits(132, 232_448, Clusters(15, 7), Runs(90))
+H200_SLICE = DeviceLimits(16, 232_448, Clusters(1, 0), Runs(90))
+B200 = DeviceLimits(148, 232_448, Clusters(17, 8), Runs(100))
+RTX5090 = DeviceLimits(170, 101_376, Clusters(18, 0), Runs(120))
 GPUS = {
     "T4": T4,
     "A100": A100,

@@ -8,6 +8,8 @@ import functools
 import torch
 
 from ..errors import DependencyError
+from ..images import sources
+from ..images.targets import runs_somehow
 from ..plans.base import DeviceLimits
 from . import modules
 
@@ -24,7 +26,12 @@ def device_limits(device: int) -> DeviceLimits:
         runtime.deviceGetAttribute(runtime.cudaDevAttrMultiProcessorCount, device),
         runtime.deviceGetAttribute(runtime.cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
         functools.cache(functools.partial(max_clusters, device)),
+        functools.partial(_runs, device),
     )
+
+
+def _runs(device: int, unit: str) -> bool:
+    return runs_somehow(modules.capability(device), sources.unit(unit).targets)
 
 
 class _LaunchConfig(ctypes.Structure):

@@ -17,7 +17,7 @@ from . import compiler, folders, sources, store
 from .folders import Root, warn_once
 from .sources import Unit
 from .store import DamagedEntryError, Image, compile_image, publish
-from .targets import PTX_TARGET, is_ptx, native_targets, number
+from .targets import PTX_TARGET, is_ptx, native_targets, number, runs_somehow
 
 log = logging.getLogger("cupy_moe")
 
@@ -66,12 +66,12 @@ def candidates(unit_name: str, capability: tuple[int, int]) -> Iterator[Image]:
         for root in roots:
             yield from stored(root, target)
 
-    wanted = " or ".join([*targets, f"PTX up to compute_{limit}"] if PTX_TARGET in unit.targets else targets)
-    if not wanted:
+    if not runs_somehow(capability, unit.targets):
         raise KernelNotPrebuiltError(
             f"kernel {unit_name!r} is not for compute capability {capability[0]}.{capability[1]}, but for"
             f" {', '.join(unit.targets)}"
         )
+    wanted = " or ".join([*targets, f"PTX up to compute_{limit}"] if PTX_TARGET in unit.targets else targets)
     arch = targets[0] if targets else PTX_TARGET
     searched = [f"{root.path} ({root.origin}): {_found(root, unit)}" for root in roots]
     raise KernelNotPrebuiltError(
@@ -151,6 +151,6 @@ def _newest_ptx(unit: Unit, capability: tuple[int, int]) -> str:
     """For a device that is newer than the NVRTC in use."""
     known, limit = compiler.supported_targets(), capability[0] * 10 + capability[1]
     older = [number(target) for target in known if number(target) <= limit]
-    if not older or PTX_TARGET not in unit.targets:
+    if not older or not runs_somehow(capability, unit.targets):
         raise DependencyError(f"NVRTC {compiler.toolchain().nvrtc} knows only {', '.join(known)}")
     return f"compute_{older[-1]}"

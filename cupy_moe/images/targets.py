@@ -68,6 +68,9 @@ def native_targets(capability: tuple[int, int], wanted: Iterable[str] = TARGETS)
 
 
 def runs_somehow(capability: tuple[int, int], wanted: Iterable[str]) -> bool:
-    """Whether a unit is for a device at all: as a cubin, or as PTX of any number."""
+    """Whether a unit is for a device at all: as a cubin, or as PTX of a number no less than that of its cubins."""
     wanted = tuple(wanted)
-    return PTX_TARGET in wanted or bool(native_targets(capability, wanted))
+    if native_targets(capability, wanted):
+        return True
+    least = min((number(target) for target in wanted if not is_ptx(target)), default=0)
+    return PTX_TARGET in wanted and 10 * capability[0] + capability[1] >= least

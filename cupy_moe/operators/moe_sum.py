@@ -99,18 +99,16 @@ def moe_sum(
         factor = as_float("routed_scaling_factor", factor)
     factor = factor or 0.0  # not -0.0, which would find what is cached for 0.0
     try:
-        (num_tokens, topk, hidden), strides, source = input.shape, input.stride(), input.data_ptr()
+        num_tokens, topk, hidden = input.shape
+        input.data_ptr()
     except (RuntimeError, ValueError):
         check_layout("input", input)
         raise ValueError(f"input: expected [tokens, topk, hidden], got {list(input.shape)}") from None
     dtype, device = input.dtype, input.device
-    weights = ids = shared = 0
     if topk_weights is not None:
         topk_weights = _check("topk_weights", topk_weights, _FLOAT, (num_tokens, topk), device)
-        weights = address("topk_weights", topk_weights)
     if topk_ids is not None:
         topk_ids = _check("topk_ids", topk_ids, _ID_TYPES, (num_tokens, topk), device)
-        ids = address("topk_ids", topk_ids)
     if expert_map is not None:
         check_layout("expert_map", expert_map)
         if expert_map.dim() != 1:
@@ -118,24 +116,45 @@ def moe_sum(
         expert_map = _check("expert_map", expert_map, _INT32, expert_map.shape, device)
     if shared_output is not None:
         shared_output = _check("shared_output", shared_output, (dtype,), (num_tokens, hidden), device)
-        shared = address("shared_output", shared_output)
     output: PlainTensor = out
     if out is None:
         output = torch.empty((num_tokens, hidden), dtype=dtype, device=device)
     else:
         check_tensor("out", out, (dtype,), (num_tokens, hidden), device, strided=True)
-    target, out_strides = output.data_ptr(), output.stride()
+    out_strides = output.stride()
     if hidden > 1 and out_strides[1] != 1:
         raise ValueError(f"out: expected rows of neighbouring elements, got strides {list(out_strides)}")
-    call = _prepare(
-        (num_tokens, topk, hidden), strides, out_strides, dtype, device, (source | target | shared) % 16 == 0,
-        bool(shared or weights or ids), factor, None if topk_ids is None else topk_ids.dtype,
-        _NO_MAP if expert_map is None else len(expert_map),
-    )  # fmt: skip
-    if call.launches is None:
-        result = cpu.moe_sum(input, topk_weights, topk_ids, expert_map, factor, shared_output)
+    tensors = topk_weights, topk_ids, expert_map, factor, shared_output
+    if not add_slots(input, output, *tensors, _NO_MAP if expert_map is None else len(expert_map)):
+        result = cpu.moe_sum(input, *tensors)
         with torch.no_grad():
             return output.copy_(result)
+    return output
+
+
+def add_slots(
+    input: PlainTensor,
+    output: PlainTensor,
+    topk_weights: PlainTensor | None,
+    topk_ids: PlainTensor | None,
+    expert_map: PlainTensor | None,
+    factor: float,
+    shared_output: PlainTensor | None,
+    num_experts: int,
+) -> bool:
+    """The launches of `moe_sum`, of checked tensors, all but `input` contiguous; False on the CPU. Slots of ids
+    from `num_experts` on are not read."""
+    source, target = input.data_ptr(), output.data_ptr()
+    weights = 0 if topk_weights is None else address("topk_weights", topk_weights)
+    ids = 0 if topk_ids is None else address("topk_ids", topk_ids)
+    shared = 0 if shared_output is None else address("shared_output", shared_output)
+    call = _prepare(
+        input.shape, input.stride(), output.stride(), input.dtype, input.device,
+        (source | target | shared) % 16 == 0, bool(shared or weights or ids), factor,
+        None if topk_ids is None else topk_ids.dtype, num_experts,
+    )  # fmt: skip
+    if call.launches is None:
+        return False
     if not (source and target):
         address("input", input), address("out", output)
     for launch, (input_offset, out_offset, shared_offset, weights_offset, ids_offset) in call.launches:
@@ -144,7 +163,7 @@ def moe_sum(
             weights and weights + weights_offset, ids and ids + ids_offset,
             0 if expert_map is None else address("expert_map", expert_map),
         )  # fmt: skip
-    return output
+    return True
 
 
 class _Call(NamedTuple):

@@ -35,6 +35,7 @@ class DeviceLimits(NamedTuple):
     # Of a unit, an entry point and the size of its clusters: how many of these run at once if each block
     # fills an SM. The driver's answer, asked for only where clusters are an option, as that loads the kernel.
     max_clusters: Callable[[str, str, int], int]
+    runs: Callable[[str], bool]  # whether a unit is made for such devices
 
 
 class LaunchPlan(NamedTuple):

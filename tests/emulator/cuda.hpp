@@ -33,7 +33,7 @@ inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 
 namespace emulator {
-enum Collective : int { kShuffle, kShuffleUp, kShuffleXor, kBallot, kMatch, kAdd, kMax, kWarpBarrier };
+enum Collective : int { kShuffle, kShuffleUp, kShuffleXor, kBallot, kMatch, kAdd, kMax, kGather, kWarpBarrier };
 
 uint3 thread_index();
 uint3 block_index();
@@ -48,6 +48,11 @@ void inbox_open(const void* inbox);
 void inbox_expect(const void* inbox, unsigned num_bytes);
 void inbox_send(const void* inbox, void* mine, unsigned rank, const void* value, unsigned num_bytes);
 void inbox_wait(const void* inbox, int line);
+void copy_async(void* shared, const void* global, bool exists);  // 16 bytes, when they are waited for
+void commit_copies();
+void wait_copies(unsigned num_groups);
+void load_matrices(unsigned* words, const void* row, int line);
+void multiply_add(float* sums, const unsigned* a, unsigned b0, unsigned b1, float (*to_float)(unsigned short), int line);
 
 template <typename T>
 uint64_t to_bits(T value) {

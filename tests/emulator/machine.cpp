@@ -131,6 +131,12 @@ enum State { kReady, kAtBarrier, kAtCollective, kAtClusterBarrier, kAtInbox, kDo
 const char* const kStates[] = {"ready", "at __syncthreads", "at a warp's vote, shuffle or barrier",
                                "at the cluster's barrier", "at its inbox", "done"};
 
+struct Copy {
+  char* to;
+  const char* from;
+  bool exists;
+};
+
 struct Thread {
   void* stack_pointer = nullptr;
   char* stack = nullptr;
@@ -140,6 +146,7 @@ struct Thread {
   int line = 0;
   uint64_t result = 0;
   bool has_mail = false;         // has waited for what others send
+  std::vector<std::vector<Copy>> copies{1};  // asked for, by group; the last group is open
   unsigned cluster_arrivals = 0;
 };
 
@@ -148,6 +155,7 @@ struct Warp {
   unsigned mask = 0, arrived = 0;
   uint64_t values[kWarp];
   unsigned arguments[kWarp];
+  std::vector<unsigned> gathered, words[kWarp];
   uint64_t epoch = 1;  // of its barriers, and of the block's
 };
 
@@ -544,6 +552,10 @@ uint64_t collective(Collective kind, unsigned mask, uint64_t value, unsigned arg
   }
   Block& block = *self.block;
   const unsigned first = self.index - lane;
+  if (kind == kGather) {  // a copy, as lanes that are quick give their next words before others have read these
+    warp.gathered.clear();
+    for (const auto& words : warp.words) warp.gathered.insert(warp.gathered.end(), words.begin(), words.end());
+  }
   for (unsigned i = 0; i < kWarp; ++i) {
     if (!(mask >> i & 1)) continue;
     Thread& other = block.threads[first + i];
@@ -650,6 +662,60 @@ void inbox_send(const void* inbox, void* mine, unsigned rank, const void* value,
   memcpy(other.shared + offset, value, num_bytes);
   other.inbox.received += num_bytes;
   wake_receivers(other);
+}
+
+void copy_async(void* shared, const void* global, bool exists) {
+  const Block& block = *current->block;
+  const char* to = static_cast<char*>(shared);
+  if (to < block.dynamic || to + 16 > block.dynamic + launch->shared_bytes) fail("copies to outside of shared memory");
+  if (exists) check_access(global, 16, kRead);
+  if (reinterpret_cast<uintptr_t>(global) % 16 != 0) fail("copies from an address that is no multiple of 16");
+  current->copies.back().push_back({static_cast<char*>(shared), static_cast<const char*>(global), exists});
+}
+
+void commit_copies() { current->copies.emplace_back(); }
+
+void wait_copies(unsigned num_groups) {
+  auto& copies = current->copies;
+  while (copies.size() > num_groups + 1) {
+    for (const Copy& copy : copies.front()) {
+      check_access(copy.to, 16, kWrite);
+      if (copy.exists) memcpy(copy.to, copy.from, 16);
+      else memset(copy.to, 0, 16);
+    }
+    copies.erase(copies.begin());
+  }
+}
+
+// The words of all lanes of the warp, [kWarp][count]; they are there until the next call.
+static const unsigned* gather(const unsigned* words, unsigned count, int line) {
+  Warp& warp = my_warp();
+  warp.words[current->index % kWarp].assign(words, words + count);
+  collective(kGather, 0xffffffffu, count, 0, line);
+  return warp.gathered.data();
+}
+
+void load_matrices(unsigned* words, const void* row, int line) {
+  check_access(row, 16, kRead);
+  const unsigned* all = gather(static_cast<const unsigned*>(row), 4, line);
+  const unsigned lane = current->index % kWarp;
+  for (unsigned matrix = 0; matrix < 4; ++matrix) words[matrix] = all[(matrix * 8 + lane / 4) * 4 + lane % 4];
+}
+
+void multiply_add(float* sums, const unsigned* a, unsigned b0, unsigned b1, float (*to_float)(unsigned short), int line) {
+  const unsigned own[6] = {a[0], a[1], a[2], a[3], b0, b1};
+  const unsigned* all = gather(own, 6, line);
+  const unsigned lane = current->index % kWarp;
+  const auto element = [&](unsigned from, unsigned word, unsigned half) {
+    return to_float(static_cast<unsigned short>(all[from * 6 + word] >> (16 * half)));
+  };
+  for (unsigned i = 0; i < 4; ++i) {
+    const unsigned row = lane / 4, column = lane % 4 * 2 + i % 2, lower = i / 2;
+    for (unsigned k = 0; k < 16; ++k) {
+      const unsigned part = k % 8 / 2, upper = k / 8;
+      sums[i] += element(row * 4 + part, upper * 2 + lower, k % 2) * element(column * 4 + part, 4 + upper, k % 2);
+    }
+  }
 }
 
 void inbox_wait(const void* inbox, int line) {

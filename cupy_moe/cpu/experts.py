@@ -1,0 +1,84 @@
+"""fused_experts in plain PyTorch: expert by expert, in fp32."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.functional import gelu, sigmoid, silu
+
+from . import moe_sum as cpu_sum
+
+GATED = ("silu", "gelu", "gelu_tanh", "swigluoai", "swigluoai_uninterleave")
+PLAIN = ("silu_no_mul", "gelu_no_mul", "gelu_tanh_no_mul", "relu2_no_mul")
+ALPHA, LIMIT = 1.702, 7.0  # of swigluoai
+
+
+def activate(activation: str, values: torch.Tensor) -> torch.Tensor:
+    """fp32 [.., 2 * I] -> [.., I], gates first, or alternating with ups in swigluoai; [.., I] without a gate."""
+    name = activation.removesuffix("_no_mul")
+    if activation in PLAIN:
+        return _function(name, values)
+    if activation == "swigluoai":
+        gate, up = values[..., ::2], values[..., 1::2]
+    else:
+        gate, up = values.chunk(2, dim=-1)
+    if activation.startswith("swigluoai"):
+        gate, up = gate.clamp(max=LIMIT), up.clamp(-LIMIT, LIMIT)
+        return (up + 1) * gate * sigmoid(ALPHA * gate)
+    return _function(name, gate) * up
+
+
+def _function(name: str, values: torch.Tensor) -> torch.Tensor:
+    if name == "relu2":
+        return values.clamp(min=0).square()
+    if name == "silu":
+        return silu(values)
+    return gelu(values, approximate="tanh" if name == "gelu_tanh" else "none")
+
+
+@torch.no_grad()  # as on a GPU
+def fused_experts(
+    hidden_states: torch.Tensor,
+    w1: torch.Tensor,
+    w2: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    activation: str = "silu",
+    apply_router_weight_on_input: bool = False,
+    expert_map: torch.Tensor | None = None,
+    w1_bias: torch.Tensor | None = None,
+    w2_bias: torch.Tensor | None = None,
+    routed_scaling_factor: float = 1.0,
+    shared_output: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """As `cupy_moe.fused_experts`; what each product gives is rounded once, and arguments are not checked."""
+    num_tokens, topk = topk_ids.shape
+    experts = local_experts(topk_ids, len(w1), expert_map).view(-1)
+    weights = topk_weights.reshape(-1, 1)
+    outputs = hidden_states.new_zeros((num_tokens * topk, w2.shape[1]))
+    for expert in experts.unique().tolist():
+        if expert < 0:
+            continue
+        pairs = (experts == expert).nonzero().squeeze(1)
+        values = hidden_states[pairs // topk].float() @ w1[expert].float().T
+        if w1_bias is not None:
+            values = values + w1_bias[expert].float()
+        if apply_router_weight_on_input:
+            values = values * weights[pairs]
+        values = activate(activation, values).to(hidden_states.dtype)
+        result = values.float() @ w2[expert].float().T
+        if w2_bias is not None:
+            result = result + w2_bias[expert].float()
+        if not apply_router_weight_on_input:
+            result = result * weights[pairs]
+        outputs[pairs] = result.to(hidden_states.dtype)
+    by_slot = outputs.view(num_tokens, topk, -1)
+    return cpu_sum.moe_sum(by_slot, routed_scaling_factor=routed_scaling_factor, shared_output=shared_output)
+
+
+def local_experts(topk_ids: torch.Tensor, num_experts: int, expert_map: torch.Tensor | None) -> torch.Tensor:
+    """The expert here of each pair; -1 where there is none."""
+    ids = topk_ids.to(torch.int64)
+    if expert_map is not None:
+        known = (ids >= 0) & (ids < len(expert_map))
+        ids = torch.where(known, expert_map.to(torch.int64)[ids.clamp(0, len(expert_map) - 1)], -1)
+    return torch.where((ids >= 0) & (ids < num_experts), ids, -1)

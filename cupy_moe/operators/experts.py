@@ -1,0 +1,409 @@
+"""fused_experts and fused_moe: the experts themselves, from hidden states to the summed output."""
+
+from __future__ import annotations
+
+import enum
+import functools
+from typing import Any, NamedTuple
+
+import torch
+
+from ..cpu import experts as cpu
+from ..cuda.launch import CACHED_CALLS, Launch, bind
+from ..cuda.limits import device_limits
+from ..cuda.structs import ArgumentStruct
+from ..dispatch.arrays import Array, DLPackArray
+from ..dispatch.operator import Operator, is_watched
+from ..dispatch.tensors import PlainTensor, address, check_layout, check_tensor, cuda_index, is_plain
+from ..plans.align import aligned_sizes
+from ..plans.base import ceil_div, divisor
+from ..plans.experts import EXPERTS_KERNELS, MAX_LOCAL_EXPERTS, ExpertsPlan, plan_experts
+from ..values import INT32_MAX, as_bool, as_float, as_int, check_choice, check_range
+from .align import MoEAlignment, moe_align_block_size
+from .gate import topk_softmax
+from .moe_sum import add_slots
+
+__all__ = ["experts_workspace_bytes", "fused_experts", "fused_moe"]
+
+_ARGS = ArgumentStruct(
+    "experts/experts.cuh:ExpertsArgs",
+    "sorted_token_ids expert_ids num_tokens_post_pad rows weights output bias topk_weights",
+    "i64 row_stride, expert_stride, weight_stride; u32 num_pairs, num_experts; Divisor column_tiles,"
+    " rows_shared; u32 depth, num_columns, activation, row_step, up_offset, clears_unknown; i64 bias_stride;"
+    " float alpha, limit",
+)
+
+
+class Activation(enum.IntEnum):
+    NONE, SILU, GELU, GELU_TANH, RELU2, SWIGLU_OAI = range(6)
+
+
+_ACTIVATIONS = {
+    "silu": Activation.SILU,
+    "gelu": Activation.GELU,
+    "gelu_tanh": Activation.GELU_TANH,
+    "relu2": Activation.RELU2,
+    "swigluoai": Activation.SWIGLU_OAI,
+    "swigluoai_uninterleave": Activation.SWIGLU_OAI,
+}
+ACTIVATIONS = (*cpu.GATED, *cpu.PLAIN)
+_ELEMENTS = {torch.bfloat16: "bf16", torch.float16: "f16"}
+_ID_TYPES = (torch.int32, torch.int64, torch.uint32)
+_FLOAT, _INT32 = (torch.float32,), (torch.int32,)
+_ALIGNMENT = 256  # bytes, of what lies in the workspace
+# Of the two intermediates together; more tokens go in parts, one after another.
+MAX_WORKSPACE_BYTES = 4 << 30
+
+
+def fused_experts(
+    hidden_states: Array,
+    w1: DLPackArray,
+    w2: DLPackArray,
+    topk_weights: DLPackArray,
+    topk_ids: DLPackArray,
+    activation: str = "silu",
+    apply_router_weight_on_input: bool = False,
+    global_num_experts: int = -1,
+    expert_map: DLPackArray | None = None,
+    *,
+    w1_bias: DLPackArray | None = None,
+    w2_bias: DLPackArray | None = None,
+    routed_scaling_factor: float = 1.0,
+    shared_output: DLPackArray | None = None,
+    workspace: DLPackArray | None = None,
+    out: Array | None = None,
+    kernel: str | None = None,
+) -> Array:
+    """What the experts of each token make of it, weighted and added up.
+
+    With T tokens, K experts for each, E experts here, hidden size H and intermediate size I:
+
+    hidden_states           [T, H]        bf16, fp16         rows may be strided
+    w1                      [E, 2I, H]    as hidden_states   gate rows first; [E, I, H] without a gate
+    w2                      [E, H, I]     as hidden_states   rows of both may be strided
+    topk_weights            [T, K]        fp32               of the router
+    topk_ids                [T, K]        int32, 64, uint32  experts; those that do not exist are dropped
+    activation              "silu", "gelu", "gelu_tanh": of the gate, times the up; "swigluoai", whose gate and
+                            up rows alternate, and "swigluoai_uninterleave", with gpt-oss' limits; without a gate
+                            "silu_no_mul", "gelu_no_mul", "gelu_tanh_no_mul", "relu2_no_mul"
+    apply_router_weight_on_input                             weights multiply what the activation gets instead
+    global_num_experts                                       of all ranks, with `expert_map`; -1: its length
+    expert_map              [global]      int32              this rank's id of each expert, -1: another rank's
+    w1_bias, w2_bias        [E, 2I], [E, H]                  as hidden_states; added before the router weight
+    routed_scaling_factor                                    multiplies the sum, but not `shared_output`
+    shared_output           [T, H]        as hidden_states   added at the end
+    workspace               [n]           uint8              n from `experts_workspace_bytes`; else allocated
+    out                     [T, H]        as hidden_states   written instead of allocated; contiguous
+    kernel                  one of EXPERTS_KERNELS           forces one, for tests and benchmarks
+
+    H and I are multiples of 8. Returns [T, H] of the type of `hidden_states`. A token without an expert here gets
+    zeros, plus `shared_output`.
+
+    Products are accumulated in fp32. What the activation gives is rounded once, what GEMM 2 gives, times the
+    router weight, once; the sum is that of `moe_sum`. The result is the same to the last bit at every call, and
+    for a token in whatever batch it is.
+
+    >>> eye = torch.eye(8, dtype=torch.bfloat16)
+    >>> w1 = torch.stack([eye, 2 * eye])  # two experts without a gate
+    >>> x = torch.ones(1, 8, dtype=torch.bfloat16)
+    >>> weights, ids = torch.tensor([[1.0, 0.5]]), torch.tensor([[0, 1]])
+    >>> fused_experts(x, w1, w1, weights, ids, "relu2_no_mul")[0, :3].tolist()
+    [5.0, 5.0, 5.0]
+
+    Cost: four launches on torch's current stream (align, two products, sum), no synchronisation, and the output
+    and a workspace as the only allocations. Tokens whose intermediates would take more than 4 GiB go in parts, one
+    after another. Arrays with `__dlpack__` are accepted, and give arrays of their kind.
+
+    Raises TypeError and ValueError for wrong arguments, before anything is launched; what loading a kernel for
+    the first time raises; and KernelLaunchError. Semantics: vLLM's `fused_experts`.
+    """
+    tensors = hidden_states, w1, w2, topk_weights, topk_ids
+    optional = expert_map, w1_bias, w2_bias, shared_output, workspace, out
+    if is_watched() or not all(map(is_plain, tensors)) or not all(t is None or is_plain(t) for t in optional):
+        # Without the workspace: what is traced finds one for itself.
+        return _operator(
+            *tensors, activation, apply_router_weight_on_input, global_num_experts, expert_map, w1_bias, w2_bias,
+            routed_scaling_factor, shared_output, out=out, kernel=kernel,
+        )  # fmt: skip
+    check_choice("activation", activation, ACTIVATIONS)
+    if kernel is not None:
+        check_choice("kernel", kernel, EXPERTS_KERNELS)
+    on_input = as_bool("apply_router_weight_on_input", apply_router_weight_on_input)
+    factor = as_float("routed_scaling_factor", routed_scaling_factor) or 0.0
+    x: PlainTensor = _check_rows("hidden_states", hidden_states, 2)
+    first: PlainTensor = _check_rows("w1", w1, 3)
+    second: PlainTensor = _check_rows("w2", w2, 3)
+    (num_tokens, hidden), (num_experts, rows, _), (_, _, intermediate) = x.shape, first.shape, second.shape
+    dtype, device = x.dtype, x.device
+    if dtype not in _ELEMENTS:
+        raise TypeError(f"hidden_states: expected torch.bfloat16 or float16, got {dtype}; cast it")
+    is_gated = activation in cpu.GATED
+    check_tensor("w2", second, (dtype,), (num_experts, hidden, intermediate), device, strided=True)
+    shape = num_experts, 2 * intermediate if is_gated else intermediate, hidden
+    check_tensor("w1", first, (dtype,), shape, device, strided=True)
+    ids: PlainTensor = topk_ids
+    check_layout("topk_ids", ids)
+    if ids.dim() != 2:
+        raise ValueError(f"topk_ids: expected [tokens, topk], got {list(ids.shape)}")
+    topk = ids.shape[1]
+    check_tensor("topk_ids", ids, _ID_TYPES, (num_tokens, topk), device, strided=True)
+    check_tensor("topk_weights", topk_weights, _FLOAT, (num_tokens, topk), device, strided=True)
+    ids, weights = ids.contiguous(), topk_weights.contiguous()
+    total = as_int("global_num_experts", global_num_experts)
+    local: PlainTensor = expert_map
+    if local is not None:
+        total = local.numel() if total == -1 else total
+        check_tensor("expert_map", local, _INT32, (total,), device)
+    elif total not in (-1, num_experts):
+        raise ValueError(f"global_num_experts: expected {num_experts} without an expert_map, got {total}")
+    biases: list[PlainTensor] = [w1_bias, w2_bias]
+    for name, bias, width in zip(("w1_bias", "w2_bias"), biases, (rows, hidden), strict=True):
+        if bias is not None:
+            check_tensor(name, bias, (dtype,), (num_experts, width), device)
+    shared: PlainTensor = shared_output
+    if shared is not None:
+        check_tensor("shared_output", shared, (dtype,), (num_tokens, hidden), device, strided=True)
+        shared = shared.contiguous()
+    output: PlainTensor = out
+    if out is None:
+        output = torch.empty((num_tokens, hidden), dtype=dtype, device=device)
+    else:
+        check_tensor("out", out, (dtype,), (num_tokens, hidden), device)
+    strides = x.stride(0), *first.stride()[:2], *second.stride()[:2]
+    call = _prepare(
+        num_tokens, topk, num_experts, hidden, intermediate, strides, dtype, device, activation, on_input,
+        num_experts if local is None else total, kernel,
+    )  # fmt: skip
+    if call is None:
+        result = cpu.fused_experts(
+            x, first, second, weights, ids, activation, on_input, local, *biases, factor, shared
+        )
+        with torch.no_grad():
+            return output.copy_(result)
+    if num_tokens == 0:
+        return output
+    if call.tokens_at_once < num_tokens:
+        for begin in range(0, num_tokens, call.tokens_at_once):
+            part = slice(begin, begin + call.tokens_at_once)
+            fused_experts(
+                x[part], first, second, weights[part], ids[part], activation, on_input, global_num_experts, local,
+                w1_bias=w1_bias, w2_bias=w2_bias, routed_scaling_factor=factor, workspace=workspace,
+                shared_output=None if shared is None else shared[part], out=output[part], kernel=kernel,
+            )  # fmt: skip
+        return output
+
+    memory: PlainTensor = workspace
+    if memory is None:
+        memory = torch.empty(call.layout.size, dtype=torch.uint8, device=device)
+    else:
+        check_layout("workspace", memory)
+        if memory.dtype != torch.uint8 or memory.device != device or memory.dim() != 1:
+            raise TypeError(
+                f"workspace: expected bytes, [n] uint8 on {device}, got {memory.dtype} on {memory.device}"
+            )
+        if memory.numel() < call.layout.size or not memory.is_contiguous() or memory.data_ptr() % _ALIGNMENT:
+            raise ValueError(
+                f"workspace: expected {call.layout.size} bytes at a multiple of {_ALIGNMENT}, got {memory.numel()}"
+            )
+    layout, base = call.layout, memory.data_ptr()
+    aligned = MoEAlignment(
+        memory[layout.sorted : layout.sorted + 4 * layout.num_slots].view(torch.int32),
+        memory[layout.blocks : layout.blocks + 4 * layout.num_blocks].view(torch.int32),
+        memory[layout.post_pad : layout.post_pad + 4].view(torch.int32),
+    )
+    experts = num_experts if local is None else total
+    moe_align_block_size(ids, call.block_size, experts, local, False, local is not None, out=aligned)
+    where = base + layout.sorted, base + layout.blocks, base + layout.post_pad
+    by_slot = memory[layout.outputs : layout.outputs + num_tokens * topk * hidden * 2].view(dtype)
+    router = weights.data_ptr()
+    bias1, bias2 = (0 if bias is None else address("bias", bias) for bias in biases)
+    call.first(
+        *where, address("hidden_states", x), address("w1", first), base + layout.activations, bias1,
+        router if on_input else 0,
+    )  # fmt: skip
+    call.second(
+        *where, base + layout.activations, address("w2", second), base + layout.outputs, bias2,
+        0 if on_input else router,
+    )  # fmt: skip
+    slots = by_slot.view(num_tokens, topk, hidden)
+    add_slots(slots, output, None, ids, local, factor, shared, experts)
+    return output
+
+
+def fused_moe(
+    hidden_states: Array,
+    gating_output: DLPackArray,
+    w1: DLPackArray,
+    w2: DLPackArray,
+    topk: int,
+    renormalize: bool,
+    **options: Any,
+) -> Array:
+    """`topk_softmax` of the router's logits, then `fused_experts`, whose options these are.
+
+    >>> eye, x = torch.eye(8, dtype=torch.bfloat16), torch.ones(1, 8, dtype=torch.bfloat16)
+    >>> logits = torch.tensor([[0.0, 5.0]])
+    >>> fused_moe(x, logits, eye[None].repeat(2, 1, 1), eye[None].repeat(2, 1, 1), 1, True,
+    ...           activation="relu2_no_mul")[0, :2].tolist()
+    [1.0, 1.0]
+
+    Cost: five launches. Errors are those of the two. Semantics: vLLM's `fused_moe`.
+    """
+    weights, ids = topk_softmax(gating_output, topk, renormalize)
+    return fused_experts(hidden_states, w1, w2, weights, ids, **options)
+
+
+class _Layout(NamedTuple):
+    """Where things lie in the workspace, in bytes."""
+
+    activations: int
+    outputs: int
+    sorted: int
+    blocks: int
+    post_pad: int
+    size: int
+    num_slots: int
+    num_blocks: int
+
+
+def _lay_out(num_pairs: int, hidden: int, intermediate: int, num_experts: int, block_size: int) -> _Layout:
+    num_slots, num_blocks = aligned_sizes(num_pairs, num_experts, block_size)
+    sizes = 2 * num_pairs * intermediate, 2 * num_pairs * hidden, 4 * num_slots, 4 * num_blocks, 4
+    places, end = [], 0
+    for size in sizes:
+        places.append(end)
+        end += ceil_div(size, _ALIGNMENT) * _ALIGNMENT
+    return _Layout(*places, end, num_slots, num_blocks)
+
+
+def experts_workspace_bytes(
+    num_tokens: int, topk: int, hidden: int, intermediate: int, num_experts: int
+) -> int:
+    """How large a workspace of `fused_experts` has to be: for the activations and the outputs of each slot, in 16
+    bits, and the alignment. `num_experts` are those of all ranks, where there is an `expert_map`.
+
+    >>> experts_workspace_bytes(1, 8, 2048, 768, 128)
+    49664
+    """
+    tokens = _tokens_at_once(as_int("num_tokens", num_tokens), topk, hidden, intermediate)
+    return max(
+        _lay_out(tokens * topk, hidden, intermediate, num_experts, block_size).size
+        for block_size in (16, 32, 64, 128)
+    )
+
+
+def _tokens_at_once(num_tokens: int, topk: int, hidden: int, intermediate: int) -> int:
+    per_token = 2 * topk * (hidden + intermediate)
+    return max(1, min(num_tokens, MAX_WORKSPACE_BYTES // max(1, per_token)))
+
+
+class _Call(NamedTuple):
+    tokens_at_once: int
+    layout: _Layout
+    block_size: int
+    first: Launch
+    second: Launch
+
+
+@functools.lru_cache(CACHED_CALLS)
+def _prepare(
+    num_tokens: int,
+    topk: int,
+    num_experts: int,
+    hidden: int,
+    intermediate: int,
+    strides: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    activation: str,
+    on_input: bool,
+    all_experts: int,
+    kernel: str | None,
+) -> _Call | None:
+    """Checks all that follows from sizes. None: on the CPU."""
+    check_range("w1: number of experts", num_experts, MAX_LOCAL_EXPERTS)
+    for name, value in (("hidden size", hidden), ("intermediate size", intermediate)):
+        if value % 8 or not 0 < value <= INT32_MAX // 4:
+            raise ValueError(f"w2: expected a {name} that is a multiple of 8, got {value}")
+    check_range("topk_ids: topk", topk, INT32_MAX, 0 if num_tokens == 0 else 1)
+    index = cuda_index("hidden_states", device)
+    if index is None:
+        return None
+    x_stride, expert1, row1, expert2, row2 = strides
+    tokens = _tokens_at_once(num_tokens, topk, hidden, intermediate)
+    num_pairs = max(1, tokens * topk)
+    is_gated = activation in cpu.GATED
+    plan: ExpertsPlan = plan_experts(
+        num_pairs, num_experts, hidden, intermediate, _ELEMENTS[dtype], is_gated, device_limits(index), kernel
+    )
+    kind = _ACTIVATIONS[activation.removesuffix("_no_mul")]
+    alternate = activation == "swigluoai"
+    common = {"num_pairs": num_pairs, "num_experts": num_experts, "alpha": cpu.ALPHA, "limit": cpu.LIMIT}
+    first = _ARGS.pack(
+        **common,
+        row_stride=2 * x_stride,
+        expert_stride=2 * expert1,
+        weight_stride=2 * row1,
+        column_tiles=divisor(ceil_div(intermediate, plan.columns[0])),
+        rows_shared=divisor(topk),
+        depth=hidden,
+        num_columns=intermediate,
+        activation=kind,
+        row_step=2 if alternate else 1,
+        up_offset=1 if alternate else intermediate,
+        clears_unknown=False,
+        bias_stride=2 * intermediate if is_gated else intermediate,
+    )
+    second = _ARGS.pack(
+        **common,
+        row_stride=2 * intermediate,
+        expert_stride=2 * expert2,
+        weight_stride=2 * row2,
+        column_tiles=divisor(ceil_div(hidden, plan.columns[1])),
+        rows_shared=divisor(1),
+        depth=intermediate,
+        num_columns=hidden,
+        activation=Activation.NONE,
+        row_step=1,
+        up_offset=0,
+        clears_unknown=True,
+        bias_stride=hidden,
+    )
+    layout = _lay_out(num_pairs, hidden, intermediate, all_experts, plan.block_size)
+    launches = [
+        bind(launch, index, _ARGS.num_pointers, constants)
+        for launch, constants in zip(plan.products, (first, second), strict=True)
+    ]
+    return _Call(tokens, layout, plan.block_size, *launches)
+
+
+def _check_rows(name: str, tensor: PlainTensor, dims: int) -> PlainTensor:
+    """That rows are of neighbouring elements, at multiples of 16 bytes; hidden states are copied where they are not."""
+    check_layout(name, tensor)
+    if tensor.dim() != dims:
+        raise ValueError(f"{name}: expected {dims} dimensions, got {list(tensor.shape)}")
+    strides = tensor.stride()
+    is_dense = tensor.numel() == 0 or strides[-1] == 1 or tensor.shape[-1] == 1
+    others = [s for s, n in zip(strides[:-1], tensor.shape, strict=False) if n > 1]
+    if is_dense and all(stride % 8 == 0 for stride in others) and address(name, tensor) % 16 == 0:
+        return tensor
+    if name == "hidden_states":
+        return tensor.clone(memory_format=torch.contiguous_format)
+    raise ValueError(
+        f"{name}: expected rows of neighbouring elements at multiples of 16 bytes, got strides {list(strides)}"
+    )
+
+
+def _fake(hidden_states: torch.Tensor, **_: Any) -> torch.Tensor:
+    return hidden_states.new_empty(hidden_states.shape)
+
+
+_operator = Operator(
+    "fused_experts",
+    "Tensor hidden_states, Tensor w1, Tensor w2, Tensor topk_weights, Tensor topk_ids, str activation='silu',"
+    " bool apply_router_weight_on_input=False, SymInt global_num_experts=-1, Tensor? expert_map=None, *,"
+    " Tensor? w1_bias=None, Tensor? w2_bias=None, float routed_scaling_factor=1.0, Tensor? shared_output=None",
+    None,
+    fused_experts,
+    _fake,
+)
