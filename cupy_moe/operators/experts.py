@@ -28,9 +28,9 @@ __all__ = ["experts_workspace_bytes", "fused_experts", "fused_moe"]
 _ARGS = ArgumentStruct(
     "experts/experts.cuh:ExpertsArgs",
     "sorted_token_ids expert_ids num_tokens_post_pad rows weights output bias topk_weights",
-    "i64 row_stride, expert_stride, weight_stride; u32 num_pairs, num_experts; Divisor column_tiles,"
-    " rows_shared; u32 depth, num_columns, activation, row_step, up_offset, clears_unknown; i64 bias_stride;"
-    " float alpha, limit",
+    "i64 row_stride, expert_stride, weight_stride; u32 num_pairs, num_experts; Divisor group_tiles,"
+    " rows_shared; u32 depth, num_columns, activation, row_step, up_offset, clears_unknown, group_blocks;"
+    " i64 bias_stride; float alpha, limit",
 )
 
 
@@ -338,13 +338,19 @@ def _prepare(
     )
     kind = _ACTIVATIONS[activation.removesuffix("_no_mul")]
     alternate = activation == "swigluoai"
-    common = {"num_pairs": num_pairs, "num_experts": num_experts, "alpha": cpu.ALPHA, "limit": cpu.LIMIT}
+    common = {
+        "num_pairs": num_pairs,
+        "num_experts": num_experts,
+        "group_blocks": plan.group_blocks,
+        "alpha": cpu.ALPHA,
+        "limit": cpu.LIMIT,
+    }
     first = _ARGS.pack(
         **common,
         row_stride=2 * x_stride,
         expert_stride=2 * expert1,
         weight_stride=2 * row1,
-        column_tiles=divisor(ceil_div(intermediate, plan.columns[0])),
+        group_tiles=divisor(plan.group_blocks * ceil_div(intermediate, plan.columns[0])),
         rows_shared=divisor(topk),
         depth=hidden,
         num_columns=intermediate,
@@ -359,7 +365,7 @@ def _prepare(
         row_stride=2 * intermediate,
         expert_stride=2 * expert2,
         weight_stride=2 * row2,
-        column_tiles=divisor(ceil_div(hidden, plan.columns[1])),
+        group_tiles=divisor(plan.group_blocks * ceil_div(hidden, plan.columns[1])),
         rows_shared=divisor(1),
         depth=intermediate,
         num_columns=hidden,

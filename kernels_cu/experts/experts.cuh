@@ -23,13 +23,14 @@ struct ExpertsArgs {
   const float* topk_weights;                     // [num_pairs] or null: multiplies what the activation gets
   i64 row_stride, expert_stride, weight_stride;  // in bytes
   u32 num_pairs, num_experts;
-  Divisor column_tiles;  // tiles of kColumns outputs that cover num_columns
-  Divisor rows_shared;   // pairs that have one row: topk in GEMM 1, 1 in GEMM 2
+  Divisor group_tiles;  // tiles of group_blocks blocks of pairs, which together read the weights of a tile
+  Divisor rows_shared;  // pairs that have one row: topk in GEMM 1, 1 in GEMM 2
   u32 depth, num_columns;
   u32 activation;      // an Activation
   u32 row_step;        // of the row of weights for the next column: 2 where gate and up rows alternate
   u32 up_offset;       // from the row of a gate to that of its up
   u32 clears_unknown;  // pairs of experts that are not here get rows of zeros
+  u32 group_blocks;
   i64 bias_stride;     // in elements, of an expert
   float alpha, limit;  // of kSwigluOai
 };
@@ -128,3 +129,149 @@ inline void multiply_add<F16>(float (&sums)[4], const u32 (&a)[4], u32 b0, u32 b
 MULTIPLY_ADD(BF16, "bf16")
 MULTIPLY_ADD(F16, "f16")
 #endif
+
+// ---- tiles ----------------------------------------------------------------------------------------------------------
+
+constexpr u32 kDepth = 64, kRowBytes = kDepth * 2, kChunks = kRowBytes / 16;  // of a step along the depth
+
+// Chunks of 16 bytes are stored so that neither rows nor columns of them meet in a bank; as TMA's swizzle of 128 bytes.
+__device__ __forceinline__ u32 chunk_offset(u32 row, u32 chunk) { return row * kRowBytes + ((chunk ^ row % 8) * 16); }
+
+// A tile of the output. With a gate, a column takes two rows of weights: those of eight gates and of their eight ups
+// alternate, so that a thread has the sums of both.
+template <typename ElementType, bool kHasGate, u32 kTileRows, u32 kTileWeightRows, u32 kNumThreads>
+struct TileOf {
+  using Element = ElementType;
+  static constexpr bool kGated = kHasGate;
+  static constexpr u32 kRows = kTileRows, kWeightRows = kTileWeightRows, kThreads = kNumThreads;
+  static constexpr u32 kColumns = kGated ? kWeightRows / 2 : kWeightRows;
+  static constexpr u32 kStageBytes = (kRows + kWeightRows) * kRowBytes;
+
+  // The column of the tile that row r of its weights is for.
+  __device__ static __forceinline__ u32 column(u32 r) { return kGated ? r / 16 * 8 + r % 8 : r; }
+  // The row of the expert's weights.
+  __device__ static __forceinline__ u32 weight_row(const ExpertsArgs& args, u32 first_column, u32 r) {
+    const u32 row = (first_column + column(r)) * args.row_step;
+    return kGated && r / 8 % 2 != 0 ? row + args.up_offset : row;
+  }
+};
+
+// Which tile a block of the grid has. Groups of blocks of pairs take all columns, a tile of these after another.
+struct Place {
+  u32 block, first_column;
+  __device__ __forceinline__ Place(const ExpertsArgs& args, u32 columns) {
+    const u32 group = args.group_tiles.quotient(blockIdx.x), rest = blockIdx.x - group * args.group_tiles.value;
+    const u32 tile = rest / args.group_blocks;
+    block = group * args.group_blocks + rest - tile * args.group_blocks;
+    first_column = tile * columns;
+  }
+};
+
+template <typename Tile>
+__device__ __forceinline__ void load_pairs(const ExpertsArgs& args, u32 block, u32* pairs) {
+#pragma unroll 1
+  for (u32 r = threadIdx.x; r < Tile::kRows; r += Tile::kThreads) {
+    pairs[r] = (u32)args.sorted_token_ids[block * Tile::kRows + r];
+  }
+  __syncthreads();
+}
+
+// For pairs of an expert that is not here.
+template <typename Tile>
+__device__ __forceinline__ void clear_rows(const ExpertsArgs& args, const u32* pairs, u32 first_column) {
+  if (!args.clears_unknown) return;
+#pragma unroll 1
+  for (u32 i = threadIdx.x; i < Tile::kRows * Tile::kColumns; i += Tile::kThreads) {
+    const u32 pair = pairs[i / Tile::kColumns], column = first_column + i % Tile::kColumns;
+    if (pair < args.num_pairs && column < args.num_columns) {
+      reinterpret_cast<u16*>(args.output)[(i64)pair * args.num_columns + column] = 0;
+    }
+  }
+}
+
+// What a thread copies at each step: chunks of the same rows.
+template <typename Tile>
+struct Loader {
+  static constexpr u32 kRowsAtOnce = Tile::kThreads / kChunks;
+  static constexpr u32 kMyRows = (Tile::kRows + kRowsAtOnce - 1) / kRowsAtOnce;
+  static constexpr u32 kMyWeights = Tile::kWeightRows / kRowsAtOnce;
+  const char *rows[kMyRows], *weights[kMyWeights];  // null: zeros
+  u32 my_row, my_chunk;
+
+  __device__ __forceinline__ Loader(const ExpertsArgs& args, const u32* pairs, u32 expert, u32 first_column)
+      : my_row(threadIdx.x / kChunks), my_chunk(threadIdx.x % kChunks) {
+#pragma unroll
+    for (u32 i = 0; i < kMyRows; ++i) {
+      const u32 r = my_row + i * kRowsAtOnce;
+      const u32 pair = r < Tile::kRows ? pairs[r] : args.num_pairs;
+      rows[i] = pair < args.num_pairs ? args.rows + args.rows_shared.quotient(pair) * args.row_stride : nullptr;
+    }
+    const char* mine = args.weights + expert * args.expert_stride;
+#pragma unroll
+    for (u32 i = 0; i < kMyWeights; ++i) {
+      const u32 r = my_row + i * kRowsAtOnce;
+      const bool exists = first_column + Tile::column(r) < args.num_columns;
+      weights[i] = exists ? mine + Tile::weight_row(args, first_column, r) * args.weight_stride : nullptr;
+    }
+  }
+
+  // Asks for a step, if there is one; a group of copies even if not, so that the number of groups tells the step.
+  __device__ __forceinline__ void ask(const ExpertsArgs& args, char* stage, u32 step, u32 num_steps) const {
+    if (step < num_steps) {
+      const u32 element = step * kDepth + my_chunk * 8;
+      const bool is_within = element < args.depth;
+#pragma unroll
+      for (u32 i = 0; i < kMyRows; ++i) {
+        const u32 r = my_row + i * kRowsAtOnce;
+        if (Tile::kRows % kRowsAtOnce != 0 && r >= Tile::kRows) continue;
+        const bool exists = is_within && rows[i] != nullptr;
+        copy_async(stage + chunk_offset(r, my_chunk), exists ? rows[i] + element * 2 : args.rows, exists);
+      }
+      stage += Tile::kRows * kRowBytes;
+#pragma unroll
+      for (u32 i = 0; i < kMyWeights; ++i) {
+        const u32 r = my_row + i * kRowsAtOnce;
+        const bool exists = is_within && weights[i] != nullptr;
+        copy_async(stage + chunk_offset(r, my_chunk), exists ? weights[i] + element * 2 : args.weights, exists);
+      }
+    }
+    commit_copies();
+  }
+};
+
+// Bias, router weight, activation; 16 rows of the tile from first_row on, in the layout of m16n8k16, by one warp: of
+// kN products side by side, for the rows of weights from first_weight_row on.
+template <typename Tile, u32 kN>
+__device__ __forceinline__ void write_rows(const ExpertsArgs& args, const u32* pairs, u32 expert, u32 first_row,
+                                           u32 first_column, u32 first_weight_row, const float (&sums)[kN][4]) {
+  using Element = typename Tile::Element;
+  const typename Element::Bits* bias = reinterpret_cast<const typename Element::Bits*>(args.bias);
+  if (bias != nullptr) bias += expert * args.bias_stride;
+#pragma unroll
+  for (u32 half = 0; half < 2; ++half) {
+    const u32 pair = pairs[first_row + half * 8 + lane_id() / 4];
+    if (pair >= args.num_pairs) continue;
+    const float weight = args.topk_weights != nullptr ? args.topk_weights[pair] : 1.0f;
+    u32* output = reinterpret_cast<u32*>(args.output) + (i64)pair * args.num_columns / 2;
+#pragma unroll
+    for (u32 n = 0; n < kN; n += Tile::kGated ? 2 : 1) {
+      const u32 r = first_weight_row + n * 8 + lane_id() % 4 * 2, column = first_column + Tile::column(r);
+      if (column >= args.num_columns) continue;
+      float values[2];
+#pragma unroll
+      for (u32 e = 0; e < 2; ++e) {
+        float value = sums[n][half * 2 + e];
+        if (bias != nullptr) value += Element::to_float(bias[Tile::weight_row(args, first_column, r + e)]);
+        value *= weight;
+        if (Tile::kGated) {
+          float up = sums[n + 1][half * 2 + e];
+          if (bias != nullptr) up += Element::to_float(bias[Tile::weight_row(args, first_column, r + e + 8)]);
+          values[e] = gated(args, value, up * weight);
+        } else {
+          values[e] = activated(args.activation, value);
+        }
+      }
+      output[column / 2] = Element::pack(values);
+    }
+  }
+}
