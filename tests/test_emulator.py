@@ -58,11 +58,16 @@ def test_every_operator_on_every_device(name: str) -> None:
     expected = case()
     for arch, limits in DEVICES.items():
         with Emulator(limits, arch)() as device:
-            placed = {
-                n: device.tensor(v) if isinstance(v, torch.Tensor) else v for n, v in case.arguments.items()
-            }
-            for result, right in zip(case(**placed), expected, strict=True):
-                assert torch.allclose(result, right, rtol=1e-6, atol=0), f"on {arch}"
+            placed = {name: device.tensor(case.arguments[name]) for name in case.tensors}
+            try:
+                results = case(**placed)
+            except ValueError as error:
+                assert arch < 80
+                assert "needs a GPU of compute capability 8.0" in str(error)
+                continue
+            for result, right in zip(results, expected, strict=True):
+                rounding = 0.01 if result.dtype in (torch.float16, torch.bfloat16) else 1e-6
+                assert torch.allclose(result, right, rtol=rounding, atol=rounding / 10), f"on {arch}"
             assert device.launched
 
 

@@ -118,9 +118,11 @@ LOOK_UP = """
 import sys
 from cupy_moe.images import lookup, sources, targets
 for target in (*targets.TARGETS, "sm_130"):
-    for unit in sources.units():
-        image = next(lookup.candidates(unit, divmod(targets.number(target), 10)))
-        print(image.origin, image.sidecar.target)
+    capability = divmod(targets.number(target), 10)
+    for name, unit in sources.units().items():
+        if targets.runs_somehow(capability, unit.targets):
+            image = next(lookup.candidates(name, capability))
+            print(image.origin, image.sidecar.target)
 assert not {"torch", "cupy"} & set(sys.modules)
 """
 
@@ -133,7 +135,7 @@ def test_wheel_with_every_kernel_is_small_and_compiles_nothing(
     copytree(everything.folder / "v1", checkout / "cache" / "v1")
     wheel_names(checkout, tmp_path, monkeypatch)
     (wheel,) = tmp_path.glob("*.whl")
-    assert wheel.stat().st_size <= 4_000_000
+    assert wheel.stat().st_size <= 8_000_000
     installed = tmp_path / "installed"
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(installed)
@@ -141,11 +143,20 @@ def test_wheel_with_every_kernel_is_small_and_compiles_nothing(
     verify = run_python(installed, "-m", "cupy_moe", "verify", "--strict", "cupy_moe/cache")
     assert verify.returncode == 0, verify.stdout
     known = [*compiler.supported_targets(), targets.PTX_TARGET]
-    assert f"{len(known) * len(sources.units())} images in 1 folders, 0 problems" in verify.stdout
+    assert f"{len(everything.results)} images in 1 folders, 0 problems" in verify.stdout
     if set(targets.TARGETS) <= set(known):
         found = run_python(installed, "-c", LOOK_UP, env={"CUPY_MOE_DISABLE_JIT": "1"})
+        numbers = [(target, divmod(targets.number(target), 10)) for target in targets.TARGETS]
         wanted = [
-            f"package {target}" for target in (*targets.TARGETS, targets.PTX_TARGET) for _ in sources.units()
+            f"package {targets.native_targets(capability, unit.targets)[0]}"
+            for _, capability in numbers
+            for unit in sources.units().values()
+            if targets.native_targets(capability, unit.targets)
+        ]
+        wanted += [
+            f"package {targets.PTX_TARGET}"
+            for u in sources.units().values()
+            if targets.PTX_TARGET in u.targets
         ]
         assert found.stdout.splitlines() == wanted, found.stderr
 

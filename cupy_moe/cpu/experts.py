@@ -13,7 +13,7 @@ ALPHA, LIMIT = 1.702, 7.0  # of swigluoai
 
 
 def activate(activation: str, values: torch.Tensor) -> torch.Tensor:
-    """fp32 [.., 2 * I] -> [.., I], gates first, or alternating with ups in swigluoai; [.., I] without a gate."""
+    """[.., 2 * I] -> [.., I], gates first, or alternating with ups in swigluoai; [.., I] without a gate."""
     name = activation.removesuffix("_no_mul")
     if activation in PLAIN:
         return _function(name, values)
@@ -71,7 +71,7 @@ def fused_experts(
         if not apply_router_weight_on_input:
             result = result * weights[pairs]
         outputs[pairs] = result.to(hidden_states.dtype)
-    by_slot = outputs.view(num_tokens, topk, -1)
+    by_slot = outputs.view(num_tokens, topk, w2.shape[1])
     return cpu_sum.moe_sum(by_slot, routed_scaling_factor=routed_scaling_factor, shared_output=shared_output)
 
 

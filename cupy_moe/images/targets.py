@@ -68,7 +68,7 @@ def native_targets(capability: tuple[int, int], wanted: Iterable[str] = TARGETS)
 
 
 def runs_somehow(capability: tuple[int, int], wanted: Iterable[str]) -> bool:
-    """Whether a unit is for a device at all: as a cubin, or as PTX of a number no less than that of its cubins."""
+    """Whether a unit is for a device at all: as a cubin, or as PTX of no lower number than its cubins."""
     wanted = tuple(wanted)
     if native_targets(capability, wanted):
         return True

@@ -78,30 +78,33 @@ def fused_experts(
 
     With T tokens, K experts for each, E experts here, hidden size H and intermediate size I:
 
-    hidden_states           [T, H]        bf16, fp16         rows may be strided
-    w1                      [E, 2I, H]    as hidden_states   gate rows first; [E, I, H] without a gate
-    w2                      [E, H, I]     as hidden_states   rows of both may be strided
-    topk_weights            [T, K]        fp32               of the router
-    topk_ids                [T, K]        int32, 64, uint32  experts; those that do not exist are dropped
-    activation              "silu", "gelu", "gelu_tanh": of the gate, times the up; "swigluoai", whose gate and
-                            up rows alternate, and "swigluoai_uninterleave", with gpt-oss' limits; without a gate
-                            "silu_no_mul", "gelu_no_mul", "gelu_tanh_no_mul", "relu2_no_mul"
-    apply_router_weight_on_input                             weights multiply what the activation gets instead
-    global_num_experts                                       of all ranks, with `expert_map`; -1: its length
-    expert_map              [global]      int32              this rank's id of each expert, -1: another rank's
-    w1_bias, w2_bias        [E, 2I], [E, H]                  as hidden_states; added before the router weight
-    routed_scaling_factor                                    multiplies the sum, but not `shared_output`
-    shared_output           [T, H]        as hidden_states   added at the end
-    workspace               [n]           uint8              n from `experts_workspace_bytes`; else allocated
-    out                     [T, H]        as hidden_states   written instead of allocated; contiguous
-    kernel                  one of EXPERTS_KERNELS           forces one, for tests and benchmarks
+    hidden_states           [T, H]      bf16, fp16         rows may be strided
+    w1                      [E, 2I, H]  as hidden_states   gate rows first; [E, I, H] without a gate
+    w2                      [E, H, I]   as hidden_states   rows of both may be strided
+    topk_weights            [T, K]      fp32               of the router
+    topk_ids                [T, K]      int32, 64, uint32  experts; those that do not exist are dropped
+    activation                                             see below
+    apply_router_weight_on_input                           weights multiply what the activation gets instead
+    global_num_experts                                     of all ranks, with `expert_map`; -1: its length
+    expert_map              [global]    int32              this rank's id of each, -1: another rank's
+    w1_bias                 [E, 2I]     as hidden_states   added before the router weight, as w2_bias
+    w2_bias                 [E, H]      as hidden_states
+    routed_scaling_factor                                  multiplies the sum, but not `shared_output`
+    shared_output           [T, H]      as hidden_states   added at the end
+    workspace               [n]         uint8              n: `experts_workspace_bytes`; else allocated
+    out                     [T, H]      as hidden_states   written instead of allocated; contiguous
+    kernel                  one of EXPERTS_KERNELS         forces one, for tests and benchmarks
 
-    H and I are multiples of 8. Returns [T, H] of the type of `hidden_states`. A token without an expert here gets
-    zeros, plus `shared_output`.
+    H and I are multiples of 8. Returns [T, H] of the type of `hidden_states`. A token without an expert here
+    gets zeros, plus `shared_output`.
+
+    Activations are "silu", "gelu" and "gelu_tanh" of the gate, times the up; "swigluoai", whose gate and up
+    rows alternate, and "swigluoai_uninterleave", with the limits of gpt-oss; and, without a gate,
+    "silu_no_mul", "gelu_no_mul", "gelu_tanh_no_mul" and "relu2_no_mul".
 
     Products are accumulated in fp32. What the activation gives is rounded once, what GEMM 2 gives, times the
-    router weight, once; the sum is that of `moe_sum`. The result is the same to the last bit at every call, and
-    for a token in whatever batch it is.
+    router weight, once; the sum is that of `moe_sum`. The result is the same to the last bit at every call,
+    and for a token in whatever batch it is, as long as that has the same kind of kernel (mma or wgmma).
 
     >>> eye = torch.eye(8, dtype=torch.bfloat16)
     >>> w1 = torch.stack([eye, 2 * eye])  # two experts without a gate
@@ -110,20 +113,21 @@ def fused_experts(
     >>> fused_experts(x, w1, w1, weights, ids, "relu2_no_mul")[0, :3].tolist()
     [5.0, 5.0, 5.0]
 
-    Cost: four launches on torch's current stream (align, two products, sum), no synchronisation, and the output
-    and a workspace as the only allocations. Tokens whose intermediates would take more than 4 GiB go in parts, one
-    after another. Arrays with `__dlpack__` are accepted, and give arrays of their kind.
+    Cost: four launches on torch's current stream (align, two products, sum), no synchronisation, and the
+    output and a workspace as the only allocations. Tokens whose intermediates would take more than 4 GiB go
+    in parts, one after another. Hidden states that are not aligned to 16 bytes, and ids and weights that are
+    not contiguous, are copied first. Arrays with `__dlpack__` are accepted, and give arrays of their kind.
 
-    Raises TypeError and ValueError for wrong arguments, before anything is launched; what loading a kernel for
-    the first time raises; and KernelLaunchError. Semantics: vLLM's `fused_experts`.
+    Raises TypeError and ValueError for wrong arguments, before anything is launched; what loading a kernel
+    for the first time raises; and KernelLaunchError. Semantics: vLLM's `fused_experts`.
     """
     tensors = hidden_states, w1, w2, topk_weights, topk_ids
     optional = expert_map, w1_bias, w2_bias, shared_output, workspace, out
     if is_watched() or not all(map(is_plain, tensors)) or not all(t is None or is_plain(t) for t in optional):
         # Without the workspace: what is traced finds one for itself.
         return _operator(
-            *tensors, activation, apply_router_weight_on_input, global_num_experts, expert_map, w1_bias, w2_bias,
-            routed_scaling_factor, shared_output, out=out, kernel=kernel,
+            *tensors, activation, apply_router_weight_on_input, global_num_experts, expert_map, w1_bias,
+            w2_bias, routed_scaling_factor, shared_output, out=out, kernel=kernel,
         )  # fmt: skip
     check_choice("activation", activation, ACTIVATIONS)
     if kernel is not None:
@@ -148,7 +152,8 @@ def fused_experts(
     topk = ids.shape[1]
     check_tensor("topk_ids", ids, _ID_TYPES, (num_tokens, topk), device, strided=True)
     check_tensor("topk_weights", topk_weights, _FLOAT, (num_tokens, topk), device, strided=True)
-    ids, weights = ids.contiguous(), topk_weights.contiguous()
+    weights: PlainTensor = topk_weights
+    ids, weights = ids.contiguous(), weights.contiguous()
     total = as_int("global_num_experts", global_num_experts)
     local: PlainTensor = expert_map
     if local is not None:
@@ -176,7 +181,7 @@ def fused_experts(
     )  # fmt: skip
     if call is None:
         result = cpu.fused_experts(
-            x, first, second, weights, ids, activation, on_input, local, *biases, factor, shared
+            x, first, second, weights, ids, activation, on_input, local, biases[0], biases[1], factor, shared
         )
         with torch.no_grad():
             return output.copy_(result)
@@ -186,8 +191,8 @@ def fused_experts(
         for begin in range(0, num_tokens, call.tokens_at_once):
             part = slice(begin, begin + call.tokens_at_once)
             fused_experts(
-                x[part], first, second, weights[part], ids[part], activation, on_input, global_num_experts, local,
-                w1_bias=w1_bias, w2_bias=w2_bias, routed_scaling_factor=factor, workspace=workspace,
+                x[part], first, second, weights[part], ids[part], activation, on_input, global_num_experts,
+                local, w1_bias=w1_bias, w2_bias=w2_bias, routed_scaling_factor=factor, workspace=workspace,
                 shared_output=None if shared is None else shared[part], out=output[part], kernel=kernel,
             )  # fmt: skip
         return output
@@ -203,7 +208,8 @@ def fused_experts(
             )
         if memory.numel() < call.layout.size or not memory.is_contiguous() or memory.data_ptr() % _ALIGNMENT:
             raise ValueError(
-                f"workspace: expected {call.layout.size} bytes at a multiple of {_ALIGNMENT}, got {memory.numel()}"
+                f"workspace: expected {call.layout.size} bytes, at a multiple of {_ALIGNMENT}, got"
+                f" {memory.numel()}"
             )
     layout, base = call.layout, memory.data_ptr()
     aligned = MoEAlignment(
@@ -269,18 +275,20 @@ class _Layout(NamedTuple):
 def _lay_out(num_pairs: int, hidden: int, intermediate: int, num_experts: int, block_size: int) -> _Layout:
     num_slots, num_blocks = aligned_sizes(num_pairs, num_experts, block_size)
     sizes = 2 * num_pairs * intermediate, 2 * num_pairs * hidden, 4 * num_slots, 4 * num_blocks, 4
-    places, end = [], 0
+    places: list[int] = []
+    end = 0
     for size in sizes:
         places.append(end)
         end += ceil_div(size, _ALIGNMENT) * _ALIGNMENT
-    return _Layout(*places, end, num_slots, num_blocks)
+    activations, outputs, pairs, blocks, post_pad = places
+    return _Layout(activations, outputs, pairs, blocks, post_pad, end, num_slots, num_blocks)
 
 
 def experts_workspace_bytes(
     num_tokens: int, topk: int, hidden: int, intermediate: int, num_experts: int
 ) -> int:
-    """How large a workspace of `fused_experts` has to be: for the activations and the outputs of each slot, in 16
-    bits, and the alignment. `num_experts` are those of all ranks, where there is an `expert_map`.
+    """How large a workspace of `fused_experts` has to be: for the activations and the outputs of each slot,
+    in 16 bits, and the alignment. `num_experts` are those of all ranks, where there is an `expert_map`.
 
     >>> experts_workspace_bytes(1, 8, 2048, 768, 128)
     49664
@@ -334,7 +342,15 @@ def _prepare(
     num_pairs = max(1, tokens * topk)
     is_gated = activation in cpu.GATED
     plan: ExpertsPlan = plan_experts(
-        num_pairs, num_experts, hidden, intermediate, _ELEMENTS[dtype], is_gated, device_limits(index), kernel
+        num_pairs,
+        num_experts,
+        all_experts,
+        hidden,
+        intermediate,
+        _ELEMENTS[dtype],
+        is_gated,
+        device_limits(index),
+        kernel,
     )
     kind = _ACTIVATIONS[activation.removesuffix("_no_mul")]
     alternate = activation == "swigluoai"
@@ -384,7 +400,7 @@ def _prepare(
 
 
 def _check_rows(name: str, tensor: PlainTensor, dims: int) -> PlainTensor:
-    """That rows are of neighbouring elements, at multiples of 16 bytes; hidden states are copied where they are not."""
+    """That rows are of neighbouring elements, at multiples of 16 bytes; else hidden states are copied."""
     check_layout(name, tensor)
     if tensor.dim() != dims:
         raise ValueError(f"{name}: expected {dims} dimensions, got {list(tensor.shape)}")
@@ -396,7 +412,8 @@ def _check_rows(name: str, tensor: PlainTensor, dims: int) -> PlainTensor:
     if name == "hidden_states":
         return tensor.clone(memory_format=torch.contiguous_format)
     raise ValueError(
-        f"{name}: expected rows of neighbouring elements at multiples of 16 bytes, got strides {list(strides)}"
+        f"{name}: expected rows of neighbouring elements at multiples of 16 bytes, got strides"
+        f" {list(strides)}"
     )
 
 
@@ -406,9 +423,10 @@ def _fake(hidden_states: torch.Tensor, **_: Any) -> torch.Tensor:
 
 _operator = Operator(
     "fused_experts",
-    "Tensor hidden_states, Tensor w1, Tensor w2, Tensor topk_weights, Tensor topk_ids, str activation='silu',"
-    " bool apply_router_weight_on_input=False, SymInt global_num_experts=-1, Tensor? expert_map=None, *,"
-    " Tensor? w1_bias=None, Tensor? w2_bias=None, float routed_scaling_factor=1.0, Tensor? shared_output=None",
+    "Tensor hidden_states, Tensor w1, Tensor w2, Tensor topk_weights, Tensor topk_ids,"
+    " str activation='silu', bool apply_router_weight_on_input=False, SymInt global_num_experts=-1,"
+    " Tensor? expert_map=None, *, Tensor? w1_bias=None, Tensor? w2_bias=None,"
+    " float routed_scaling_factor=1.0, Tensor? shared_output=None",
     None,
     fused_experts,
     _fake,

@@ -252,7 +252,8 @@ def _gate(
         check_choice("scoring_func", options.scoring_func, _SCORING)
         return _operator(
             gating_output=gating_output, e_score_correction_bias=bias, padding_mask=padding_mask,
-            ids_dtype=ids_dtype, out=out, kernel=kernel, **options._asdict(),
+            ids_dtype=ids_dtype, out=out, kernel=kernel,
+            **dict(zip(GateOptions._fields, options, strict=True)),
         )  # fmt: skip
     options = options.checked()
     if kernel is not None:

@@ -142,8 +142,8 @@ def add_slots(
     shared_output: PlainTensor | None,
     num_experts: int,
 ) -> bool:
-    """The launches of `moe_sum`, of checked tensors, all but `input` contiguous; False on the CPU. Slots of ids
-    from `num_experts` on are not read."""
+    """The launches of `moe_sum`, of checked tensors, all but `input` contiguous; False on the CPU. Slots of
+    ids from `num_experts` on are not read."""
     source, target = input.data_ptr(), output.data_ptr()
     weights = 0 if topk_weights is None else address("topk_weights", topk_weights)
     ids = 0 if topk_ids is None else address("topk_ids", topk_ids)

@@ -61,6 +61,7 @@ class ExpertsPlan(NamedTuple):
 def plan_experts(
     num_pairs: int,
     num_experts: int,
+    all_experts: int,
     hidden: int,
     intermediate: int,
     element: str,
@@ -68,7 +69,8 @@ def plan_experts(
     limits: DeviceLimits,
     kernel: str | None = None,
 ) -> ExpertsPlan:
-    """Choose tiles; `kernel`, one of EXPERTS_KERNELS, forces one. `num_experts` are those that are here.
+    """Choose tiles; `kernel`, one of EXPERTS_KERNELS, forces one. `num_experts` are those that are here,
+    `all_experts` those that a map may name.
 
     Raises ValueError where the device cannot do it.
     """
@@ -79,8 +81,8 @@ def plan_experts(
     tile = TILES[name]
     if not limits.runs(tile.unit):
         raise ValueError(f"kernel={name!r}: this device has no {tile.unit.removeprefix('experts_')}")
-    # Each expert but the first may begin a block that is not full.
-    blocks = max(1, min(num_pairs, ceil_div(num_pairs + num_experts * (tile.rows - 1), tile.rows)))
+    # The most blocks, where every expert has a pair, and all others go to one.
+    blocks = min(num_pairs, all_experts) + max(0, num_pairs - all_experts) // tile.rows
     group_blocks = 1 if mean <= tile.rows else GROUP_BLOCKS
     columns = tile.weight_rows // 2 if gated else tile.weight_rows, tile.weight_rows
 

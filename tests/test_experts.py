@@ -1,0 +1,371 @@
+"""fused_experts: the CPU against float64, wrong calls, plans, the emulator, and GPUs against the CPU."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import emulator
+import pytest
+import torch
+from cache_helpers import Everything
+from emulator import Emulator
+from gpus import A100, B200, GPUS, H200, RTX4090, T4
+from operator_cases import Case
+
+import cupy_moe
+from cupy_moe import experts_workspace_bytes, fused_experts, fused_moe, topk_softmax
+from cupy_moe.cpu import experts as cpu
+from cupy_moe.operators import experts as operator
+from cupy_moe.operators.experts import ACTIVATIONS
+from cupy_moe.plans import experts as plans
+from cupy_moe.plans.experts import EXPERTS_KERNELS, TILES, plan_experts
+
+_generator = torch.Generator().manual_seed(1)
+
+
+def _some(*shape: int) -> torch.Tensor:
+    return (torch.randn(shape, generator=_generator) * 0.3).to(torch.float16)  # which NumPy has, too
+
+
+TENSORS: dict[str, Any] = {
+    "hidden_states": _some(5, 16),
+    "w1": _some(4, 48, 16),
+    "w2": _some(4, 16, 24),
+    "topk_weights": torch.rand(5, 2, generator=_generator),
+    "topk_ids": torch.randint(-1, 7, (5, 2), generator=_generator, dtype=torch.int32),
+}
+OPTIONS: dict[str, Any] = {
+    "expert_map": torch.tensor([0, -1, 1, 2, 3, 9], dtype=torch.int32),
+    "w1_bias": _some(4, 48),
+    "w2_bias": _some(4, 16),
+    "shared_output": _some(5, 16),
+    "routed_scaling_factor": 2.5,
+}
+CASES = {"experts": Case(fused_experts, {**TENSORS, **OPTIONS})}
+
+
+class Layer(NamedTuple):
+    """A random call, by a seed."""
+
+    tensors: dict[str, torch.Tensor]
+    options: dict[str, Any]
+
+    def __call__(self, place: Callable[[torch.Tensor], torch.Tensor], **more: Any) -> torch.Tensor:
+        placed: dict[str, Any] = {name: place(tensor) for name, tensor in self.tensors.items()}
+        return fused_experts(**placed, **self.options, **more)
+
+
+def layer(seed: int, most_tokens: int = 40) -> Layer:
+    pick = random.Random(seed)
+    torch.manual_seed(seed)
+    tokens, topk = pick.choice((1, 2, 5, 17, most_tokens)), pick.choice((1, 2, 3, 8))
+    experts, hidden = pick.choice((1, 2, 5, 8, 33)), pick.choice((8, 16, 64, 72, 136, 200))
+    inner, dtype = pick.choice((8, 24, 64, 120)), pick.choice((torch.bfloat16, torch.float16))
+    activation = ACTIVATIONS[seed % len(ACTIVATIONS)]
+    rows = 2 * inner if activation in cpu.GATED else inner
+
+    def some(*shape: int) -> torch.Tensor:
+        return (torch.randn(shape) * 0.3).to(dtype)
+
+    total = experts + pick.choice((0, 3))
+    tensors = {
+        "hidden_states": some(tokens, hidden),
+        "w1": some(experts, rows, hidden),
+        "w2": some(experts, hidden, inner),
+        "topk_weights": torch.rand(tokens, topk),
+        "topk_ids": torch.randint(
+            -2, total + 2, (tokens, topk), dtype=pick.choice((torch.int32, torch.int64))
+        ),
+    }
+    if pick.random() < 0.3:  # padded rows
+        tensors["w1"] = torch.cat([tensors["w1"], some(experts, rows, 8)], dim=2)[:, :, :hidden]
+        tensors["w2"] = torch.cat([tensors["w2"], some(experts, hidden, 16)], dim=2)[:, :, :inner]
+    if pick.random() < 0.3:
+        tensors["hidden_states"] = torch.cat([some(tokens, 8), tensors["hidden_states"]], dim=1)[:, 8:]
+    if pick.random() < 0.4:
+        tensors["expert_map"] = torch.randint(-1, experts + 1, (total,), dtype=torch.int32)
+    if pick.random() < 0.5:
+        tensors["w1_bias"], tensors["w2_bias"] = some(experts, rows), some(experts, hidden)
+    if pick.random() < 0.3:
+        tensors["shared_output"] = some(tokens, hidden)
+    options = {
+        "activation": activation,
+        "apply_router_weight_on_input": pick.random() < 0.3,
+        "routed_scaling_factor": pick.choice((1.0, 2.5)),
+    }
+    return Layer(tensors, options)
+
+
+def close(result: torch.Tensor, expected: torch.Tensor) -> bool:
+    """But for the rounding of the intermediates, where the order of a sum decides."""
+    error = (result.float() - expected.float()).abs().max().item() if result.numel() else 0.0
+    size = expected.float().abs().max().item() if result.numel() else 0.0
+    return result.shape == expected.shape and error <= 0.02 * size + 1e-3
+
+
+def exact(call: Layer) -> torch.Tensor:
+    """In float64, expert by expert and token by token."""
+    t = {
+        name: tensor.double() if tensor.is_floating_point() else tensor
+        for name, tensor in call.tensors.items()
+    }
+    x, w1, w2 = t["hidden_states"], t["w1"], t["w2"]
+    result = torch.zeros(len(x), w2.shape[1], dtype=torch.float64)
+    for token in range(len(x)):
+        for k in range(t["topk_ids"].shape[1]):
+            expert = int(t["topk_ids"][token, k])
+            if "expert_map" in t:
+                expert = int(t["expert_map"][expert]) if 0 <= expert < len(t["expert_map"]) else -1
+            if not 0 <= expert < len(w1):
+                continue
+            weight = t["topk_weights"][token, k]
+            on_input = call.options["apply_router_weight_on_input"]
+            inner = w1[expert] @ x[token]
+            inner = inner + t["w1_bias"][expert] if "w1_bias" in t else inner
+            inner = cpu.activate(call.options["activation"], inner * weight if on_input else inner)
+            output = w2[expert] @ inner
+            output = output + t["w2_bias"][expert] if "w2_bias" in t else output
+            result[token] += output if on_input else output * weight
+    result = result * call.options["routed_scaling_factor"]
+    return result + t["shared_output"] if "shared_output" in t else result
+
+
+def test_the_cpu_against_float64() -> None:
+    for seed in range(60):
+        call = layer(seed)
+        assert close(call(lambda tensor: tensor), exact(call)), seed
+
+
+def test_fused_moe_is_both() -> None:
+    x, logits = TENSORS["hidden_states"], torch.randn(5, 4)
+    weights, ids = topk_softmax(logits, 2, True)
+    experts = TENSORS["w1"], TENSORS["w2"]
+    assert torch.equal(fused_moe(x, logits, *experts, 2, True), fused_experts(x, *experts, weights, ids))
+
+
+def test_no_tokens_and_no_experts() -> None:
+    none = {name: TENSORS[name][:0] for name in ("hidden_states", "topk_weights", "topk_ids")}
+    assert fused_experts(**{**TENSORS, **none}).shape == (0, 16)
+    nobody = {**TENSORS, "topk_ids": torch.full((5, 2), -1)}
+    shared = OPTIONS["shared_output"]
+    assert not fused_experts(**nobody).any()
+    assert torch.equal(fused_experts(**nobody, shared_output=shared), shared)
+
+
+WRONG: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
+    "fp32": (TypeError, "hidden_states: expected torch.bfloat16", {"hidden_states": torch.ones(5, 16)}),
+    "other weights": (TypeError, "w2: expected torch.float16", {"w2": TENSORS["w2"].bfloat16()}),
+    "half of w1": (ValueError, r"w1: expected shape \[4, 48, 16\]", {"w1": TENSORS["w1"][:, :24]}),
+    "another w2": (ValueError, r"w2: expected shape \[4, 16, 24\]", {"w2": TENSORS["w2"][:2]}),
+    "columns of w1": (
+        ValueError,
+        "w1: expected rows of neighbouring",
+        {"w1": TENSORS["w1"].mT.contiguous().mT},
+    ),
+    "odd sizes": (
+        ValueError,
+        "w2: expected rows of .* at multiples of 16 bytes",
+        {"w2": _some(4, 16, 20), "w1": _some(4, 40, 16)},
+    ),
+    "an activation": (ValueError, "activation: expected one of 'silu'", {"activation": "swish"}),
+    "ids of floats": (TypeError, "topk_ids: expected torch.int32", {"topk_ids": torch.ones(5, 2)}),
+    "ids of one": (ValueError, r"topk_ids: expected \[tokens, topk\]", {"topk_ids": torch.ones(5).int()}),
+    "weights": (ValueError, r"topk_weights: expected shape \[5, 2\]", {"topk_weights": torch.ones(5, 3)}),
+    "experts": (ValueError, "global_num_experts: expected 4 without", {"global_num_experts": 8}),
+    "a map": (
+        ValueError,
+        r"expert_map: .* \[8\]",
+        {"global_num_experts": 8, "expert_map": torch.zeros(6).int()},
+    ),
+    "a bias": (ValueError, r"w1_bias: .* \[4, 48\]", {"w1_bias": _some(4, 24)}),
+    "out": (ValueError, r"out: .* \[5, 16\]", {"out": _some(5, 8)}),
+    "a kernel": (ValueError, "kernel: expected one of 'mma_16'", {"kernel": "fast"}),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_call_says_what_is_wrong(name: str) -> None:
+    error, message, changes = WRONG[name]
+    with pytest.raises(error, match=message):
+        fused_experts(**{**TENSORS, **changes})
+
+
+# ---- plans
+
+
+def planned(num_pairs: int, num_experts: int = 128, limits: Any = H200, kernel: str | None = None) -> Any:
+    return plan_experts(num_pairs, num_experts, num_experts, 2048, 768, "bf16", True, limits, kernel)
+
+
+def test_tiles_have_about_as_many_rows_as_an_expert() -> None:
+    names = {n: planned(n * 128).kernel for n in (1, 10, 11, 24, 25, 80, 81, 10_000)}
+    assert names == {
+        1: "mma_16",
+        10: "mma_16",
+        11: "mma_32",
+        24: "mma_32",
+        25: "wgmma_64",
+        80: "wgmma_64",
+        81: "wgmma_128",
+        10_000: "wgmma_128",
+    }
+    for limits in (A100, RTX4090, B200):  # wgmma is Hopper's
+        assert planned(25 * 128, limits=limits).kernel == "mma_64"
+        assert planned(81 * 128, limits=limits).kernel == "mma_128"
+        with pytest.raises(ValueError, match="this device has no wgmma"):
+            planned(1, limits=limits, kernel="wgmma_64")
+    with pytest.raises(ValueError, match=r"compute capability 8\.0 or newer"):
+        planned(1, limits=T4)
+
+
+@pytest.mark.parametrize("gpu", [gpu for gpu in GPUS if gpu != "T4"])
+def test_every_plan_covers_the_output(gpu: str) -> None:
+    limits = GPUS[gpu]
+    for num_pairs in (1, 7, 8, 100, 1024, 1025, 40_000, 131_072):
+        for num_experts in (1, 3, 128, 1024):
+            plan = planned(num_pairs, num_experts, limits)
+            blocks = -(-num_pairs // plan.block_size)
+            for launch, width, columns in zip(plan.products, (768, 2048), plan.columns, strict=True):
+                assert launch.grid >= blocks * -(-width // columns) > 0
+                assert launch.grid % plan.group_blocks == 0
+                assert launch.shared_bytes + 1024 <= limits.shared_bytes
+                assert launch.entry.endswith(f"_{plan.block_size}_bf16")
+
+
+def test_entry_points_exist(everything: Everything) -> None:
+    built = {(r.unit, r.target): r.kernels for r in everything.results}
+    for target, limits in (("sm_80", A100), ("sm_90a", H200), ("sm_90", H200), ("sm_89", RTX4090)):
+        for name, tile in TILES.items():
+            kernels = built.get((tile.unit, target))
+            if kernels is None or not limits.runs(tile.unit):
+                continue
+            for gated in (True, False):
+                plan = plan_experts(1000, 8, 8, 64, 64, "f16", gated, limits, name)
+                assert {launch.entry for launch in plan.products} <= kernels.keys()
+                static = max(figures["smem"] for figures in kernels.values())
+                assert tile.shared_bytes + static <= limits.shared_bytes
+
+
+def test_a_workspace_is_as_large_as_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    for num_tokens, num_experts in ((1, 4), (5, 128), (300, 64)):
+        said = experts_workspace_bytes(num_tokens, 8, 64, 32, num_experts)
+        for block_size in (16, 32, 64, 128):
+            assert operator._lay_out(num_tokens * 8, 64, 32, num_experts, block_size).size <= said
+    monkeypatch.setattr(operator, "MAX_WORKSPACE_BYTES", 10_000)
+    assert experts_workspace_bytes(10**9, 8, 64, 32, 4) < 40_000
+
+
+# ---- without a GPU
+
+needs_compiler = pytest.mark.skipif(bool(emulator.compiler()), reason=str(emulator.compiler()))
+MMA = [name for name in EXPERTS_KERNELS if name.startswith("mma")]
+
+
+@needs_compiler
+@pytest.mark.parametrize("arch", [80, 90])
+def test_emulated_kernels(arch: int) -> None:
+    for seed in range(arch, arch + 36):
+        call = layer(seed, 20)
+        with Emulator({80: A100, 90: H200}[arch], arch, seed)() as device:
+            result = call(device.tensor, kernel=MMA[seed % 4])
+        assert close(result, call(lambda tensor: tensor)), seed
+
+
+@needs_compiler
+def test_a_row_has_the_same_bits_in_every_batch_and_tile() -> None:
+    call = layer(8, 17)
+    with Emulator(A100, 80)() as device:
+        results = [call(device.tensor, kernel=name) for name in MMA]
+        one = {"hidden_states", "topk_weights", "topk_ids", "shared_output"}
+        alone = {name: t[3:4] if name in one else t for name, t in call.tensors.items()}
+        if len(call.tensors["hidden_states"]) > 3:
+            assert torch.equal(Layer(alone, call.options)(device.tensor)[0], results[0][3])
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+@needs_compiler
+def test_parts_have_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    call = layer(4, 40)._replace(options={"activation": "silu"})
+    with Emulator(A100, 80)() as device:
+        whole = call(device.tensor)
+    hidden, inner = call.tensors["w2"].shape[1:]
+    per_token = 2 * call.tensors["topk_ids"].shape[1] * (hidden + inner)
+    monkeypatch.setattr(operator, "MAX_WORKSPACE_BYTES", 3 * per_token)
+    with Emulator(A100, 80)() as device:
+        parts = call(device.tensor)
+        assert len(device.launched) == 4 * -(-len(call.tensors["hidden_states"]) // 3)
+    assert torch.equal(whole, parts)
+
+
+# ---- on a GPU
+
+
+@pytest.fixture
+def device_kernels() -> list[str]:
+    limits = operator.device_limits(torch.cuda.current_device())
+    return [name for name, tile in TILES.items() if limits.runs(tile.unit)]
+
+
+@pytest.mark.gpu
+def test_sanitize_every_kernel_against_the_cpu(device_kernels: list[str]) -> None:
+    for seed in range(120):
+        call = layer(seed, 300 if seed % 10 == 0 else 40)
+        expected = call(lambda tensor: tensor)
+        tokens, hidden = expected.shape
+        results = {}
+        for name in (None, device_kernels[seed % len(device_kernels)], *device_kernels[:: 1 + seed % 3]):
+            memory = torch.full((tokens + 2, hidden), 77.0, dtype=expected.dtype, device="cuda")
+            call(lambda tensor: tensor.cuda(), out=memory[1:-1], kernel=name)
+            assert bool((memory[[0, -1]] == 77).all()), f"{seed=} {name=}"
+            results[name] = memory[1:-1].cpu()
+            assert close(results[name], expected), f"{seed=} {name=}"
+        for kind in ("mma", "wgmma"):  # each with the same bits, whatever its tile
+            same = [result for name, result in results.items() if str(name).startswith(f"{kind}_")]
+            assert all(torch.equal(result, same[0]) for result in same), seed
+
+
+@pytest.mark.gpu
+def test_gpu_in_a_graph_with_a_workspace() -> None:
+    tensors: dict[str, Any] = {name: tensor.cuda() for name, tensor in TENSORS.items()}
+    size = experts_workspace_bytes(5, 2, 16, 24, 4)
+    workspace, out = (
+        torch.empty(size, dtype=torch.uint8, device="cuda"),
+        torch.empty_like(tensors["hidden_states"]),
+    )
+    expected = fused_experts(**tensors)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        fused_experts(**tensors, workspace=workspace, out=out)
+    workspace.fill_(255)
+    graph.replay()
+    assert torch.equal(out, expected)
+    for small in (workspace[:-256], workspace[8:]):
+        with pytest.raises(ValueError, match="workspace: expected"):
+            fused_experts(**tensors, workspace=small)
+
+
+@pytest.mark.gpu
+def test_gpu_parts_and_offsets_past_32_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    if torch.cuda.mem_get_info()[0] < 20 * 2**30:
+        pytest.skip("needs 20 GiB of GPU memory")
+    experts, hidden, inner = 600, 2048, 1024  # 2.5e9 elements of w1
+    w1 = torch.empty(experts, 2 * inner, hidden, dtype=torch.bfloat16, device="cuda").normal_(std=0.02)
+    w2 = torch.empty(experts, hidden, inner, dtype=torch.bfloat16, device="cuda").normal_(std=0.02)
+    x = torch.randn(70, hidden, dtype=torch.bfloat16, device="cuda")
+    weights, ids = torch.rand(70, 2, device="cuda"), torch.randint(590, 600, (70, 2), device="cuda")
+    result = fused_experts(x, w1, w2, weights, ids)
+    expected = cpu.fused_experts(x, w1[590:], w2[590:], weights, ids - 590)
+    assert close(result, expected)
+    monkeypatch.setattr(operator, "MAX_WORKSPACE_BYTES", 20 * 2 * 2 * (hidden + inner))
+    operator._prepare.cache_clear()
+    parts = fused_experts(x, w1, w2, weights, ids, kernel="mma_16")
+    operator._prepare.cache_clear()
+    monkeypatch.undo()
+    assert torch.equal(parts, fused_experts(x, w1, w2, weights, ids, kernel="mma_16"))
+
+
+def test_public() -> None:
+    assert {"fused_experts", "fused_moe", "experts_workspace_bytes"} <= set(cupy_moe.__all__)
+    assert plans.MAX_LOCAL_EXPERTS == 1024
