@@ -58,13 +58,12 @@ def test_every_operator_on_every_device(name: str) -> None:
     expected = case()
     for arch, limits in DEVICES.items():
         with Emulator(limits, arch)() as device:
-            placed = {name: device.tensor(case.arguments[name]) for name in case.tensors}
-            try:
-                results = case(**placed)
-            except ValueError as error:
-                assert arch < 80
-                assert "needs a GPU of compute capability 8.0" in str(error)
+            placed = {n: device.tensor(case.arguments[n]) for n in case.tensors}
+            if arch < 80 and name == "experts":
+                with pytest.raises(ValueError, match=r"needs a GPU of compute capability 8\.0"):
+                    case(**placed)
                 continue
+            results = case(**placed)
             for result, right in zip(results, expected, strict=True):
                 rounding = 0.01 if result.dtype in (torch.float16, torch.bfloat16) else 1e-6
                 assert torch.allclose(result, right, rtol=rounding, atol=rounding / 10), f"on {arch}"

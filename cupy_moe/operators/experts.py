@@ -221,8 +221,9 @@ def fused_experts(
     moe_align_block_size(ids, call.block_size, experts, local, False, local is not None, out=aligned)
     where = base + layout.sorted, base + layout.blocks, base + layout.post_pad
     by_slot = memory[layout.outputs : layout.outputs + num_tokens * topk * hidden * 2].view(dtype)
-    router = weights.data_ptr()
-    bias1, bias2 = (0 if bias is None else address("bias", bias) for bias in biases)
+    router = address("topk_weights", weights)
+    bias1 = 0 if w1_bias is None else address("w1_bias", w1_bias)
+    bias2 = 0 if w2_bias is None else address("w2_bias", w2_bias)
     call.first(
         *where, address("hidden_states", x), address("w1", first), base + layout.activations, bias1,
         router if on_input else 0,
