@@ -23,8 +23,9 @@ import vllm.model_executor.layers.fused_moe as fused_moe
 from align_cases import naive
 from engine_signatures import RELEASES, of_function
 
-from cupy_moe import cpu
 from cupy_moe.compat import vllm as ours
+from cupy_moe.cpu import align_batched as cpu_align_batched
+from cupy_moe.cpu import moe_sum as cpu_moe_sum
 
 Places = dict[str, set[tuple[str, str]]]
 
@@ -119,7 +120,7 @@ def align(originals: dict[str, Any]) -> None:
         expect(experts.tolist()[:blocks], wanted[1][:blocks], f"{case}, by vLLM's wrapper")
 
     counts = torch.tensor([2, 3, 0, 6, 8], dtype=torch.int32)
-    wanted = cpu.batched_moe_align_block_size(8, 4, counts)
+    wanted = cpu_align_batched.batched_moe_align_block_size(8, 4, counts)
     by_wrapper = originals[f"{home.__name__}:batched_moe_align_block_size"](8, 4, counts)
     by_marlin = marlin_moe.batched_moe_align_block_size(
         max_tokens_per_batch=8, block_size=4, expert_num_tokens=counts
@@ -172,12 +173,12 @@ def add_up() -> None:
         x, ids, weights = torch.randn(5, 3, 64).to(dtype), torch.randint(0, 8, (5, 3)), torch.rand(5, 3)
         out = torch.empty(5, 64, dtype=dtype)
         TritonExperts.moe_sum(None, x, out)
-        expect(out, cpu.moe_sum(x), f"TritonExperts.moe_sum, {dtype}")
+        expect(out, cpu_moe_sum.moe_sum(x), f"TritonExperts.moe_sum, {dtype}")
         x[expert_map[ids] < 0] = torch.nan  # is not read
         MarlinExperts.moe_sum(None, x, out, ids, expert_map)
-        expect(out, cpu.moe_sum(x, None, ids, expert_map), f"MarlinExperts.moe_sum, {dtype}")
+        expect(out, cpu_moe_sum.moe_sum(x, None, ids, expert_map), f"MarlinExperts.moe_sum, {dtype}")
         x = torch.randn(5, 3, 64).to(dtype)
-        wanted = cpu.moe_sum(x * weights[..., None].to(dtype))
+        wanted = cpu_moe_sum.moe_sum(x * weights[..., None].to(dtype))
         got = TopKWeightAndReduceContiguous().apply(None, x, weights.to(dtype), ids, False)
         expect(got, wanted, f"TopKWeightAndReduceContiguous, {dtype}")
 

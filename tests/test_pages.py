@@ -184,7 +184,8 @@ def test_examples_of_the_readme_run_without_a_gpu() -> None:
         shapes = (tokens, 32), (8, 32), (8, 2 * 16, 32), (8, 32, 16)
         a, b, c, d = (torch.randn(shape, generator=generator) / shape[-1] ** 0.5 for shape in shapes)
         expected = moe_layer.loop_over_experts(a, b, c, d, 2)
-        torch.testing.assert_close(names["moe_layer"](a, b, c, d, 2), expected, rtol=1e-4, atol=1e-5)
+        a, b, c, d = (tensor.half() for tensor in (a, b, c, d))
+        torch.testing.assert_close(names["moe_layer"](a, b, c, d, 2).float(), expected, rtol=0.01, atol=0.003)
 
 
 def test_the_worked_example_is_what_the_demo_shows(capsys: pytest.CaptureFixture[str]) -> None:
