@@ -21,7 +21,18 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
 # Those first that are likely to notice; all run.
-FIRST = ("emulator", "structs", "plans", "align", "align_batched", "gate", "moe_sum", "launch", "arguments")
+FIRST = (
+    "emulator",
+    "experts",
+    "structs",
+    "plans",
+    "align",
+    "align_batched",
+    "gate",
+    "moe_sum",
+    "launch",
+    "arguments",
+)
 
 
 class Mutant(NamedTuple):
@@ -40,6 +51,7 @@ ALIGN, SHARED, SMALL = (
 GLOBAL, BATCHED = "kernels_cu/align/align_global.cu", "kernels_cu/align_batched/align_batched.cu"
 GATE, WARP, WIDE = "kernels_cu/gate/gate.cuh", "kernels_cu/gate/gate_warp.cu", "kernels_cu/gate/gate_wide.cu"
 SUM, COMMON, CONVERT = "kernels_cu/moe_sum/moe_sum.cu", "kernels_cu/common.cuh", "kernels_cu/convert.cuh"
+EXPERTS, MMA = "kernels_cu/experts/experts.cuh", "kernels_cu/experts/experts_mma.cu"
 PLAN, PLAN_GATE, PLAN_SUM = "cupy_moe/plans/align.py", "cupy_moe/plans/gate.py", "cupy_moe/plans/moe_sum.py"
 OPERATOR = "cupy_moe/operators/align.py"
 
@@ -112,6 +124,17 @@ MUTANTS = [
     Mutant("the map's modes change places", OPERATOR, "NO_MAP, MAP_BLOCKS, MAP_IDS = range(3)", "NO_MAP, MAP_IDS, MAP_BLOCKS = range(3)"),
     Mutant("pointers change places", OPERATOR, "            for launch in launches:\n                launch(ids, a, b, c)\n    except", "            for launch in launches:\n                launch(ids, b, a, c)\n    except"),
     Mutant("the words of an id are its bytes", "cupy_moe/operators/moe_sum.py", "words_per_id=id_bytes // 4,", "words_per_id=id_bytes // 8 or 1,"),
+    # the experts
+    Mutant("copies are taken for done a step early", MMA, "wait_copies<Tile::kStages - 2>();", "wait_copies<Tile::kStages - 1>();"),
+    Mutant("no barrier between steps", MMA, "    __syncthreads();  // all have waited", "    // all have waited"),
+    Mutant("weights are read as if not swizzled", MMA, "stage_weights + chunk_offset(r, k * 2 + lane_id() / 8 % 2)", "stage_weights + r * kRowBytes + (k * 2 + lane_id() / 8 % 2) * 16"),
+    Mutant("gate and up change places", EXPERTS, "kGated && r / 8 % 2 != 0 ? row + args.up_offset", "kGated && r / 8 % 2 == 0 ? row + args.up_offset"),
+    Mutant("the router weight of another pair", EXPERTS, "args.topk_weights[pair]", "args.topk_weights[pair / 2]"),
+    Mutant("columns past the last are written", EXPERTS, "      if (column >= args.num_columns) continue;\n", ""),
+    Mutant("rows of unknown experts are left as they are", EXPERTS, "if (!args.clears_unknown) return;", "return;"),
+    Mutant("one block more", MMA, "place.block * Tile::kRows >= (u32)*args.num_tokens_post_pad", "place.block * Tile::kRows > (u32)*args.num_tokens_post_pad", "that block has no expert, and its pairs are padding"),
+    Mutant("blocks of experts that a map invents have no place", "cupy_moe/plans/experts.py", "blocks = min(num_pairs, all_experts) + max(0, num_pairs - all_experts)", "blocks = min(num_pairs, num_experts) + max(0, num_pairs - num_experts)"),
+    Mutant("the bias of the column beside", EXPERTS, "bias[Tile::weight_row(args, first_column, r + e)]", "bias[Tile::weight_row(args, first_column, r)]"),
     # without consequence
     Mutant("ids equal to num_experts keep their value", ALIGN, "ids[k] < args.num_experts ?", "ids[k] <= args.num_experts ?", "it is that of the bucket of those that are dropped"),
     Mutant("more threads that share a column", GLOBAL, "kColumnParts = 4;", "kColumnParts = 8;", "the same results, at another speed"),
