@@ -66,7 +66,8 @@ class Operator:
 
     def __call__(self, *values: Any, out: Any = None, kernel: str | None = None, **named: Any) -> Any:
         """The operator on tensors and arrays of any kind, in the order of the schema, or named as there."""
-        arguments = {**dict(zip(self._names, values, strict=False)), **named}
+        # Of equal lengths, as dynamo of torch 2.8 knows no others.
+        arguments = {**dict(zip(self._names[: len(values)], values, strict=True)), **named}
         given = {name: arguments[name] for name in self._tensors if arguments[name] is not None}
         outputs = self._check(given, out)
         tensors = {name: _as_tensor(name, value) for name, value in given.items()}
