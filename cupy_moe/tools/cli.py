@@ -51,7 +51,7 @@ def _leave() -> NoReturn:
 @click.version_option(__version__, prog_name="cupy-moe")
 @click.pass_context
 def main(ctx: click.Context) -> None:
-    """MoE routing kernels for NVIDIA GPUs: build them ahead of time, and see what is built."""
+    """Kernels of MoE layers for NVIDIA GPUs: build them ahead of time, and see what is built."""
     if config.plain_terminal():
         ctx.color = False
 
