@@ -200,19 +200,19 @@ def planned(num_pairs: int, num_experts: int = 128, limits: Any = H200, kernel: 
 
 
 def test_tiles_have_about_as_many_rows_as_an_expert() -> None:
-    names = {n: planned(n * 128).kernel for n in (1, 10, 11, 24, 25, 80, 81, 10_000)}
+    names = {n: planned(n * 128).kernel for n in (1, 10, 11, 40, 41, 80, 81, 10_000)}
     assert names == {
         1: "mma_16",
         10: "mma_16",
         11: "mma_32",
-        24: "mma_32",
-        25: "wgmma_64",
+        40: "mma_32",
+        41: "wgmma_64",
         80: "wgmma_64",
         81: "wgmma_128",
         10_000: "wgmma_128",
     }
     for limits in (A100, RTX4090, B200):  # wgmma is Hopper's
-        assert planned(25 * 128, limits=limits).kernel == "mma_64"
+        assert planned(41 * 128, limits=limits).kernel == "mma_64"
         assert planned(81 * 128, limits=limits).kernel == "mma_128"
         with pytest.raises(ValueError, match="this device has no wgmma"):
             planned(1, limits=limits, kernel="wgmma_64")

@@ -41,7 +41,7 @@ def _wgmma(rows: int, weight_rows: int, stages: int, mean_rows: float) -> Tile:
 # The first that the device runs and whose rows are enough.
 TILES = {
     "mma_16": _mma(16, 64, 8, 10),
-    "mma_32": _mma(32, 128, 4, 24),
+    "mma_32": _mma(32, 128, 4, 40),
     "wgmma_64": _wgmma(64, 128, 4, 80),
     "wgmma_128": _wgmma(128, 256, 4, float("inf")),
     "mma_64": _mma(64, 128, 4, 80),
