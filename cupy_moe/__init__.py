@@ -1,4 +1,4 @@
-"""Kernels of MoE layers for NVIDIA GPUs. Importing this imports neither torch nor CuPy, and creates nothing."""
+"""Kernels of MoE layers for NVIDIA GPUs. Importing this imports neither torch nor CuPy, creates nothing."""
 
 from __future__ import annotations
 
