@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from operator_cases import all_cases
 
 from cupy_moe import moe_align_block_size
 from cupy_moe.images import compiler, sources
+from cupy_moe.operators.gate import GateOptions
 from cupy_moe.plans import align as plans
 from cupy_moe.plans.align import ALIGN_KERNELS
 from cupy_moe.plans.gate import GATE_KERNELS
@@ -93,6 +95,40 @@ def test_thresholds_of_align(threshold: int, arch: int) -> None:
         slots, _ = plans.aligned_sizes(num_ids, 8, 64)
         planned = plans.plan_align(num_ids, 8, slots, 64, "i32", limits)
         assert device.launched == [launch.entry for launch in planned.launches]
+
+
+def test_thresholds_of_gating_and_sum() -> None:
+    """On a GPU with one SM, whose thresholds are small."""
+    limits = gpus.H200._replace(num_sms=1)
+    ran = set()
+    for tokens in (1, 3, 8, 9, 1023, 1024, 1025):
+        logits = torch.randn(tokens, 8)
+        call = cases.gate(0)._replace(
+            tensors={"gating_output": logits}, rest=GateOptions(2, True, "softmax")._asdict()
+        )
+        with Emulator(limits, 90)() as device:
+            run(device, call, None, f"gating {tokens=}")
+        ran |= set(device.launched)
+    assert ran == {"gate_plain_4", "gate_several_4"}
+    ran = set()
+    for units, topk in itertools.product((127, 128, 129, 1023, 1024, 1025, 16383, 16384), (2, 8, 10)):
+        if units < 16383 or topk == 8:
+            call = cases.sum_up(0)._replace(tensors={"input": torch.randn(units, topk, 4)}, rest={})
+            with Emulator(limits, 90)() as device:
+                run(device, call, None, f"sum {units=} {topk=}")
+            ran |= set(device.launched)
+    assert ran == {"moe_sum_2_f32", "moe_sum_8_f32", "moe_sum_4_f32", "moe_sum_n_f32"}
+
+
+def test_every_kernel_of_sum() -> None:
+    with Emulator(gpus.H200, 90)() as device:
+        for dtype, topk, hidden in itertools.product(cases.DTYPES, (2, 4, 8, 10), (64, 33)):
+            plain = cases.sum_up(0)._replace(
+                tensors={"input": torch.randn(3, topk, hidden).to(dtype)}, rest={}
+            )
+            for call in (plain, plain._replace(rest={"routed_scaling_factor": 2.5})):
+                run(device, call, None, f"{dtype} {topk=} {hidden=} {call.rest}")
+    assert set(device.launched) == set(emulator.library("moe_sum", 90).entries)
 
 
 def test_the_order_of_threads_is_of_no_consequence() -> None:

@@ -296,6 +296,9 @@ def test_parts_have_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     with Emulator(A100, 80)() as device:
         parts = call(device.tensor)
         assert len(device.launched) == 4 * -(-len(call.tensors["hidden_states"]) // 3)
+        assert (
+            len({entry for entry in device.launched if entry.startswith("experts")}) == 2
+        )  # one tile for all
     assert torch.equal(whole, parts)
 
 

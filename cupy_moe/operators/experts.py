@@ -193,7 +193,7 @@ def fused_experts(
             fused_experts(
                 x[part], first, second, weights[part], ids[part], activation, on_input, global_num_experts,
                 local, w1_bias=w1_bias, w2_bias=w2_bias, routed_scaling_factor=factor, workspace=workspace,
-                shared_output=None if shared is None else shared[part], out=output[part], kernel=kernel,
+                shared_output=None if shared is None else shared[part], out=output[part], kernel=call.kernel,
             )  # fmt: skip
         return output
 
@@ -218,20 +218,20 @@ def fused_experts(
         memory[layout.post_pad : layout.post_pad + 4].view(torch.int32),
     )
     experts = num_experts if local is None else total
-    moe_align_block_size(ids, call.block_size, experts, local, False, local is not None, out=aligned)
-    where = base + layout.sorted, base + layout.blocks, base + layout.post_pad
-    by_slot = memory[layout.outputs : layout.outputs + num_tokens * topk * hidden * 2].view(dtype)
+    # All that may be refused, before the first launch.
+    rows, gates, downs = address("hidden_states", x), address("w1", first), address("w2", second)
     router = address("topk_weights", weights)
     bias1 = 0 if w1_bias is None else address("w1_bias", w1_bias)
     bias2 = 0 if w2_bias is None else address("w2_bias", w2_bias)
-    call.first(
-        *where, address("hidden_states", x), address("w1", first), base + layout.activations, bias1,
-        router if on_input else 0,
-    )  # fmt: skip
-    call.second(
-        *where, base + layout.activations, address("w2", second), base + layout.outputs, bias2,
-        0 if on_input else router,
-    )  # fmt: skip
+    for name, tensor in (("topk_ids", ids), ("shared_output", shared), ("out", output)):
+        if tensor is not None:
+            address(name, tensor)
+    moe_align_block_size(ids, call.block_size, experts, local, False, local is not None, out=aligned)
+    where = base + layout.sorted, base + layout.blocks, base + layout.post_pad
+    by_slot = memory[layout.outputs : layout.outputs + num_tokens * topk * hidden * 2].view(dtype)
+    inner, outer = base + layout.activations, base + layout.outputs
+    call.first(*where, rows, gates, inner, bias1, router if on_input else 0)
+    call.second(*where, inner, downs, outer, bias2, 0 if on_input else router)
     slots = by_slot.view(num_tokens, topk, hidden)
     add_slots(slots, output, None, ids, local, factor, shared, experts)
     return output
@@ -246,7 +246,15 @@ def fused_moe(
     renormalize: bool,
     **options: Any,
 ) -> Array:
-    """`topk_softmax` of the router's logits, then `fused_experts`, whose options these are.
+    """`topk_softmax` of the router's logits, then `fused_experts`.
+
+    hidden_states    [T, H]      bf16, fp16
+    gating_output    [T, E]      fp32, fp16, bf16    logits of the router
+    w1, w2                                           and `options`: as in `fused_experts`
+    topk             1 to 64                         experts of a token
+    renormalize                                      divide the weights of a token by their sum
+
+    Returns [T, H] of the type of `hidden_states`.
 
     >>> eye, x = torch.eye(8, dtype=torch.bfloat16), torch.ones(1, 8, dtype=torch.bfloat16)
     >>> logits = torch.tensor([[0.0, 5.0]])
@@ -293,6 +301,8 @@ def experts_workspace_bytes(
 
     >>> experts_workspace_bytes(1, 8, 2048, 768, 128)
     49664
+
+    Raises TypeError and ValueError for what is no size.
     """
     tokens = _tokens_at_once(as_int("num_tokens", num_tokens), topk, hidden, intermediate)
     return max(
@@ -307,6 +317,7 @@ def _tokens_at_once(num_tokens: int, topk: int, hidden: int, intermediate: int) 
 
 
 class _Call(NamedTuple):
+    kernel: str  # which parts take, too: their bits are those of the whole
     tokens_at_once: int
     layout: _Layout
     block_size: int
@@ -397,7 +408,7 @@ def _prepare(
         bind(launch, index, _ARGS.num_pointers, constants)
         for launch, constants in zip(plan.products, (first, second), strict=True)
     ]
-    return _Call(tokens, layout, plan.block_size, *launches)
+    return _Call(plan.kernel, tokens, layout, plan.block_size, *launches)
 
 
 def _check_rows(name: str, tensor: PlainTensor, dims: int) -> PlainTensor:

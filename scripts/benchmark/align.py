@@ -151,12 +151,7 @@ class Align(Operator):
         ' "all to one" are times against our uniform one.'
     )
     size = "{tokens} tokens, top-{topk} of {experts}, blocks of {block_size}"
-    telling = (
-        AlignCase(8, 8, 256, 16),
-        AlignCase(64, 8, 256, 64),
-        AlignCase(4096, 8, 256, 128),
-        AlignCase(65536, 8, 256, 128),
-    )
+    telling = (AlignCase(8, 8, 256, 16), AlignCase(4096, 8, 256, 128), AlignCase(65536, 8, 256, 128))
 
     def inputs(self, case: AlignCase, kind: str, seed: int) -> torch.Tensor:
         return _routed(kind, case.tokens, case.topk, case.experts, base.device, seed)

@@ -45,7 +45,7 @@ class AlignBatched(Operator):
     }
     note = "Every expert has some number of tokens from none to the most, all numbers equally likely."
     size = "{experts} experts, up to {max_tokens} tokens each, blocks of {block_size}"
-    telling = (BatchedCase(64, 128, 64), BatchedCase(256, 256, 128))
+    telling = (BatchedCase(256, 256, 128),)
 
     def inputs(self, case: BatchedCase, kind: str, seed: int) -> torch.Tensor:
         low, high = {"random": (0, case.max_tokens), "full": (case.max_tokens,) * 2, "none": (0, 0)}[kind]
