@@ -69,3 +69,18 @@ __device__ __forceinline__ u32 block_exclusive_scan(u32 value, u32* warp_sums, u
   total = warp_sum(sum);
   return scanned - value + warp_sum(lane < warp ? sum : 0);
 }
+
+// Where a kernel was launched to overlap with the one before it (sm_90 and later): until that one has ended, and what it
+// wrote is there. Does nothing otherwise.
+__device__ __forceinline__ void wait_for_kernel_before() {
+#if __CUDA_ARCH__ >= 900 && !EMULATED
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// The next kernel may begin where blocks find room, as soon as each block of this one has said so.
+__device__ __forceinline__ void let_next_kernel_begin() {
+#if __CUDA_ARCH__ >= 900 && !EMULATED
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}

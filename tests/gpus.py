@@ -10,12 +10,17 @@ from cupy_moe.plans.base import DeviceLimits
 
 @dataclass(frozen=True)
 class Clusters:
-    """How many clusters of 8 and of 16 blocks run at once."""
+    """How many clusters of 8, of 16 and of 2 blocks run at once."""
 
     of_8: int = 0
     of_16: int = 0
+    of_2: int = 0
 
     def __call__(self, unit: str, entry: str, size: int, /) -> int:
+        if unit == "experts_wgmma":
+            assert entry.startswith("experts_wgmma_")
+            assert size == 2
+            return self.of_2
         assert unit == "align_shared"
         assert entry.startswith(f"align_shared_cluster{size}_")
         return {8: self.of_8, 16: self.of_16}[size]
@@ -34,9 +39,9 @@ class Runs:
 T4 = DeviceLimits(40, 65_536, Clusters(), Runs(75))
 A100 = DeviceLimits(108, 166_912, Clusters(), Runs(80))
 RTX4090 = DeviceLimits(128, 101_376, Clusters(), Runs(89))
-H20 = DeviceLimits(78, 232_448, Clusters(8, 0), Runs(90))
-H200 = DeviceLimits(132, 232_448, Clusters(15, 7), Runs(90))
-H200_SLICE = DeviceLimits(16, 232_448, Clusters(1, 0), Runs(90))
+H20 = DeviceLimits(78, 232_448, Clusters(8, 0, 39), Runs(90))
+H200 = DeviceLimits(132, 232_448, Clusters(15, 7, 66), Runs(90))
+H200_SLICE = DeviceLimits(16, 232_448, Clusters(1, 0, 8), Runs(90))
 B200 = DeviceLimits(148, 232_448, Clusters(17, 8), Runs(100))
 RTX5090 = DeviceLimits(170, 101_376, Clusters(18, 0), Runs(120))
 GPUS = {

@@ -181,7 +181,7 @@ WRONG: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
     ),
     "a bias": (ValueError, r"w1_bias: .* \[4, 48\]", {"w1_bias": _some(4, 24)}),
     "out": (ValueError, r"out: .* \[5, 16\]", {"out": _some(5, 8)}),
-    "a kernel": (ValueError, "kernel: expected one of 'mma_16'", {"kernel": "fast"}),
+    "a kernel": (ValueError, "kernel: expected one of 'direct'", {"kernel": "fast"}),
 }
 
 
@@ -199,25 +199,44 @@ def planned(num_pairs: int, num_experts: int = 128, limits: Any = H200, kernel: 
     return plan_experts(num_pairs, num_experts, num_experts, 2048, 768, "bf16", True, limits, kernel)
 
 
+def test_a_few_pairs_take_the_direct_way() -> None:
+    most = plans.DIRECT_MAX_PAIRS
+    for limits in (A100, RTX4090, H200, B200):
+        assert [planned(n, limits=limits).kernel == "direct" for n in (1, most, most + 1)] == [True, True, False]
+        # Not where groups of an expert would read its weights again.
+        assert [planned(n, 8, limits).kernel == "direct" for n in (32, 33)] == [True, False]
+        with pytest.raises(ValueError, match="kernel='direct': too many pairs"):
+            planned(most + 1, limits=limits, kernel="direct")
+    long = plan_experts(128, 128, 128, 2048, 16_384, "bf16", True, H200)  # parts of 16 segments: too much
+    assert long.kernel == "wgmma"
+
+
 def test_tiles_have_about_as_many_rows_as_an_expert() -> None:
-    names = {n: planned(n * 128).kernel for n in (1, 10, 11, 40, 41, 80, 81, 10_000)}
+    names = {n: planned(n * 128, limits=A100).kernel for n in (2, 10, 11, 40, 41, 80, 81, 10_000)}
     assert names == {
-        1: "mma_16",
+        2: "mma_16",
         10: "mma_16",
         11: "mma_32",
         40: "mma_32",
-        41: "wgmma_64",
-        80: "wgmma_64",
-        81: "wgmma_128",
-        10_000: "wgmma_128",
+        41: "mma_64",
+        80: "mma_64",
+        81: "mma_128",
+        10_000: "mma_128",
     }
-    for limits in (A100, RTX4090, B200):  # wgmma is Hopper's
-        assert planned(41 * 128, limits=limits).kernel == "mma_64"
-        assert planned(81 * 128, limits=limits).kernel == "mma_128"
-        with pytest.raises(ValueError, match="this device has no wgmma"):
-            planned(1, limits=limits, kernel="wgmma_64")
     with pytest.raises(ValueError, match=r"compute capability 8\.0 or newer"):
         planned(1, limits=T4)
+
+
+def test_hopper_takes_wgmma() -> None:
+    for pairs in (129, 10_000_000):
+        plan = planned(pairs)
+        assert plan.kernel == "wgmma"
+        assert [launch.grid for launch in plan.products] == [132, 132]
+    without_clusters = H200._replace(max_clusters=lambda *_: 0)
+    for limits in (A100, RTX4090, B200, without_clusters):
+        assert planned(10_000, limits=limits).kernel == "mma_64"
+        with pytest.raises(ValueError, match="this device has no wgmma"):
+            planned(1, limits=limits, kernel="wgmma")
 
 
 @pytest.mark.parametrize("gpu", [gpu for gpu in GPUS if gpu != "T4"])
@@ -225,33 +244,38 @@ def test_every_plan_covers_the_output(gpu: str) -> None:
     limits = GPUS[gpu]
     for num_pairs in (1, 7, 8, 100, 1024, 1025, 40_000, 131_072):
         for num_experts in (1, 3, 128, 1024):
-            plan = planned(num_pairs, num_experts, limits)
-            blocks = -(-num_pairs // plan.block_size)
-            for launch, width, columns in zip(plan.products, (768, 2048), plan.columns, strict=True):
-                assert launch.grid >= blocks * -(-width // columns) > 0
-                assert launch.grid % plan.group_blocks == 0
-                assert launch.shared_bytes + 1024 <= limits.shared_bytes
-                assert launch.entry.endswith(f"_{plan.block_size}_bf16")
+            for kernel in (None, *TILES):
+                plan = planned(num_pairs, num_experts, limits, kernel)
+                for launch, width, columns in zip(plan.products, (768, 2048), plan.columns, strict=True):
+                    assert launch.shared_bytes + 1024 <= limits.shared_bytes
+                    assert launch.grid > 0
+                    if plan.kernel in TILES:  # the others take any number of blocks
+                        blocks = -(-num_pairs // plan.block_size)
+                        assert launch.grid >= blocks * -(-width // columns)
+                        assert launch.grid % plan.group_blocks == 0
+                        assert launch.entry.endswith(f"_{plan.block_size}_bf16")
 
 
 def test_entry_points_exist(everything: Everything) -> None:
     built = {(r.unit, r.target): r.kernels for r in everything.results}
     for target, limits in (("sm_80", A100), ("sm_90a", H200), ("sm_90", H200), ("sm_89", RTX4090)):
-        for name, tile in TILES.items():
-            kernels = built.get((tile.unit, target))
-            if kernels is None or not limits.runs(tile.unit):
-                continue
+        for name in EXPERTS_KERNELS:
             for gated in (True, False):
-                plan = plan_experts(1000, 8, 8, 64, 64, "f16", gated, limits, name)
-                assert {launch.entry for launch in plan.products} <= kernels.keys()
-                static = max(figures["smem"] for figures in kernels.values())
-                assert tile.shared_bytes + static <= limits.shared_bytes
+                if name == "wgmma" and target != "sm_90a":
+                    continue
+                plan = plan_experts(100, 8, 8, 64, 64, "f16", gated, limits, name)
+                kernels = built.get((plan.products[0].unit, target))
+                if kernels is None:  # sm_90a has wgmma alone
+                    continue
+                for launch in plan.products:
+                    static = kernels[launch.entry]["smem"]
+                    assert launch.shared_bytes + static <= limits.shared_bytes
 
 
 def test_a_workspace_is_as_large_as_said(monkeypatch: pytest.MonkeyPatch) -> None:
     for num_tokens, num_experts in ((1, 4), (5, 128), (300, 64)):
         said = experts_workspace_bytes(num_tokens, 8, 64, 32, num_experts)
-        for block_size in (16, 32, 64, 128):
+        for block_size in (0, 16, 32, 64, 128):
             assert operator._lay_out(num_tokens * 8, 64, 32, num_experts, block_size).size <= said
     monkeypatch.setattr(operator, "MAX_WORKSPACE_BYTES", 10_000)
     assert experts_workspace_bytes(10**9, 8, 64, 32, 4) < 40_000
@@ -263,14 +287,21 @@ needs_compiler = pytest.mark.skipif(bool(emulator.compiler()), reason=str(emulat
 MMA = [name for name in EXPERTS_KERNELS if name.startswith("mma")]
 
 
+def kernels_for(call: Layer, names: list[str]) -> list[str]:
+    """Those that take as many pairs."""
+    few = call.tensors["topk_ids"].numel() <= plans.DIRECT_MAX_PAIRS
+    return [name for name in names if few or name != "direct"]
+
+
 @needs_compiler
 @pytest.mark.parametrize("arch", [80, 90])
 def test_emulated_kernels(arch: int) -> None:
     for seed in range(arch, arch + 36):
         call = layer(seed, 20)
         with Emulator({80: A100, 90: H200}[arch], arch, seed)() as device:
-            result = call(device.tensor, kernel=MMA[seed % 4])
-        assert close(result, call(lambda tensor: tensor)), seed
+            names = kernels_for(call, [MMA[seed % 4], "direct"])
+            results = [call(device.tensor, kernel=name) for name in names]
+        assert all(close(result, call(lambda tensor: tensor)) for result in results), seed
 
 
 @needs_compiler
@@ -308,7 +339,7 @@ def test_parts_have_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def device_kernels() -> list[str]:
     limits = operator.device_limits(torch.cuda.current_device())
-    return [name for name, tile in TILES.items() if limits.runs(tile.unit)]
+    return [name for name in EXPERTS_KERNELS if name != "wgmma" or limits.runs("experts_wgmma")]
 
 
 @pytest.mark.gpu
@@ -318,15 +349,14 @@ def test_sanitize_every_kernel_against_the_cpu(device_kernels: list[str]) -> Non
         expected = call(lambda tensor: tensor)
         tokens, hidden = expected.shape
         results = {}
-        for name in (None, device_kernels[seed % len(device_kernels)], *device_kernels[:: 1 + seed % 3]):
+        for name in (None, *kernels_for(call, device_kernels)):
             memory = torch.full((tokens + 2, hidden), 77.0, dtype=expected.dtype, device="cuda")
             call(lambda tensor: tensor.cuda(), out=memory[1:-1], kernel=name)
             assert bool((memory[[0, -1]] == 77).all()), f"{seed=} {name=}"
             results[name] = memory[1:-1].cpu()
             assert close(results[name], expected), f"{seed=} {name=}"
-        for kind in ("mma", "wgmma"):  # each with the same bits, whatever its tile
-            same = [result for name, result in results.items() if str(name).startswith(f"{kind}_")]
-            assert all(torch.equal(result, same[0]) for result in same), seed
+        same = [results[name] for name in MMA]  # the same bits, whatever the tile
+        assert all(torch.equal(result, same[0]) for result in same), seed
 
 
 @pytest.mark.gpu

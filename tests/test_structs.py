@@ -60,6 +60,8 @@ def test_every_argument_struct_is_declared() -> None:
 @pytest.mark.parametrize("declared", ours, ids=lambda declared: declared.name)
 def test_fields_have_the_names_the_order_and_the_types_of_the_source(declared: ArgumentStruct) -> None:
     pointers = [("pointer", name) for name in declared.pointers]
+    if declared.tensor_map:
+        pointers.insert(0, ("TensorMap", declared.tensor_map))
     others = [(kind, name) for name, kind in declared.fields.items()]
     assert fields_of(f"{declared.file}:{declared.name}") == pointers + others
 

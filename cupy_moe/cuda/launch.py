@@ -58,11 +58,13 @@ def bind(plan: LaunchPlan, device: int, num_pointers: int, constants: bytes) -> 
     fields after those, packed. A call takes a few microseconds, whatever the current device is. Raises what
     `modules.function` raises, which compiles where no cubin is found; a call raises KernelLaunchError.
     """
-    unit, entry, grid, block, shared_bytes = plan
+    unit, entry, grid, block, shared_bytes, overlaps = plan
     function = modules.function(device, unit, entry)
     from .._cupy import cupy
 
     launch_kernel, refused = cupy.cuda.driver.launchKernel, cupy.cuda.driver.CUDADriverError
+    if overlaps and modules.has_clusters(device):  # of the same devices, 9.0 and later
+        launch_kernel = _launch_overlapping
     given = num_pointers
     fixed: tuple[int, ...] = ()
     if given < 4:  # `launch` takes four: words of the constants stand for those that are missing
@@ -104,6 +106,31 @@ def bind(plan: LaunchPlan, device: int, num_pointers: int, constants: bytes) -> 
                 launch(*pointers, *fixed)
 
     return launch_on_device
+
+
+# CUlaunchConfig: grid, block, bytes of shared memory, stream, attributes, number of attributes
+_CONFIG = struct.Struct("@7I4xPPI4x")
+# A CUlaunchAttribute: programmatic stream serialization, which is allowed
+_ATTRIBUTE = ctypes.create_string_buffer(struct.pack("@I4xi60x", 6, 1), 72)
+
+
+def _launch_overlapping(function: int, *rest: int) -> None:
+    """As CuPy's launchKernel, but the kernel may begin while the one before it on the stream ends."""
+    *sizes, stream, pointers, _ = rest
+    config = _CONFIG.pack(*sizes, stream, ctypes.addressof(_ATTRIBUTE), 1)
+    status = _launch_ex()(config, function, pointers, None)
+    if status:
+        from .._cupy import cupy
+
+        raise cupy.cuda.driver.CUDADriverError(status)
+
+
+@functools.cache
+def _launch_ex() -> Callable[..., int]:
+    """Not among what CuPy wraps. The driver is in the process already, under this name."""
+    launch: Callable[..., int] = ctypes.CDLL("libcuda.so.1").cuLaunchKernelEx
+    launch.argtypes = [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]  # type: ignore[attr-defined]
+    return launch
 
 
 @functools.cache

@@ -12,12 +12,20 @@ from ..cpu import experts as cpu
 from ..cuda.launch import CACHED_CALLS, Launch, bind
 from ..cuda.limits import device_limits
 from ..cuda.structs import ArgumentStruct
+from ..cuda.tensor_map import tensor_map
 from ..dispatch.arrays import Array, DLPackArray
 from ..dispatch.operator import Operator, is_watched
 from ..dispatch.tensors import PlainTensor, address, check_layout, check_tensor, cuda_index, is_plain
 from ..plans.align import aligned_sizes
 from ..plans.base import ceil_div, divisor
-from ..plans.experts import EXPERTS_KERNELS, MAX_LOCAL_EXPERTS, ExpertsPlan, plan_experts
+from ..plans.experts import (
+    EXPERTS_KERNELS,
+    MAX_LOCAL_EXPERTS,
+    ROW_BYTES,
+    WGMMA_BOX_ROWS,
+    ExpertsPlan,
+    plan_experts,
+)
 from ..values import INT32_MAX, as_bool, as_float, as_int, check_choice, check_range
 from .align import MoEAlignment, moe_align_block_size
 from .gate import topk_softmax
@@ -25,12 +33,26 @@ from .moe_sum import add_slots
 
 __all__ = ["experts_workspace_bytes", "fused_experts", "fused_moe"]
 
-_ARGS = ArgumentStruct(
+_MMA_ARGS = ArgumentStruct(
     "experts/experts.cuh:ExpertsArgs",
     "sorted_token_ids expert_ids num_tokens_post_pad rows weights output bias topk_weights",
     "i64 row_stride, expert_stride, weight_stride; u32 num_pairs, num_experts; Divisor group_tiles,"
     " rows_shared; u32 depth, num_columns, activation, row_step, up_offset, clears_unknown, group_blocks;"
     " i64 bias_stride; float alpha, limit",
+)
+_WGMMA_ARGS = ArgumentStruct(
+    "experts/experts_wgmma.cu:ExpertsWgmmaArgs",
+    "sorted_token_ids expert_ids counters rows output bias topk_weights",
+    "i64 row_stride, bias_stride; u32 num_pairs, num_experts, num_blocks; Divisor rows_shared; u32 depth,"
+    " num_columns, activation, row_step, up_offset, group_pairs, clears_unknown, is_first; float alpha, limit",
+    tensor_map="weights",
+)
+_DIRECT_ARGS = ArgumentStruct(
+    "experts/experts_direct.cu:ExpertsDirectArgs",
+    "topk_ids rows weights output expert_map bias topk_weights shared",
+    "i64 row_stride, expert_stride, weight_stride; u32 num_pairs, num_experts, num_mapped, words_per_id;"
+    " Divisor rows_shared; u32 depth, num_columns, topk, activation, row_step, up_offset; i64 bias_stride;"
+    " float alpha, limit, factor",
 )
 
 
@@ -50,6 +72,7 @@ ACTIVATIONS = (*cpu.GATED, *cpu.PLAIN)
 _ELEMENTS = {torch.bfloat16: "bf16", torch.float16: "f16"}
 _ID_TYPES = (torch.int32, torch.int64, torch.uint32)
 _FLOAT, _INT32 = (torch.float32,), (torch.int32,)
+_BOX_DEPTH = ROW_BYTES // 2
 _ALIGNMENT = 256  # bytes, of what lies in the workspace
 # Of the two intermediates together; more tokens go in parts, one after another.
 MAX_WORKSPACE_BYTES = 4 << 30
@@ -104,7 +127,7 @@ def fused_experts(
 
     Products are accumulated in fp32. What the activation gives is rounded once, what GEMM 2 gives, times the
     router weight, once; the sum is that of `moe_sum`. The result is the same to the last bit at every call,
-    and for a token in whatever batch it is, as long as that has the same kind of kernel (mma or wgmma).
+    and for a token in whatever batch it is, as long as that has the same kind of kernel (direct, mma or wgmma).
 
     >>> eye = torch.eye(8, dtype=torch.bfloat16)
     >>> w1 = torch.stack([eye, 2 * eye])  # two experts without a gate
@@ -174,10 +197,11 @@ def fused_experts(
         output = torch.empty((num_tokens, hidden), dtype=dtype, device=device)
     else:
         check_tensor("out", out, (dtype,), (num_tokens, hidden), device)
+    experts = num_experts if local is None else total
     strides = x.stride(0), *first.stride()[:2], *second.stride()[:2]
     call = _prepare(
-        num_tokens, topk, num_experts, hidden, intermediate, strides, dtype, device, activation, on_input,
-        num_experts if local is None else total, kernel,
+        num_tokens, topk, num_experts, hidden, intermediate, strides, dtype, device, activation, ids.dtype,
+        experts, factor, kernel,
     )  # fmt: skip
     if call is None:
         result = cpu.fused_experts(
@@ -197,43 +221,43 @@ def fused_experts(
             )  # fmt: skip
         return output
 
+    layout = call.layout
     memory: PlainTensor = workspace
     if memory is None:
-        memory = torch.empty(call.layout.size, dtype=torch.uint8, device=device)
+        memory = torch.empty(layout.size, dtype=torch.uint8, device=device)
     else:
-        check_layout("workspace", memory)
-        if memory.dtype != torch.uint8 or memory.device != device or memory.dim() != 1:
-            raise TypeError(
-                f"workspace: expected bytes, [n] uint8 on {device}, got {memory.dtype} on {memory.device}"
-            )
-        if memory.numel() < call.layout.size or not memory.is_contiguous() or memory.data_ptr() % _ALIGNMENT:
-            raise ValueError(
-                f"workspace: expected {call.layout.size} bytes, at a multiple of {_ALIGNMENT}, got"
-                f" {memory.numel()}"
-            )
-    layout, base = call.layout, memory.data_ptr()
+        _check_workspace(memory, layout.size, device)
+    # All that may be refused, before the first launch.
+    base, rows = memory.data_ptr(), address("hidden_states", x)
+    gates, downs = address("w1", first), address("w2", second)
+    router, where = address("topk_weights", weights), address("topk_ids", ids)
+    bias1 = 0 if w1_bias is None else address("w1_bias", w1_bias)
+    bias2 = 0 if w2_bias is None else address("w2_bias", w2_bias)
+    added = 0 if shared is None else address("shared_output", shared)
+    mapped = 0 if local is None else address("expert_map", local)
+    result = address("out", output)
+    router1, router2 = (router, 0) if on_input else (0, router)
+    inner, outer = base + layout.activations, base + layout.outputs
+    if call.kernel == "direct":
+        call.first(where, rows, gates, inner, mapped, bias1, router1, 0)
+        call.second(where, inner, downs, result, mapped, bias2, router2, added)
+        return output
     aligned = MoEAlignment(
         memory[layout.sorted : layout.sorted + 4 * layout.num_slots].view(torch.int32),
         memory[layout.blocks : layout.blocks + 4 * layout.num_blocks].view(torch.int32),
         memory[layout.post_pad : layout.post_pad + 4].view(torch.int32),
     )
-    experts = num_experts if local is None else total
-    # All that may be refused, before the first launch.
-    rows, gates, downs = address("hidden_states", x), address("w1", first), address("w2", second)
-    router = address("topk_weights", weights)
-    bias1 = 0 if w1_bias is None else address("w1_bias", w1_bias)
-    bias2 = 0 if w2_bias is None else address("w2_bias", w2_bias)
-    for name, tensor in (("topk_ids", ids), ("shared_output", shared), ("out", output)):
-        if tensor is not None:
-            address(name, tensor)
     moe_align_block_size(ids, call.block_size, experts, local, False, local is not None, out=aligned)
-    where = base + layout.sorted, base + layout.blocks, base + layout.post_pad
+    blocks = base + layout.sorted, base + layout.blocks, base + layout.post_pad
+    if call.maps:
+        map1, map2 = tensor_map(gates, *call.maps[0]), tensor_map(downs, *call.maps[1])
+        call.first(*map1, *blocks, rows, inner, bias1, router1)
+        call.second(*map2, *blocks, inner, outer, bias2, router2)
+    else:
+        call.first(*blocks, rows, gates, inner, bias1, router1)
+        call.second(*blocks, inner, downs, outer, bias2, router2)
     by_slot = memory[layout.outputs : layout.outputs + num_tokens * topk * hidden * 2].view(dtype)
-    inner, outer = base + layout.activations, base + layout.outputs
-    call.first(*where, rows, gates, inner, bias1, router if on_input else 0)
-    call.second(*where, inner, downs, outer, bias2, 0 if on_input else router)
-    slots = by_slot.view(num_tokens, topk, hidden)
-    add_slots(slots, output, None, ids, local, factor, shared, experts)
+    add_slots(by_slot.view(num_tokens, topk, hidden), output, None, ids, local, factor, shared, experts)
     return output
 
 
@@ -282,11 +306,15 @@ class _Layout(NamedTuple):
 
 
 def _lay_out(num_pairs: int, hidden: int, intermediate: int, num_experts: int, block_size: int) -> _Layout:
-    num_slots, num_blocks = aligned_sizes(num_pairs, num_experts, block_size)
-    sizes = 2 * num_pairs * intermediate, 2 * num_pairs * hidden, 4 * num_slots, 4 * num_blocks, 4
+    """Without a `block_size` there is no alignment, and slots are added up as they are made."""
+    num_slots = num_blocks = 0
+    if block_size:
+        num_slots, num_blocks = aligned_sizes(num_pairs, num_experts, block_size)
+    outputs = 2 * num_pairs * hidden if block_size else 0
     places: list[int] = []
     end = 0
-    for size in sizes:
+    # What follows the number of slots is for the kernels.
+    for size in (2 * num_pairs * intermediate, outputs, 4 * num_slots, 4 * num_blocks, 8):
         places.append(end)
         end += ceil_div(size, _ALIGNMENT) * _ALIGNMENT
     activations, outputs, pairs, blocks, post_pad = places
@@ -323,6 +351,11 @@ class _Call(NamedTuple):
     block_size: int
     first: Launch
     second: Launch
+    maps: tuple[_Map, ...]  # of w1 and w2, where kernels copy boxes of them
+
+
+# What `tensor_map` takes after the address: element, sizes, strides, box.
+_Map = tuple[str, tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 
 
 @functools.lru_cache(CACHED_CALLS)
@@ -336,8 +369,9 @@ def _prepare(
     dtype: torch.dtype,
     device: torch.device,
     activation: str,
-    on_input: bool,
+    id_type: torch.dtype,
     all_experts: int,
+    factor: float,
     kernel: str | None,
 ) -> _Call | None:
     """Checks all that follows from sizes. None: on the CPU."""
@@ -353,62 +387,94 @@ def _prepare(
     tokens = _tokens_at_once(num_tokens, topk, hidden, intermediate)
     num_pairs = max(1, tokens * topk)
     is_gated = activation in cpu.GATED
+    element = _ELEMENTS[dtype]
     plan: ExpertsPlan = plan_experts(
-        num_pairs,
-        num_experts,
-        all_experts,
-        hidden,
-        intermediate,
-        _ELEMENTS[dtype],
-        is_gated,
-        device_limits(index),
-        kernel,
-    )
-    kind = _ACTIVATIONS[activation.removesuffix("_no_mul")]
+        num_pairs, num_experts, all_experts, hidden, intermediate, element, is_gated, device_limits(index), kernel
+    )  # fmt: skip
+    layout = _lay_out(num_pairs, hidden, intermediate, all_experts, plan.block_size)
     alternate = activation == "swigluoai"
     common = {
         "num_pairs": num_pairs,
         "num_experts": num_experts,
+        "num_mapped": all_experts,
+        "num_blocks": layout.num_blocks,
+        "topk": topk,
+        "words_per_id": id_type.itemsize // 4,
         "group_blocks": plan.group_blocks,
+        "group_pairs": plan.group_blocks,
         "alpha": cpu.ALPHA,
         "limit": cpu.LIMIT,
+        "factor": factor,
     }
-    first = _ARGS.pack(
-        **common,
-        row_stride=2 * x_stride,
-        expert_stride=2 * expert1,
-        weight_stride=2 * row1,
-        group_tiles=divisor(plan.group_blocks * ceil_div(intermediate, plan.columns[0])),
-        rows_shared=divisor(topk),
-        depth=hidden,
-        num_columns=intermediate,
-        activation=kind,
-        row_step=2 if alternate else 1,
-        up_offset=1 if alternate else intermediate,
-        clears_unknown=False,
-        bias_stride=2 * intermediate if is_gated else intermediate,
-    )
-    second = _ARGS.pack(
-        **common,
-        row_stride=2 * intermediate,
-        expert_stride=2 * expert2,
-        weight_stride=2 * row2,
-        group_tiles=divisor(plan.group_blocks * ceil_div(hidden, plan.columns[1])),
-        rows_shared=divisor(1),
-        depth=intermediate,
-        num_columns=hidden,
-        activation=Activation.NONE,
-        row_step=1,
-        up_offset=0,
-        clears_unknown=True,
-        bias_stride=hidden,
-    )
-    layout = _lay_out(num_pairs, hidden, intermediate, all_experts, plan.block_size)
-    launches = [
-        bind(launch, index, _ARGS.num_pointers, constants)
-        for launch, constants in zip(plan.products, (first, second), strict=True)
-    ]
-    return _Call(plan.kernel, tokens, layout, plan.block_size, *launches)
+    first = {
+        "row_stride": 2 * x_stride,
+        "expert_stride": 2 * expert1,
+        "weight_stride": 2 * row1,
+        "group_tiles": divisor(plan.group_blocks * ceil_div(intermediate, plan.columns[0])),
+        "rows_shared": divisor(topk),
+        "depth": hidden,
+        "num_columns": intermediate,
+        "activation": _ACTIVATIONS[activation.removesuffix("_no_mul")],
+        "row_step": 2 if alternate else 1,
+        "up_offset": 1 if alternate else intermediate,
+        "clears_unknown": False,
+        "is_first": True,
+        "bias_stride": 2 * intermediate if is_gated else intermediate,
+    }
+    second = {
+        "row_stride": 2 * intermediate,
+        "expert_stride": 2 * expert2,
+        "weight_stride": 2 * row2,
+        "group_tiles": divisor(plan.group_blocks * ceil_div(hidden, plan.columns[1])),
+        "rows_shared": divisor(1),
+        "depth": intermediate,
+        "num_columns": hidden,
+        "activation": Activation.NONE,
+        "row_step": 1,
+        "up_offset": 0,
+        "clears_unknown": True,
+        "is_first": False,
+        "bias_stride": hidden,
+    }
+    declared = {"direct": _DIRECT_ARGS, "wgmma": _WGMMA_ARGS}.get(plan.kernel, _MMA_ARGS)
+    launches = []
+    for launch, product in zip(plan.products, (first, second), strict=True):
+        values = {**common, **product}
+        constants = declared.pack(**{name: values[name] for name in declared.fields})
+        launches.append(bind(launch, index, declared.num_pointers, constants))
+    maps: tuple[_Map, ...] = ()
+    if plan.kernel == "wgmma":
+        of_w1 = _map_plain(element, num_experts, intermediate, hidden, expert1, row1)
+        if is_gated:
+            gate, up = (2 * row1, row1) if alternate else (row1, intermediate * row1)
+            of_w1 = _map_gated(element, num_experts, intermediate, hidden, expert1, gate, up)
+        maps = of_w1, _map_plain(element, num_experts, hidden, intermediate, expert2, row2)
+    return _Call(plan.kernel, tokens, layout, plan.block_size, *launches, maps)
+
+
+def _map_plain(element: str, experts: int, rows: int, depth: int, expert: int, row: int) -> _Map:
+    """Weights as (depth, 8 rows, eights of rows, 1, experts); the strides are in elements."""
+    strides = 2 * row, 16 * row, 16, 2 * expert if experts > 1 else 16
+    return element, (depth, 8, rows // 8, 1, experts), strides, (_BOX_DEPTH, 8, WGMMA_BOX_ROWS // 8, 1, 1)
+
+
+def _map_gated(element: str, experts: int, columns: int, depth: int, expert: int, gate: int, up: int) -> _Map:
+    """Weights as (depth, 8 rows, gate or up, eights of columns, experts), so that a box has in turn 8 rows of
+    gates and the 8 of their ups; `gate` is from the row of a gate to the next, `up` to its up."""
+    strides = 2 * gate, 2 * up, 16 * gate, 2 * expert if experts > 1 else 16
+    return element, (depth, 8, 2, columns // 8, experts), strides, (_BOX_DEPTH, 8, 2, WGMMA_BOX_ROWS // 16, 1)
+
+
+def _check_workspace(memory: PlainTensor, size: int, device: torch.device) -> None:
+    check_layout("workspace", memory)
+    if memory.dtype != torch.uint8 or memory.device != device or memory.dim() != 1:
+        raise TypeError(
+            f"workspace: expected bytes, [n] uint8 on {device}, got {memory.dtype} on {memory.device}"
+        )
+    if memory.numel() < size or not memory.is_contiguous() or memory.data_ptr() % _ALIGNMENT:
+        raise ValueError(
+            f"workspace: expected {size} bytes, at a multiple of {_ALIGNMENT}, got {memory.numel()}"
+        )
 
 
 def _check_rows(name: str, tensor: PlainTensor, dims: int) -> PlainTensor:

@@ -44,6 +44,7 @@ class LaunchPlan(NamedTuple):
     grid: int
     block: int
     shared_bytes: int = 0  # dynamic, by the formula at the head of the .cu file
+    overlaps: bool = False  # may begin before the kernel before it has ended, which it waits for by itself
 
 
 def ceil_div(value: int, divisor: int) -> int:

@@ -1,7 +1,9 @@
-"""fused_experts: tiles of the two products, from how many rows an expert has on average.
+"""fused_experts: kernels, tiles and grids of the two products.
 
-There is no table of sizes: a tile has about as many rows as an expert, since more are padding, and fewer read
-the weights again. What a row becomes does not depend on the tile, only on the kind of its products.
+There is no table of sizes. A handful of pairs goes straight from ids to the summed output. Else pairs are
+aligned: on Hopper, wgmma takes blocks of 128 of them, and multiplies only where half a block has rows; on
+other devices a tile has about as many rows as an expert, since more are padding, and fewer read the weights
+again. What a row becomes does not depend on the tile, only on the kind of its products.
 """
 
 from __future__ import annotations
@@ -10,50 +12,56 @@ from typing import NamedTuple
 
 from .base import Constant, DeviceLimits, LaunchPlan, ceil_div, round_up
 
-MAX_LOCAL_EXPERTS = 1024
+MAX_LOCAL_EXPERTS = Constant(1024, "experts/experts_wgmma.cu:kMaxLocalExperts")
 ROW_BYTES = 2 * Constant(64, "experts/experts.cuh:kDepth")
+
+DIRECT_MAX_PAIRS = Constant(128, "experts/experts_direct.cu:kMaxPairs")
+DIRECT_WARPS = Constant(8, "experts/experts_direct.cu:kWarps")
+DIRECT_STAGES = Constant(4, "experts/experts_direct.cu:kStages")
+DIRECT_STEP_BYTES = Constant(2048, "experts/experts_direct.cu:kStepBytes")
+DIRECT_SUM_COLUMNS = Constant(16, "experts/experts_direct.cu:kSumColumns")
+DIRECT_SEGMENT = Constant(1024, "experts/experts_direct.cu:kSegment")
+# Of an expert, on average: groups of 8 pairs read its weights, and few experts should have two of them.
+DIRECT_MEAN_PAIRS = 4
+DIRECT_PARTS_BYTES = 32 * 1024
+
+WGMMA_ROWS = Constant(128, "experts/experts_wgmma.cu:kTileRows")
+WGMMA_WEIGHT_ROWS = Constant(256, "experts/experts_wgmma.cu:kWeightRows")
+WGMMA_BOX_ROWS = Constant(128, "experts/experts_wgmma.cu:kBoxRows")
+WGMMA_STAGES = Constant(4, "experts/experts_wgmma.cu:kStages")
+WGMMA_THREADS = Constant(384, "experts/experts_wgmma.cu:kThreads")
+WGMMA_RING = Constant(8, "experts/experts_wgmma.cu:kRing")
+# About as many rows as columns of the output are then worked on at once, which reads the least from memory.
+WGMMA_GROUP_PAIRS = 8
+
 # Blocks of pairs that take the tiles of columns together, where an expert has several: more read its weights
 # from L2 once, fewer the rows.
-GROUP_BLOCKS = 8
+MMA_GROUP_BLOCKS = 8
+MMA_THREADS = 128
 
 
 class Tile(NamedTuple):
-    """As in the ENTRIES of the unit."""
+    """As in the ENTRIES of experts_mma.cu."""
 
-    unit: str
     rows: int
     weight_rows: int
-    threads: int
-    shared_bytes: int
+    stages: int
     mean_rows: float  # of an expert, up to which it is taken
 
 
-def _mma(rows: int, weight_rows: int, stages: int, mean_rows: float) -> Tile:
-    shared_bytes = stages * (rows + weight_rows) * ROW_BYTES
-    return Tile("experts_mma", rows, weight_rows, 128, shared_bytes, mean_rows)
-
-
-def _wgmma(rows: int, weight_rows: int, stages: int, mean_rows: float) -> Tile:
-    shared_bytes = stages * (rows + weight_rows) * ROW_BYTES + 1024
-    return Tile("experts_wgmma", rows, weight_rows, 2 * rows, shared_bytes, mean_rows)
-
-
-# The first that the device runs and whose rows are enough.
 TILES = {
-    "mma_16": _mma(16, 64, 8, 10),
-    "mma_32": _mma(32, 128, 4, 40),
-    "wgmma_64": _wgmma(64, 128, 4, 80),
-    "wgmma_128": _wgmma(128, 256, 4, float("inf")),
-    "mma_64": _mma(64, 128, 4, 80),
-    "mma_128": _mma(128, 128, 3, float("inf")),
+    "mma_16": Tile(16, 64, 8, 10),
+    "mma_32": Tile(32, 128, 4, 40),
+    "mma_64": Tile(64, 128, 4, 80),
+    "mma_128": Tile(128, 128, 3, float("inf")),
 }
-EXPERTS_KERNELS = tuple(TILES)
+EXPERTS_KERNELS = ("direct", "wgmma", *TILES)
 
 
 class ExpertsPlan(NamedTuple):
     kernel: str  # one of EXPERTS_KERNELS
-    block_size: int  # of the alignment
-    group_blocks: int
+    block_size: int  # of the alignment; 0 where there is none
+    group_blocks: int  # of pairs that take the tiles of columns together; of wgmma, twos of them
     products: tuple[LaunchPlan, LaunchPlan]
     columns: tuple[int, int]  # of the output, that a tile of each product makes
 
@@ -69,28 +77,85 @@ def plan_experts(
     limits: DeviceLimits,
     kernel: str | None = None,
 ) -> ExpertsPlan:
-    """Choose tiles; `kernel`, one of EXPERTS_KERNELS, forces one. `num_experts` are those that are here,
+    """Choose kernels; `kernel`, one of EXPERTS_KERNELS, forces one. `num_experts` are those that are here,
     `all_experts` those that a map may name.
 
-    Raises ValueError where the device cannot do it.
+    Raises ValueError where the device cannot do it, or the forced kernel not these sizes.
     """
     if not limits.runs("experts_mma"):
         raise ValueError("hidden_states: fused_experts needs a GPU of compute capability 8.0 or newer")
+    kinds = "gated" if gated else "plain", "plain"
+    if kernel in (None, "direct"):
+        plan = _plan_direct(
+            num_pairs, hidden, intermediate, f"{kinds[0]}_{element}", f"sum_{element}", limits
+        )
+        if plan and (kernel or num_pairs <= DIRECT_MEAN_PAIRS * num_experts):
+            return plan
+        if kernel:
+            raise ValueError(f"kernel='direct': too many pairs ({num_pairs}) or too much shared memory")
+    if kernel in (None, "wgmma"):
+        plan = _plan_wgmma(tuple(f"experts_wgmma_{kind}_{element}" for kind in kinds), limits, gated)
+        if plan:
+            return plan
+        if kernel:
+            raise ValueError("kernel='wgmma': this device has no wgmma, or no clusters of two blocks")
     mean = num_pairs / num_experts
-    name = kernel or next(n for n, t in TILES.items() if mean <= t.mean_rows and limits.runs(t.unit))
+    name = kernel or next(name for name, tile in TILES.items() if mean <= tile.mean_rows)
     tile = TILES[name]
-    if not limits.runs(tile.unit):
-        raise ValueError(f"kernel={name!r}: this device has no {tile.unit.removeprefix('experts_')}")
     # The most blocks, where every expert has a pair, and all others go to one.
     blocks = min(num_pairs, all_experts) + max(0, num_pairs - all_experts) // tile.rows
-    group_blocks = 1 if mean <= tile.rows else GROUP_BLOCKS
+    group_blocks = 1 if mean <= tile.rows else MMA_GROUP_BLOCKS
     columns = tile.weight_rows // 2 if gated else tile.weight_rows, tile.weight_rows
+    shared_bytes = tile.stages * (tile.rows + tile.weight_rows) * ROW_BYTES
 
     def launch(kind: str, width: int, tile_columns: int) -> LaunchPlan:
         grid = round_up(blocks, group_blocks) * ceil_div(width, tile_columns)
-        entry = f"{tile.unit}_{kind}_{tile.rows}_{element}"
-        return LaunchPlan(tile.unit, entry, grid, tile.threads, tile.shared_bytes)
+        entry = f"experts_mma_{kind}_{tile.rows}_{element}"
+        return LaunchPlan("experts_mma", entry, grid, MMA_THREADS, shared_bytes, True)
 
-    first = launch("gated" if gated else "plain", intermediate, columns[0])
-    second = launch("plain", hidden, columns[1])
-    return ExpertsPlan(name, tile.rows, group_blocks, (first, second), columns)
+    products = launch(kinds[0], intermediate, columns[0]), launch(kinds[1], hidden, columns[1])
+    return ExpertsPlan(name, tile.rows, group_blocks, products, columns)
+
+
+def _plan_direct(
+    num_pairs: int, hidden: int, intermediate: int, first: str, second: str, limits: DeviceLimits
+) -> ExpertsPlan | None:
+    threads, stages = DIRECT_WARPS * 32, DIRECT_WARPS * DIRECT_STAGES * DIRECT_STEP_BYTES
+    parts = 2 * num_pairs * ceil_div(intermediate, DIRECT_SEGMENT) * DIRECT_SUM_COLUMNS * 4
+    if num_pairs > DIRECT_MAX_PAIRS or parts > DIRECT_PARTS_BYTES:
+        return None
+    columns = 8 if first.startswith("gated") else 16, int(DIRECT_SUM_COLUMNS)
+    pieces = num_pairs * ceil_div(intermediate, columns[0])
+    # Where one block on an SM has a piece for each warp, the second kernel's blocks find room beside it.
+    blocks = limits.num_sms * (1 if pieces <= limits.num_sms * DIRECT_WARPS else 2)
+    tiles = ceil_div(hidden, columns[1])
+    rounds = ceil_div(tiles, 2 * limits.num_sms)
+    products = (
+        LaunchPlan("experts_direct", f"experts_direct_{first}", blocks, threads, stages, True),
+        LaunchPlan(
+            "experts_direct",
+            f"experts_direct_{second}",
+            ceil_div(tiles, rounds),
+            threads,
+            stages + parts,
+            True,
+        ),
+    )
+    return ExpertsPlan("direct", 0, 1, products, columns)
+
+
+def _plan_wgmma(entries: tuple[str, ...], limits: DeviceLimits, gated: bool) -> ExpertsPlan | None:
+    if not limits.runs("experts_wgmma"):
+        return None
+    clusters = limits.max_clusters("experts_wgmma", entries[0], 2)
+    if not clusters:
+        return None
+    # The stages, what aligns them, and sizeof(Shared), rounded up
+    shared_bytes = WGMMA_STAGES * (WGMMA_ROWS + WGMMA_WEIGHT_ROWS) * ROW_BYTES + 1024
+    shared_bytes += 4 * (WGMMA_RING * (WGMMA_ROWS + 5) + 3 * MAX_LOCAL_EXPERTS + 64 + 4 * WGMMA_STAGES)
+    first, second = (
+        LaunchPlan("experts_wgmma", entry, 2 * clusters, WGMMA_THREADS, shared_bytes, True)
+        for entry in entries
+    )
+    columns = WGMMA_WEIGHT_ROWS // 2 if gated else WGMMA_WEIGHT_ROWS, int(WGMMA_WEIGHT_ROWS)
+    return ExpertsPlan("wgmma", int(WGMMA_ROWS), WGMMA_GROUP_PAIRS, (first, second), columns)

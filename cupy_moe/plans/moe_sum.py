@@ -47,5 +47,7 @@ def plan_sum(
     sizes = (4, 2) if light else (8, 4, 2)
     exact = [slots for slots in sizes if topk % slots == 0 and topk <= 2 * slots]
     kind = "any" if not vectors else "ext" if extended else str(exact[0]) if exact else "n"
-    launch = LaunchPlan("moe_sum", f"moe_sum_{kind}_{element}", ceil_div(num_units, threads), threads)
+    launch = LaunchPlan(
+        "moe_sum", f"moe_sum_{kind}_{element}", ceil_div(num_units, threads), threads, 0, True
+    )
     return SumPlan(launch, per_token, num_tokens)

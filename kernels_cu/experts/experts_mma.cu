@@ -34,6 +34,8 @@ __device__ __forceinline__ void experts_mma(const ExpertsArgs& args) {
   __shared__ u32 pairs[Tile::kRows];
   char* stages = reinterpret_cast<char*>(memory);
   const Place place(args, Tile::kColumns);
+  wait_for_kernel_before();
+  let_next_kernel_begin();
   if (place.block * Tile::kRows >= (u32)*args.num_tokens_post_pad) return;
   const u32 expert = (u32)args.expert_ids[place.block];
   load_pairs<Tile>(args, place.block, pairs);

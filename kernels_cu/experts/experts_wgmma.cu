@@ -1,164 +1,373 @@
 // SPDX-License-Identifier: Apache-2.0
 // The products of the experts with wgmma: Hopper.
 //
-// in       as experts_mma.cu, with blocks of kRows
+// in       rows, weights, bias, topk_weights of Element or fp32; sorted_token_ids and expert_ids of
+//          moe_align_block_size with blocks of kTileRows; weights as a tensor of 5 dimensions, whose boxes are kBoxRows
+//          rows of a step: with a gate, (depth, 8 rows, gate or up, eights, experts), else (depth, 8, eights, 1, experts)
 // out      output [num_pairs, num_columns] of Element, the rows of pairs that are in a block
-// grid     groups of group_blocks * column_tiles; block: kThreads, a warpgroup for every 64 rows
-// shared   kStages * (kRows + kWeightRows) * 128 bytes, and 1024 to align them
-// limits   as experts_mma.cu
+// grid     clusters of two blocks, as many as run at once; block: kThreads
+// shared   kStages * (kTileRows + kWeightRows) * 128 bytes, and sizeof(Shared), and 1024 to align them
+// limits   depth and num_columns are multiples of 8, rows and weights are aligned to 16 bytes
 // targets  sm_90a
 //
-//   1  the pairs of the block; where its expert is not here, zeros
-//   2  per kDepth elements: wait for what was asked for kStages - 2 steps ago; hand it to the tensor cores, which work
-//      on the step before; ask for more, to where the step before that was
-//   3  bias, router weight, activation; write
+// A block makes tiles of kTileRows rows by kWeightRows rows of weights. A cluster takes two tiles at once: where an
+// expert has two blocks of pairs left, one tile of columns for both, and each block loads half of its weights for both;
+// else two tiles of columns for one block of pairs. A warpgroup loads, and two multiply, 64 rows each.
+//
+//   1  all: which blocks each expert has, and how many tiles come before it
+//   2  the loader, per tile: its pairs; per kDepth elements: weights by a box, rows by cp.async
+//   3  the others, per tile: multiply what is there; bias, router weight, activation; write
 //
 // Order: over the depth ascending, 16 at a time, for each element alone: a row has the same bits in every batch.
 #include "experts/experts.cuh"
+#include "hopper.cuh"
 
-// What ordinary stores and cp.async have written is there for wgmma, too.
-__device__ __forceinline__ void fence_for_wgmma() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-__device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <u32 kGroups>
-__device__ __forceinline__ void wait_products() {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kGroups) : "memory");
-}
-
-// Rows of 128 bytes in shared memory, swizzled, at a multiple of 1024 bytes.
-__device__ __forceinline__ u64 describe(const char* rows) {
-  const u64 address = (u32)__cvta_generic_to_shared(rows);
-  return (address & 0x3ffff) >> 4 | (u64)1 << 16 | (u64)64 << 32 | (u64)1 << 62;
-}
-
-// sums[64][8 * kN] += a[64][16] * b[8 * kN][16]^T by a warpgroup; each warp has 16 rows, in the layout of m16n8k16.
-template <typename Element, u32 kN>
-__device__ __forceinline__ void multiply_add(float (&sums)[kN][4], u64 a, u64 b);
-
-#define MULTIPLY_ADD_128(Element, type)                                                                           \
-  template <>                                                                                                     \
-  __device__ __forceinline__ void multiply_add<Element, 16>(float (&sums)[16][4], u64 a, u64 b) {                 \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type                                     \
-                 " {"                                                                                             \
-                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                         \
-                 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "               \
-                 "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "               \
-                 "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"                 \
-                 "}, %64, %65, 1, 1, 1, 0, 0;"                                                                    \
-                 : "+f"(sums[0][0]), "+f"(sums[0][1]), "+f"(sums[0][2]), "+f"(sums[0][3]), "+f"(sums[1][0]),      \
-                   "+f"(sums[1][1]), "+f"(sums[1][2]), "+f"(sums[1][3]), "+f"(sums[2][0]), "+f"(sums[2][1]),      \
-                   "+f"(sums[2][2]), "+f"(sums[2][3]), "+f"(sums[3][0]), "+f"(sums[3][1]), "+f"(sums[3][2]),      \
-                   "+f"(sums[3][3]), "+f"(sums[4][0]), "+f"(sums[4][1]), "+f"(sums[4][2]), "+f"(sums[4][3]),      \
-                   "+f"(sums[5][0]), "+f"(sums[5][1]), "+f"(sums[5][2]), "+f"(sums[5][3]), "+f"(sums[6][0]),      \
-                   "+f"(sums[6][1]), "+f"(sums[6][2]), "+f"(sums[6][3]), "+f"(sums[7][0]), "+f"(sums[7][1]),      \
-                   "+f"(sums[7][2]), "+f"(sums[7][3]), "+f"(sums[8][0]), "+f"(sums[8][1]), "+f"(sums[8][2]),      \
-                   "+f"(sums[8][3]), "+f"(sums[9][0]), "+f"(sums[9][1]), "+f"(sums[9][2]), "+f"(sums[9][3]),      \
-                   "+f"(sums[10][0]), "+f"(sums[10][1]), "+f"(sums[10][2]), "+f"(sums[10][3]), "+f"(sums[11][0]), \
-                   "+f"(sums[11][1]), "+f"(sums[11][2]), "+f"(sums[11][3]), "+f"(sums[12][0]), "+f"(sums[12][1]), \
-                   "+f"(sums[12][2]), "+f"(sums[12][3]), "+f"(sums[13][0]), "+f"(sums[13][1]), "+f"(sums[13][2]), \
-                   "+f"(sums[13][3]), "+f"(sums[14][0]), "+f"(sums[14][1]), "+f"(sums[14][2]), "+f"(sums[14][3]), \
-                   "+f"(sums[15][0]), "+f"(sums[15][1]), "+f"(sums[15][2]), "+f"(sums[15][3])                     \
-                 : "l"(a), "l"(b));                                                                               \
-  }
-MULTIPLY_ADD_128(BF16, "bf16")
-MULTIPLY_ADD_128(F16, "f16")
-
-#define MULTIPLY_ADD_256(Element, type)                                                                           \
-  template <>                                                                                                     \
-  __device__ __forceinline__ void multiply_add<Element, 32>(float (&sums)[32][4], u64 a, u64 b) {                 \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n256k16.f32." type "." type                                     \
-                 " {"                                                                                             \
-                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                         \
-                 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "               \
-                 "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "               \
-                 "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "               \
-                 "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "               \
-                 "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "               \
-                 "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "   \
-                 "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127" \
-                 "}, %128, %129, 1, 1, 1, 0, 0;"                                                                  \
-                 : "+f"(sums[0][0]), "+f"(sums[0][1]), "+f"(sums[0][2]), "+f"(sums[0][3]), "+f"(sums[1][0]),      \
-                   "+f"(sums[1][1]), "+f"(sums[1][2]), "+f"(sums[1][3]), "+f"(sums[2][0]), "+f"(sums[2][1]),      \
-                   "+f"(sums[2][2]), "+f"(sums[2][3]), "+f"(sums[3][0]), "+f"(sums[3][1]), "+f"(sums[3][2]),      \
-                   "+f"(sums[3][3]), "+f"(sums[4][0]), "+f"(sums[4][1]), "+f"(sums[4][2]), "+f"(sums[4][3]),      \
-                   "+f"(sums[5][0]), "+f"(sums[5][1]), "+f"(sums[5][2]), "+f"(sums[5][3]), "+f"(sums[6][0]),      \
-                   "+f"(sums[6][1]), "+f"(sums[6][2]), "+f"(sums[6][3]), "+f"(sums[7][0]), "+f"(sums[7][1]),      \
-                   "+f"(sums[7][2]), "+f"(sums[7][3]), "+f"(sums[8][0]), "+f"(sums[8][1]), "+f"(sums[8][2]),      \
-                   "+f"(sums[8][3]), "+f"(sums[9][0]), "+f"(sums[9][1]), "+f"(sums[9][2]), "+f"(sums[9][3]),      \
-                   "+f"(sums[10][0]), "+f"(sums[10][1]), "+f"(sums[10][2]), "+f"(sums[10][3]), "+f"(sums[11][0]), \
-                   "+f"(sums[11][1]), "+f"(sums[11][2]), "+f"(sums[11][3]), "+f"(sums[12][0]), "+f"(sums[12][1]), \
-                   "+f"(sums[12][2]), "+f"(sums[12][3]), "+f"(sums[13][0]), "+f"(sums[13][1]), "+f"(sums[13][2]), \
-                   "+f"(sums[13][3]), "+f"(sums[14][0]), "+f"(sums[14][1]), "+f"(sums[14][2]), "+f"(sums[14][3]), \
-                   "+f"(sums[15][0]), "+f"(sums[15][1]), "+f"(sums[15][2]), "+f"(sums[15][3]), "+f"(sums[16][0]), \
-                   "+f"(sums[16][1]), "+f"(sums[16][2]), "+f"(sums[16][3]), "+f"(sums[17][0]), "+f"(sums[17][1]), \
-                   "+f"(sums[17][2]), "+f"(sums[17][3]), "+f"(sums[18][0]), "+f"(sums[18][1]), "+f"(sums[18][2]), \
-                   "+f"(sums[18][3]), "+f"(sums[19][0]), "+f"(sums[19][1]), "+f"(sums[19][2]), "+f"(sums[19][3]), \
-                   "+f"(sums[20][0]), "+f"(sums[20][1]), "+f"(sums[20][2]), "+f"(sums[20][3]), "+f"(sums[21][0]), \
-                   "+f"(sums[21][1]), "+f"(sums[21][2]), "+f"(sums[21][3]), "+f"(sums[22][0]), "+f"(sums[22][1]), \
-                   "+f"(sums[22][2]), "+f"(sums[22][3]), "+f"(sums[23][0]), "+f"(sums[23][1]), "+f"(sums[23][2]), \
-                   "+f"(sums[23][3]), "+f"(sums[24][0]), "+f"(sums[24][1]), "+f"(sums[24][2]), "+f"(sums[24][3]), \
-                   "+f"(sums[25][0]), "+f"(sums[25][1]), "+f"(sums[25][2]), "+f"(sums[25][3]), "+f"(sums[26][0]), \
-                   "+f"(sums[26][1]), "+f"(sums[26][2]), "+f"(sums[26][3]), "+f"(sums[27][0]), "+f"(sums[27][1]), \
-                   "+f"(sums[27][2]), "+f"(sums[27][3]), "+f"(sums[28][0]), "+f"(sums[28][1]), "+f"(sums[28][2]), \
-                   "+f"(sums[28][3]), "+f"(sums[29][0]), "+f"(sums[29][1]), "+f"(sums[29][2]), "+f"(sums[29][3]), \
-                   "+f"(sums[30][0]), "+f"(sums[30][1]), "+f"(sums[30][2]), "+f"(sums[30][3]), "+f"(sums[31][0]), \
-                   "+f"(sums[31][1]), "+f"(sums[31][2]), "+f"(sums[31][3])                                        \
-                 : "l"(a), "l"(b));                                                                               \
-  }
-MULTIPLY_ADD_256(BF16, "bf16")
-MULTIPLY_ADD_256(F16, "f16")
-
-template <typename Element, bool kGated, u32 kRows, u32 kWeightRows, u32 kNumStages>
-struct Tile : TileOf<Element, kGated, kRows, kWeightRows, kRows * 2> {
-  static constexpr u32 kStages = kNumStages, kN = kWeightRows / 8;
+struct ExpertsWgmmaArgs {
+  TensorMap weights;
+  const int* sorted_token_ids;  // [blocks][kTileRows] pairs; those from num_pairs on are padding
+  const int* expert_ids;        // [num_blocks]; -1 behind the last
+  u32* counters;                // [2]; in the first product num_tokens_post_pad and any number, then what it has left
+  const char* rows;             // [num_pairs / rows_shared, depth], row_stride bytes apart
+  char* output;                 // [num_pairs, num_columns]
+  const char* bias;             // [num_experts][rows of an expert] of Element, or null
+  const float* topk_weights;    // [num_pairs] or null: multiplies what the activation gets
+  i64 row_stride, bias_stride;  // in bytes; in elements, of an expert
+  u32 num_pairs, num_experts, num_blocks;
+  Divisor rows_shared;  // pairs that have one row: topk in GEMM 1, 1 in GEMM 2
+  u32 depth, num_columns;
+  u32 activation;      // an Activation
+  u32 row_step;        // of the row of the bias for the next column: 2 where gate and up rows alternate
+  u32 up_offset;       // from the row of a gate to that of its up
+  u32 group_pairs;     // blocks of pairs, two by two, that share what is read of the weights
+  u32 clears_unknown;  // pairs of experts that are not here get rows of zeros
+  u32 is_first;        // of the two products: the kernel before it is align; else it is one that has waited for align
+  float alpha, limit;  // of kSwigluOai
 };
 
-template <typename Tile>
-__device__ __forceinline__ void experts_wgmma(const ExpertsArgs& args) {
-  extern __shared__ uint4 memory[];
-  __shared__ u32 pairs[Tile::kRows];
-  const u32 misaligned = (u32)__cvta_generic_to_shared(memory) % 1024;
-  char* stages = reinterpret_cast<char*>(memory) + (misaligned ? 1024 - misaligned : 0);
-  const Place place(args, Tile::kColumns);
-  if (place.block * Tile::kRows >= (u32)*args.num_tokens_post_pad) return;
-  const u32 expert = (u32)args.expert_ids[place.block];
-  load_pairs<Tile>(args, place.block, pairs);
-  if (expert >= args.num_experts) return clear_rows<Tile>(args, pairs, place.first_column);
+constexpr u32 kTileRows = 128, kWeightRows = 256, kBoxRows = 128, kStages = 4, kThreads = 384, kLoaders = 128;
+constexpr u32 kSteps_ahead = 2;
+constexpr u32 kMaxLocalExperts = 1024;
+constexpr u32 kTileBytes = kTileRows * kRowBytes, kBoxBytes = kBoxRows * kRowBytes;
+constexpr u32 kStageBytes = kTileBytes + 2 * kBoxBytes;
+constexpr u32 kRing = 8;  // tiles that are loaded or multiplied at once, and more: a stage is of one tile
 
-  const Loader<Tile> loader(args, pairs, expert, place.first_column);
-  const u32 num_steps = ceil_div(args.depth, kDepth), group_row = threadIdx.x / 128 * 64;
-  const auto stage_of = [&](u32 step) { return stages + step % Tile::kStages * Tile::kStageBytes; };
-  float sums[Tile::kN][4] = {};
-#pragma unroll
-  for (u32 step = 0; step + 2 < Tile::kStages; ++step) loader.ask(args, stage_of(step), step, num_steps);
-#pragma unroll 1
-  for (u32 step = 0; step < num_steps; ++step) {
-    wait_copies<Tile::kStages - 3>();
-    fence_for_wgmma();
-    __syncthreads();  // all have waited for their part of this step, and for the products of the step before the last
-    const char* stage = stage_of(step);
-    const u64 a = describe(stage + group_row * kRowBytes), b = describe(stage + Tile::kRows * kRowBytes);
-    begin_products();
-#pragma unroll
-    for (u32 k = 0; k < kDepth / 16; ++k) multiply_add<typename Tile::Element>(sums, a + k * 2, b + k * 2);
-    commit_products();
-    loader.ask(args, stage_of(step + Tile::kStages - 2), step + Tile::kStages - 2, num_steps);
-    wait_products<1>();
-  }
-  wait_products<0>();
-  const u32 warp_row = warp_id() * 16;  // four of a warpgroup
-  write_rows<Tile>(args, pairs, expert, warp_row, place.first_column, 0, sums);
+struct Shared {
+  Barrier full[kStages], empty[kStages];
+  u32 pairs[kRing][kTileRows];
+  u32 experts[kRing], first_columns[kRing];
+  u32 begins[kMaxLocalExperts], ends[kMaxLocalExperts];  // blocks of an expert
+  u32 places[kMaxLocalExperts];                          // pairs of tiles that come before those of an expert
+  u32 num_places, num_blocks, warp_sums[kWarpSize];
+  Barrier placed[kRing];  // where there are what follows
+  u32 taken[kRing];       // places of the tiles in the ring; from num_places on: the end
+};
+
+template <typename ElementType, bool kHasGate>
+struct WgmmaTile : TileOf<ElementType, kHasGate, kTileRows, kWeightRows, kThreads> {};
+
+// How many pairs of tiles an expert has, by its blocks and the tiles of columns.
+__device__ __forceinline__ u32 count_places(u32 num_blocks, u32 num_tiles) {
+  return num_blocks / 2 * num_tiles + (num_blocks % 2 != 0 ? ceil_div(num_tiles, 2) : 0);
 }
 
-#define ENTRY(name, type, Element, kGated, kRows, kWeightRows, kStages)                   \
-  extern "C" __global__ void __launch_bounds__(kRows * 2)                                 \
-      experts_wgmma_##name##_##kRows##_##type(const __grid_constant__ ExpertsArgs args) { \
-    experts_wgmma<Tile<Element, kGated, kRows, kWeightRows, kStages>>(args);              \
+// Fills the table of experts; by all threads.
+__device__ __forceinline__ void count_tiles(const ExpertsWgmmaArgs& args, Shared& shared, u32 num_tiles) {
+#pragma unroll 1
+  for (u32 e = threadIdx.x; e < args.num_experts; e += kThreads) shared.begins[e] = shared.ends[e] = 0;
+  if (threadIdx.x == 0) shared.num_blocks = 0;
+  __syncthreads();
+#pragma unroll 1
+  for (u32 b = threadIdx.x; b < args.num_blocks; b += kThreads) {
+    const u32 expert = (u32)args.expert_ids[b];
+    if (expert != 0xffffffffu) atomicAdd(&shared.num_blocks, 1);
+    if (expert >= args.num_experts) continue;
+    if (b == 0 || (u32)args.expert_ids[b - 1] != expert) shared.begins[expert] = b;
+    if (b + 1 == args.num_blocks || (u32)args.expert_ids[b + 1] != expert) shared.ends[expert] = b + 1;
   }
-#define ENTRIES(name, type, Element, kGated)     \
-  ENTRY(name, type, Element, kGated, 64, 128, 4) \
-  ENTRY(name, type, Element, kGated, 128, 256, 4)
-ENTRIES(gated, bf16, BF16, true)
-ENTRIES(gated, f16, F16, true)
-ENTRIES(plain, bf16, BF16, false)
-ENTRIES(plain, f16, F16, false)
+  __syncthreads();
+  const u32 each = ceil_div(args.num_experts, kThreads), first = threadIdx.x * each;
+  u32 mine = 0;
+#pragma unroll 1
+  for (u32 e = first; e < first + each && e < args.num_experts; ++e) {
+    mine += count_places(shared.ends[e] - shared.begins[e], num_tiles);
+  }
+  u32 total;
+  u32 before = block_exclusive_scan(mine, shared.warp_sums, total);
+#pragma unroll 1
+  for (u32 e = first; e < first + each && e < args.num_experts; ++e) {
+    shared.places[e] = before;
+    before += count_places(shared.ends[e] - shared.begins[e], num_tiles);
+  }
+  if (threadIdx.x == 0) shared.num_places = total;
+  __syncthreads();
+}
+
+// What one block of a cluster does at a place.
+struct Work {
+  u32 expert, block, tile;
+  bool is_shared;  // the other block has the same tile of columns
+
+  __device__ __forceinline__ Work(const ExpertsWgmmaArgs& args, const Shared& shared, u32 place, u32 num_tiles,
+                                  u32 rank) {
+    u32 low = 0, high = args.num_experts;  // the last expert with places[expert] <= place that has some
+    while (high - low > 1) {
+      const u32 middle = (low + high) / 2;
+      (shared.places[middle] <= place ? low : high) = middle;
+    }
+    expert = low;
+    // Groups of pairs of blocks take all tiles of columns, two tiles after another, and the last group's single block
+    // with them: what is read of the weights is then read by all of a group at about the same time.
+    const u32 begin = shared.begins[low], num_blocks = shared.ends[low] - begin, twos = num_blocks / 2;
+    const u32 rest = place - shared.places[low],
+              group = min_u32(rest / (args.group_pairs * num_tiles), last_group(args, twos));
+    const u32 first = group * args.group_pairs, size = min_u32(args.group_pairs, twos - first);
+    const u32 in_group = rest - first * num_tiles;
+    const u32 has_single = group == last_group(args, twos) ? num_blocks % 2 : 0;
+    const u32 two_tiles = in_group / (2 * size + has_single), r = in_group % (2 * size + has_single);
+    const u32 tiles = min_u32(2, num_tiles - 2 * two_tiles);  // of this two
+    is_shared = r < tiles * size;
+    if (is_shared) {
+      tile = 2 * two_tiles + r / size;
+      block = begin + 2 * (first + r % size) + rank;
+    } else {
+      block = begin + 2 * twos;
+      tile = 2 * two_tiles + rank;
+    }
+  }
+
+  __device__ static __forceinline__ u32 last_group(const ExpertsWgmmaArgs& args, u32 twos) {
+    return twos == 0 ? 0 : (twos - 1) / args.group_pairs;
+  }
+};
+
+// Where a role is in the ring of stages.
+struct Turn {
+  u32 stage = 0, parity = 0;
+  __device__ __forceinline__ void next() {
+    if (++stage == kStages) stage = 0, parity ^= 1;
+  }
+};
+
+// Where it is in the ring of tiles.
+struct RingTurn {
+  u32 index = 0, parity = 0;
+  __device__ __forceinline__ void next() {
+    if (++index == kRing) index = 0, parity ^= 1;
+  }
+  __device__ __forceinline__ u32 place(Shared& shared) const {
+    shared.placed[index].wait(parity);
+    return shared.taken[index];
+  }
+};
+
+template <bool kGated>
+__device__ __forceinline__ void load_weights(const ExpertsWgmmaArgs& args, Shared& shared, char* stages,
+                                             const Work& work, u32 rank, u32 stage, u32 step) {
+  char* to = stages + stage * kStageBytes + kTileBytes;
+  Barrier& barrier = shared.full[stage];
+  barrier.expect(2 * kBoxBytes);
+#pragma unroll
+  for (u32 box = 0; box < 2; ++box) {
+    const u32 eights = (work.tile * 2 + box) * (kBoxRows / 8);
+    const u32 at[5] = {step * kDepth, 0, kGated ? 0 : eights, kGated ? eights / 2 : 0, work.expert};
+    if (!work.is_shared) {
+      copy_box(to + box * kBoxBytes, args.weights, barrier, at);
+    } else if (box == rank) {
+      copy_box_to_both(to + box * kBoxBytes, args.weights, barrier, at);
+    }
+  }
+}
+
+template <typename Tile>
+__device__ __forceinline__ void load(const ExpertsWgmmaArgs& args, Shared& shared, char* stages, u32 num_tiles,
+                                     u32 num_steps, u32 rank) {
+  constexpr u32 kRowsAtOnce = kLoaders / kChunks, kMyRows = kTileRows / kRowsAtOnce;
+  const u32 my_chunk = threadIdx.x % kChunks, my_row = threadIdx.x / kChunks;
+  const u32 first_place = blockIdx.x / 2, num_places = shared.num_places, num_clusters = gridDim.x / 2;
+  Turn turn;
+  RingTurn ring;
+  u32 loaded = 0;  // steps whose weights are asked for already
+  if (threadIdx.x == 0 && first_place < num_places) {
+    const Work work(args, shared, first_place, num_tiles, rank);
+#pragma unroll 1
+    for (; loaded < kStages && loaded < num_steps; ++loaded) {
+      load_weights<Tile::kGated>(args, shared, stages, work, rank, loaded, loaded);
+    }
+  }
+  if (!args.is_first) wait_for_kernel_before();
+  // Clusters take places in the order in which they get to them, as those that run at once then read the same from L2.
+  u32* counter = args.counters + (args.is_first ? 0 : 1);
+  const u32 counted = args.is_first ? shared.num_blocks * kTileRows : 0;
+  const bool takes = threadIdx.x == 0 && rank == 0;
+#pragma unroll 1
+  while (true) {
+    const u32 place = ring.place(shared);
+    if (place >= num_places) break;
+    u32 next = 0;
+    if (takes) next = atomicAdd(counter, 1) - counted + num_clusters;
+    const Work work(args, shared, place, num_tiles, rank);
+    // Padding comes last. It is not loaded: what is there is multiplied, but not written.
+    const char* rows[kMyRows];
+    u32 num_rows = 0;
+#pragma unroll
+    for (u32 i = 0; i < kMyRows; ++i) {
+      const u32 r = my_row + i * kRowsAtOnce, pair = (u32)args.sorted_token_ids[work.block * kTileRows + r];
+      if (my_chunk == 0) shared.pairs[ring.index][r] = pair;
+      if (pair < args.num_pairs) num_rows = i + 1;
+      rows[i] = args.rows + args.rows_shared.quotient(min_u32(pair, args.num_pairs)) * args.row_stride + my_chunk * 16;
+    }
+    if (threadIdx.x == 0) {
+      shared.experts[ring.index] = work.expert;
+      shared.first_columns[ring.index] = work.tile * Tile::kColumns;
+    }
+    asm volatile("bar.sync 1, 128;" ::: "memory");  // thread 0 arrives for all of them
+    ring.next();
+    if (threadIdx.x == 0) shared.placed[ring.index].expect_and_arrive(4);
+#pragma unroll 1
+    for (u32 step = 0; step < num_steps; ++step, turn.next()) {
+      shared.empty[turn.stage].wait(turn.parity ^ 1);
+      if (threadIdx.x == 0) {
+        if (loaded > 0) {
+          --loaded;
+        } else {
+          load_weights<Tile::kGated>(args, shared, stages, work, rank, turn.stage, step);
+        }
+        shared.full[turn.stage].arrive();
+      }
+      char* to = stages + turn.stage * kStageBytes + chunk_offset(my_row, my_chunk);
+      const bool is_within = step * kDepth + my_chunk * 8 < args.depth;
+#pragma unroll
+      for (u32 i = 0; i < kMyRows; ++i) {
+        copy_async_if(i < num_rows, to + i * kRowsAtOnce * kRowBytes, rows[i] + step * kRowBytes, is_within);
+      }
+      shared.full[turn.stage].arrive_with_copies();
+      if (takes && step == num_steps / 2) {
+        shared.placed[ring.index].send(shared.taken + ring.index, 0, next);
+        shared.placed[ring.index].send(shared.taken + ring.index, 1, next);
+      }
+    }
+  }
+}
+
+template <typename Tile>
+__device__ __forceinline__ void multiply(const ExpertsWgmmaArgs& args, Shared& shared, const char* stages,
+                                         u32 num_steps) {
+  // The same in all threads of a warp, which lets the compiler keep what follows from it in uniform registers.
+  const u32 group_row = __shfl_sync(kFullWarp, threadIdx.x / 128 - 1, 0) * 64;
+  // The second warpgroup stays some steps behind the first, so that one writes while the other multiplies.
+  bool is_alone = kSteps_ahead > 0 && group_row == 0;
+  const auto let_other_begin = [&] {
+    if (is_alone) asm volatile("bar.arrive 2, 256;" ::: "memory");
+    is_alone = false;
+  };
+  if (kSteps_ahead > 0 && group_row != 0) asm volatile("bar.sync 2, 256;" ::: "memory");
+  Turn turn;
+  RingTurn ring;
+#pragma unroll 1
+  for (; ring.place(shared) < shared.num_places; ring.next()) {
+    shared.full[turn.stage].wait(turn.parity);
+    const u32 first_column = shared.first_columns[ring.index];
+    // Rows that exist come first.
+    const bool has_rows = shared.pairs[ring.index][group_row] < args.num_pairs && first_column < args.num_columns;
+    const auto release = [&](u32 stage) {
+      if (lane_id() < 2) shared.empty[stage].arrive_in(lane_id());
+    };
+    if (has_rows) {
+      float sums[32][4];
+      u32 stage_before = 0;
+#pragma unroll 1
+      for (u32 step = 0; step < num_steps; ++step, turn.next()) {
+        shared.full[turn.stage].wait(turn.parity);
+        const char* stage = stages + turn.stage * kStageBytes;
+        const u32 a = shared_address(stage + group_row * kRowBytes) / 16, b = shared_address(stage + kTileBytes) / 16;
+        begin_products();
+        multiply_256<typename Tile::Element>(sums, a, b, step);
+#pragma unroll
+        for (u32 k = 1; k < kDepth / 16; ++k) multiply_256<typename Tile::Element>(sums, a + k * 2, b + k * 2, 1);
+        commit_products();
+        wait_products<1>();
+        if (step > 0) release(stage_before);
+        if (step == kSteps_ahead) let_other_begin();
+        stage_before = turn.stage;
+      }
+      wait_products<0>();
+      release(stage_before);
+      write_rows<Tile>(args, shared.pairs[ring.index], shared.experts[ring.index], group_row + warp_id() % 4 * 16,
+                       first_column, 0, sums);
+    } else {
+#pragma unroll 1
+      for (u32 step = 0; step < num_steps; ++step, turn.next()) {
+        shared.full[turn.stage].wait(turn.parity);
+        release(turn.stage);
+      }
+    }
+    let_other_begin();
+  }
+  let_other_begin();
+}
+
+// Rows of pairs of experts that are not here.
+template <typename Tile>
+__device__ __forceinline__ void clear_unknown(const ExpertsWgmmaArgs& args) {
+#pragma unroll 1
+  for (u32 b = blockIdx.x; b < args.num_blocks; b += gridDim.x) {
+    if ((u32)args.expert_ids[b] < args.num_experts) continue;
+#pragma unroll 1
+    for (u32 r = 0; r < kTileRows; ++r) {
+      const u32 pair = (u32)args.sorted_token_ids[b * kTileRows + r];
+      if (pair >= args.num_pairs) break;
+      uint4* row = reinterpret_cast<uint4*>(args.output + (i64)pair * args.num_columns * 2);
+#pragma unroll 1
+      for (u32 i = threadIdx.x; i < args.num_columns / 8; i += kThreads) row[i] = make_uint4(0, 0, 0, 0);
+    }
+  }
+}
+
+template <typename Tile>
+__device__ __forceinline__ void experts_wgmma(const ExpertsWgmmaArgs& args) {
+  extern __shared__ uint4 memory[];
+  const u32 misaligned = shared_address(memory) % 1024;
+  char* stages = reinterpret_cast<char*>(memory) + (misaligned ? 1024 - misaligned : 0);
+  Shared& shared = *reinterpret_cast<Shared*>(stages + kStages * kStageBytes);
+  const u32 rank = blockIdx.x % 2, num_tiles = ceil_div(args.num_columns, Tile::kColumns);
+  if (threadIdx.x == 0) {
+    prefetch_map(args.weights);
+#pragma unroll
+    for (u32 s = 0; s < kStages; ++s) {
+      shared.full[s].open(kLoaders + 1);
+      shared.empty[s].open(2 * 8);  // warps of both blocks that multiply
+    }
+#pragma unroll 1
+    for (u32 t = 0; t < kRing; ++t) shared.placed[t].open(1);
+    fence_open_barriers();
+    shared.taken[0] = blockIdx.x / 2;
+    shared.placed[0].arrive();
+  }
+  if (args.is_first) wait_for_kernel_before();
+  let_next_kernel_begin();
+  if (args.is_first && blockIdx.x == 0 && threadIdx.x == 0) args.counters[1] = 0;
+  count_tiles(args, shared, num_tiles);
+  // The barriers of both blocks are open.
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+  const u32 num_steps = ceil_div(args.depth, kDepth);
+  if (threadIdx.x < kLoaders) {
+    give_back_registers<56>();
+    load<Tile>(args, shared, stages, num_tiles, num_steps, rank);
+  } else {
+    take_registers<224>();
+    multiply<Tile>(args, shared, stages, num_steps);
+  }
+  if (args.clears_unknown) clear_unknown<Tile>(args);
+  // Until then, the other block may write to the shared memory of this one.
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+#define ENTRY(name, type, Element, kGated)                                            \
+  extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1) \
+      experts_wgmma_##name##_##type(const __grid_constant__ ExpertsWgmmaArgs args) {  \
+    experts_wgmma<WgmmaTile<Element, kGated>>(args);                                  \
+  }
+ENTRY(gated, bf16, BF16, true)
+ENTRY(gated, f16, F16, true)
+ENTRY(plain, bf16, BF16, false)
+ENTRY(plain, f16, F16, false)

@@ -148,6 +148,7 @@ template <typename Unit, bool kExtended, u32 kInFlight, bool kExact>
 __device__ __forceinline__ void moe_sum(const SumArgs& args) {
   const u32 unit = blockIdx.x * args.num_threads + threadIdx.x;
   if (unit >= args.num_units) return;
+  wait_for_kernel_before();
   const u32 token = args.units_per_token.quotient(unit);
   const u32 place = unit - token * args.units_per_token.value;
   const i64 offset = Unit::kElements == 1 ? place * args.element_stride : (i64)place * Unit::kBytes;

@@ -1,0 +1,46 @@
+"""Tensors as Hopper's copies of boxes see them, which the driver encodes in 128 bytes."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import struct
+from collections.abc import Callable
+
+from ..errors import KernelLaunchError
+from .structs import TENSOR_MAP_WORDS
+
+_TYPES = {"f16": 6, "bf16": 9}  # CUtensorMapDataType
+_NO_INTERLEAVE, _SWIZZLE_128_BYTES, _PROMOTE_TO_256_BYTES, _ZEROS_OUTSIDE = 0, 3, 3, 0
+MAPS = 4096  # that are remembered, of 200 bytes each: two for every layer of a model
+
+
+@functools.lru_cache(MAPS)
+def tensor_map(
+    address: int, element: str, sizes: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]
+) -> tuple[int, ...]:
+    """The words of a TensorMap, innermost dimension first; `strides`, in bytes, are of all dimensions but
+    that. Rows of a box are 128 bytes, which lie in shared memory as `chunk_offset` of experts.cuh says."""
+    rank = len(sizes)
+    memory = ctypes.create_string_buffer(8 * TENSOR_MAP_WORDS + 64)
+    begin = -(-ctypes.addressof(memory) // 64) * 64
+    status = _encode()(
+        begin, _TYPES[element], rank, address, (ctypes.c_uint64 * rank)(*sizes),
+        (ctypes.c_uint64 * (rank - 1))(*strides), (ctypes.c_uint32 * rank)(*box),
+        (ctypes.c_uint32 * rank)(*[1] * rank), _NO_INTERLEAVE, _SWIZZLE_128_BYTES, _PROMOTE_TO_256_BYTES,
+        _ZEROS_OUTSIDE,
+    )  # fmt: skip
+    if status:
+        raise KernelLaunchError(
+            f"the driver cannot map a tensor of {sizes}, strides {strides}: error {status}"
+        )
+    return struct.unpack(f"@{TENSOR_MAP_WORDS}Q", ctypes.string_at(begin, 8 * TENSOR_MAP_WORDS))
+
+
+@functools.cache
+def _encode() -> Callable[..., int]:
+    """Not among what CuPy wraps. The driver is in the process already, under this name."""
+    encode: Callable[..., int] = ctypes.CDLL("libcuda.so.1").cuTensorMapEncodeTiled
+    pointer, number = ctypes.c_void_p, ctypes.c_uint
+    encode.argtypes = [pointer, number, number, pointer, *[pointer] * 4, *[number] * 4]  # type: ignore[attr-defined]
+    return encode
