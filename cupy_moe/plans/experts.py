@@ -18,12 +18,12 @@ ROW_BYTES = 2 * Constant(64, "experts/experts.cuh:kDepth")
 DIRECT_MAX_PAIRS = Constant(128, "experts/experts_direct.cu:kMaxPairs")
 DIRECT_WARPS = Constant(8, "experts/experts_direct.cu:kWarps")
 DIRECT_STAGES = Constant(4, "experts/experts_direct.cu:kStages")
-DIRECT_STEP_BYTES = Constant(2048, "experts/experts_direct.cu:kStepBytes")
+DIRECT_STEP_BYTES = Constant(3072, "experts/experts_direct.cu:kStepBytes")
 DIRECT_SUM_COLUMNS = Constant(16, "experts/experts_direct.cu:kSumColumns")
 DIRECT_SEGMENT = Constant(1024, "experts/experts_direct.cu:kSegment")
 # Of an expert, on average: groups of 8 pairs read its weights, and few experts should have two of them.
 DIRECT_MEAN_PAIRS = 4
-DIRECT_PARTS_BYTES = 32 * 1024
+DIRECT_STATIC_BYTES = 6 * 1024  # `Groups`, rounded up
 
 WGMMA_ROWS = Constant(128, "experts/experts_wgmma.cu:kTileRows")
 WGMMA_WEIGHT_ROWS = Constant(256, "experts/experts_wgmma.cu:kWeightRows")
@@ -122,7 +122,7 @@ def _plan_direct(
 ) -> ExpertsPlan | None:
     threads, stages = DIRECT_WARPS * 32, DIRECT_WARPS * DIRECT_STAGES * DIRECT_STEP_BYTES
     parts = 2 * num_pairs * ceil_div(intermediate, DIRECT_SEGMENT) * DIRECT_SUM_COLUMNS * 4
-    if num_pairs > DIRECT_MAX_PAIRS or parts > DIRECT_PARTS_BYTES:
+    if num_pairs > DIRECT_MAX_PAIRS or stages + parts + DIRECT_STATIC_BYTES > limits.shared_bytes:
         return None
     columns = 8 if first.startswith("gated") else 16, int(DIRECT_SUM_COLUMNS)
     pieces = num_pairs * ceil_div(intermediate, columns[0])

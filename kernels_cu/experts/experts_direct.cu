@@ -11,8 +11,8 @@
 // limits   num_pairs <= kMaxPairs; depth and num_columns are multiples of 8, rows and weights are aligned to 16 bytes
 // targets  sm_80 sm_86 sm_87 sm_89 sm_90 sm_100 sm_103 sm_120 sm_121 compute_90
 //
-// Weights are the operand of 16 rows, and up to 8 pairs of an expert that of 8 columns. A lane multiplies what it has
-// copied itself, so that no barrier stands between memory and the tensor cores.
+// Weights are the operand of 16 rows, and up to 8 pairs of an expert that of 8 columns. A warp
+// multiplies what it has copied itself, so that no barrier of the block stands between memory and the tensor cores.
 //
 //   1  groups: up to 8 pairs of one expert
 //   2  first: a warp takes 16 rows of weights of a group at a time, with a gate 8 of gates and the 8 ups to them; bias,
@@ -20,7 +20,7 @@
 //      sum: a block takes 16 columns of the output; its warps share groups and segments of the depth
 //   3  sum: per output, over slots: segments, bias, router weight; factor and shared output; write
 //
-// Order: over the depth ascending, 16 of 32 at a time, in `sum` by segments of kSegment, which are then added up. So the
+// Order: over the depth ascending, 16 at a time, in `sum` by segments of kSegment, which are then added up. So the
 // bits of a row depend on neither the other rows nor the number of blocks.
 #include "experts/experts.cuh"
 
@@ -46,7 +46,7 @@ struct ExpertsDirectArgs {
 };
 
 constexpr u32 kWarps = 8, kThreads = kWarps * kWarpSize, kStages = 4;
-constexpr u32 kStepBytes = 2048;  // 16 rows of weights by kDepth elements
+constexpr u32 kStepBytes = 3072;  // kDepth elements of 16 rows of weights and of 8 pairs
 constexpr u32 kMaxPairs = 128, kGroupPairs = 8, kSumColumns = 16, kSegment = 1024;
 constexpr u32 kNobody = 0xffffffffu;
 
@@ -149,19 +149,20 @@ struct InTurns {
   }
 };
 
-// What a warp has asked for of the weights: kStages steps, in order, across pieces. A lane copies 16 bytes of two rows
-// for each half of a step, and reads them itself.
+// What a warp has asked for: kStages steps, in order, across pieces. Eight lanes copy a step of a row.
 template <typename Tile, typename Pieces>
 struct Stream {
+  static constexpr u32 kRowsAtOnce = kWarpSize / kChunks;
+  static constexpr u32 kMyWeights = 16 / kRowsAtOnce, kMyRows = kGroupPairs / kRowsAtOnce;
   const ExpertsDirectArgs& args;
   const Groups& groups;
   Pieces pieces;
-  const char *upper, *lower;  // of the lane's rows, at the piece's first step; null: zeros
-  u32 step, num_steps, first_step, slot;
+  const char *weights[kMyWeights], *rows[kMyRows];  // at the piece's first step; null: zeros
+  u32 step, num_steps, first_element, slot;
   char* slots;
 
   __device__ __forceinline__ Stream(const ExpertsDirectArgs& args, const Groups& groups, Pieces pieces, char* slots)
-      : args(args), groups(groups), pieces(pieces), slot(0), slots(slots + lane_id() * 16) {
+      : args(args), groups(groups), pieces(pieces), slot(0), slots(slots) {
     begin();
   }
 
@@ -170,75 +171,75 @@ struct Stream {
     if (pieces.is_end()) return;
     const Piece piece = pieces.piece();
     num_steps = piece.num_steps;
-    first_step = piece.first_step;
-    const char* expert = args.weights + groups.experts[piece.group] * args.expert_stride;
-    const auto row = [&](u32 r) -> const char* {
-      if (piece.first_column + Tile::column(r) >= args.num_columns) return nullptr;
-      return expert + Tile::weight_row(args, piece.first_column, r) * args.weight_stride + lane_id() % 4 * 16;
-    };
-    upper = row(lane_id() / 4);
-    lower = row(lane_id() / 4 + 8);
+    first_element = piece.first_step * kDepth + lane_id() % kChunks * 8;
+    const char* expert = args.weights + groups.experts[piece.group] * args.expert_stride + first_element * 2;
+#pragma unroll
+    for (u32 i = 0; i < kMyWeights; ++i) {
+      const u32 r = i * kRowsAtOnce + lane_id() / kChunks;
+      const bool exists = piece.first_column + Tile::column(r) < args.num_columns;
+      weights[i] = exists ? expert + Tile::weight_row(args, piece.first_column, r) * args.weight_stride : nullptr;
+    }
+#pragma unroll
+    for (u32 i = 0; i < kMyRows; ++i) {
+      const u32 pair = groups.pairs[piece.group][i * kRowsAtOnce + lane_id() / kChunks];
+      rows[i] = nullptr;
+      if (pair != kNobody) rows[i] = args.rows + args.rows_shared.quotient(pair) * args.row_stride + first_element * 2;
+    }
   }
 
-  __device__ __forceinline__ void ask() {
+  // The next step, of one of them or of both; without a commit_copies, which is due even where there is no step left.
+  __device__ __forceinline__ void ask(bool for_weights, bool for_rows) {
     if (step < num_steps) {
       char* to = slots + slot * kStepBytes;
-      const u32 element = (first_step + step) * kDepth + lane_id() % 4 * 8;
+      const u32 at = step * kRowBytes;
+      const bool is_within = first_element + step * kDepth < args.depth;
+      const auto copy = [&](u32 r, const char* from) {
+        const bool exists = is_within && from != nullptr;
+        copy_async(to + chunk_offset(r + lane_id() / kChunks, lane_id() % kChunks), exists ? from + at : args.weights,
+                   exists);
+      };
 #pragma unroll
-      for (u32 half = 0; half < 2; ++half) {
-        const u32 at = (first_step + step) * kRowBytes + half * 64;
-        const bool is_within = element + half * 32 < args.depth;
-        const bool has_upper = is_within && upper != nullptr, has_lower = is_within && lower != nullptr;
-        copy_async(to + half * 1024, has_upper ? upper + at : args.weights, has_upper);
-        copy_async(to + half * 1024 + 512, has_lower ? lower + at : args.weights, has_lower);
+      for (u32 i = 0; i < kMyWeights; ++i) {
+        if (for_weights) copy(i * kRowsAtOnce, weights[i]);
+      }
+#pragma unroll
+      for (u32 i = 0; i < kMyRows; ++i) {
+        if (for_rows) copy(16 + i * kRowsAtOnce, rows[i]);
       }
       if (++step == num_steps) {
         pieces.next();
         begin();
       }
     }
-    commit_copies();
     if (++slot == kStages) slot = 0;
   }
 };
 
 // The products of a piece: of row lane / 4 of the weights and pairs lane % 4 * 2 and the next, then of row lane / 4 + 8.
 template <typename Tile, typename Pieces>
-__device__ __forceinline__ void multiply(const ExpertsDirectArgs& args, Stream<Tile, Pieces>& stream,
-                                         const Piece& piece, u32& slot, float (&sums)[4]) {
-  const u32 pair = stream.groups.pairs[piece.group][lane_id() / 4];
-  const char* row = nullptr;
-  if (pair != kNobody) row = args.rows + args.rows_shared.quotient(pair) * args.row_stride + lane_id() % 4 * 16;
-  uint4 next[2];
-  const auto load = [&](u32 step) {
-#pragma unroll
-    for (u32 half = 0; half < 2; ++half) {
-      const u32 at = (piece.first_step + step) * kRowBytes + half * 64;
-      next[half] = make_uint4(0, 0, 0, 0);
-      if (row != nullptr && step < piece.num_steps && at / 2 + lane_id() % 4 * 8 < args.depth) {
-        next[half] = *reinterpret_cast<const uint4*>(row + at);
-      }
-    }
-  };
-  load(0);
+__device__ __forceinline__ void multiply(Stream<Tile, Pieces>& stream, u32 num_steps, u32& slot, float (&sums)[4]) {
 #pragma unroll
   for (u32 i = 0; i < 4; ++i) sums[i] = 0;
 #pragma unroll 1
-  for (u32 step = 0; step < piece.num_steps; ++step) {
-    const uint4 pairs[2] = {next[0], next[1]};
-    load(step + 1);
+  for (u32 step = 0; step < num_steps; ++step) {
     wait_copies<kStages - 1>();
+    __syncwarp();  // all lanes have waited for their part
     const char* from = stream.slots + slot * kStepBytes;
 #pragma unroll
-    for (u32 half = 0; half < 2; ++half) {
-      const uint4 upper = *reinterpret_cast<const uint4*>(from + half * 1024);
-      const uint4 lower = *reinterpret_cast<const uint4*>(from + half * 1024 + 512);
-      const u32 first[4] = {upper.x, lower.x, upper.y, lower.y}, second[4] = {upper.z, lower.z, upper.w, lower.w};
-      multiply_add<typename Tile::Element>(sums, first, pairs[half].x, pairs[half].y);
-      multiply_add<typename Tile::Element>(sums, second, pairs[half].z, pairs[half].w);
+    for (u32 k = 0; k < kChunks; k += 4) {
+      u32 pairs[4];
+      load_matrices(pairs, from + chunk_offset(16 + lane_id() % 8, k + lane_id() / 8));
+#pragma unroll
+      for (u32 half = 0; half < 2; ++half) {
+        u32 weights[4];
+        load_matrices(weights, from + chunk_offset(lane_id() % 16, k + half * 2 + lane_id() / 16));
+        multiply_add<typename Tile::Element>(sums, weights, pairs[half * 2], pairs[half * 2 + 1]);
+      }
     }
     if (++slot == kStages) slot = 0;
-    stream.ask();
+    __syncwarp();  // all lanes are done with what is asked for anew
+    stream.ask(true, true);
+    commit_copies();
   }
 }
 
@@ -258,13 +259,16 @@ __device__ __forceinline__ void experts_direct(const ExpertsDirectArgs& args) {
   Spread pieces(args, groups, Tile::kColumns);
   Stream<Tile, Spread> stream(args, groups, pieces, slots);
 #pragma unroll 1
-  for (u32 i = 0; i < kStages; ++i) stream.ask();
+  for (u32 i = 0; i < kStages; ++i) {
+    stream.ask(true, true);
+    commit_copies();
+  }
   u32 slot = 0;
 #pragma unroll 1
   for (; !pieces.is_end(); pieces.next()) {
     const Piece piece = pieces.piece();
     float sums[4];
-    multiply(args, stream, piece, slot, sums);
+    multiply(stream, piece.num_steps, slot, sums);
     const u32 expert = groups.experts[piece.group], r = lane_id() / 4;
     const typename Element::Bits* bias = reinterpret_cast<const typename Element::Bits*>(args.bias);
     if (bias != nullptr) bias += expert * args.bias_stride;
@@ -325,10 +329,16 @@ __device__ __forceinline__ void experts_direct_sum(const ExpertsDirectArgs& args
   find_groups(args, groups);  // of ids that were there before the first product, as the weights were
   InTurns pieces(args, groups, segments);
   Stream<Tile, InTurns> stream(args, groups, pieces, slots);
+  Stream<Tile, InTurns> early = stream;  // weights are there, rows will be
 #pragma unroll 1
-  for (u32 i = 0; i < kStages; ++i) stream.ask();
+  for (u32 i = 0; i < kStages; ++i) early.ask(true, false);
   wait_for_kernel_before();
   let_next_kernel_begin();
+#pragma unroll 1
+  for (u32 i = 0; i < kStages; ++i) {
+    stream.ask(false, true);
+    commit_copies();
+  }
   u32 slot = 0;
   // What a block has of its columns alternates between two places, so that one barrier is enough.
   bool is_second = false;
@@ -340,11 +350,12 @@ __device__ __forceinline__ void experts_direct_sum(const ExpertsDirectArgs& args
     for (; !pieces.is_end() && pieces.column == column; pieces.next()) {
       const Piece piece = pieces.piece();
       float sums[4];
-      multiply(args, stream, piece, slot, sums);
+      multiply(stream, piece.num_steps, slot, sums);
 #pragma unroll
       for (u32 i = 0; i < 4; ++i) {
         const u32 pair = groups.pairs[piece.group][lane_id() % 4 * 2 + i % 2];
-        if (pair != kNobody) mine[(pair * segments + piece.segment) * kSumColumns + lane_id() / 4 + i / 2 * 8] = sums[i];
+        if (pair != kNobody)
+          mine[(pair * segments + piece.segment) * kSumColumns + lane_id() / 4 + i / 2 * 8] = sums[i];
       }
     }
     __syncthreads();

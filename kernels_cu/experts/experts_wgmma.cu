@@ -45,7 +45,6 @@ struct ExpertsWgmmaArgs {
 };
 
 constexpr u32 kTileRows = 128, kWeightRows = 256, kBoxRows = 128, kStages = 4, kThreads = 384, kLoaders = 128;
-constexpr u32 kSteps_ahead = 2;
 constexpr u32 kMaxLocalExperts = 1024;
 constexpr u32 kTileBytes = kTileRows * kRowBytes, kBoxBytes = kBoxRows * kRowBytes;
 constexpr u32 kStageBytes = kTileBytes + 2 * kBoxBytes;
@@ -254,13 +253,6 @@ __device__ __forceinline__ void multiply(const ExpertsWgmmaArgs& args, Shared& s
                                          u32 num_steps) {
   // The same in all threads of a warp, which lets the compiler keep what follows from it in uniform registers.
   const u32 group_row = __shfl_sync(kFullWarp, threadIdx.x / 128 - 1, 0) * 64;
-  // The second warpgroup stays some steps behind the first, so that one writes while the other multiplies.
-  bool is_alone = kSteps_ahead > 0 && group_row == 0;
-  const auto let_other_begin = [&] {
-    if (is_alone) asm volatile("bar.arrive 2, 256;" ::: "memory");
-    is_alone = false;
-  };
-  if (kSteps_ahead > 0 && group_row != 0) asm volatile("bar.sync 2, 256;" ::: "memory");
   Turn turn;
   RingTurn ring;
 #pragma unroll 1
@@ -287,7 +279,6 @@ __device__ __forceinline__ void multiply(const ExpertsWgmmaArgs& args, Shared& s
         commit_products();
         wait_products<1>();
         if (step > 0) release(stage_before);
-        if (step == kSteps_ahead) let_other_begin();
         stage_before = turn.stage;
       }
       wait_products<0>();
@@ -301,9 +292,7 @@ __device__ __forceinline__ void multiply(const ExpertsWgmmaArgs& args, Shared& s
         release(turn.stage);
       }
     }
-    let_other_begin();
   }
-  let_other_begin();
 }
 
 // Rows of pairs of experts that are not here.
