@@ -1,10 +1,11 @@
 """Runs the functions and methods of cupy_moe.compat.vllm inside of the vLLM installed here, on CPU tensors.
 
-    PYTHONPATH=.:tests python scripts/_engine_vllm.py
+    CUDA_VISIBLE_DEVICES= TRITON_INTERPRET=1 PYTHONPATH=.:tests python scripts/_engine_vllm.py
 
 Most of vLLM's kernels have no CPU version, but its modules can be imported, and what calls the kernels is
 Python, and so are the workspaces and the modular kernel around the experts. Results are compared with the
-specification (of align: with plain loops), and with vLLM's own PyTorch code where it has any.
+specification (of align: with plain loops), with vLLM's own PyTorch code where it has any, and those of
+experts with vLLM's own kernels, which Triton can interpret.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import sys
 import traceback
 import types
 from typing import Any
+from unittest import mock
 
 import torch
 import vllm
@@ -53,6 +55,7 @@ def main() -> None:
         gate()
         add_up()
         experts(originals)
+        beside_vllm(originals)
         ours.disable()
         expect(holders(stand_ins), none, f"enabled {when}: names of ours that are left")
         expect(holders(originals), taken, f"enabled {when}: names given back")
@@ -259,6 +262,52 @@ def experts(originals: dict[str, Any]) -> None:
     del os.environ["VLLM_BATCH_INVARIANT"]
 
 
+def beside_vllm(originals: dict[str, Any]) -> None:
+    """The same as vLLM's own, but for rounding. Activations are those of the specification for both: vLLM's
+    are compiled for GPUs."""
+    from vllm.model_executor.layers.fused_moe import fused_moe as home
+    from vllm.model_executor.layers.fused_moe import modular_kernel as modular
+    from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+    from vllm.model_executor.layers.fused_moe.config import biased_moe_quant_config
+    from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
+
+    def activate(activation: Any, output: torch.Tensor, input: torch.Tensor, **_: Any) -> None:
+        output.copy_(cpu_experts.activate(activation.value, input.float()))
+
+    own_apply = originals["vllm.model_executor.layers.fused_moe.experts.triton_moe:TritonExperts.apply"]
+    expert_map = torch.tensor([0, -1, 1, -1, 2, 3, -1, 4], dtype=torch.int32)
+    with (
+        mock.patch.object(home, "get_moe_configs", return_value=None),  # tiles by default, as of no GPU
+        mock.patch.object(home, "apply_moe_activation", activate),
+        mock.patch.object(modular, "apply_moe_activation", activate),
+    ):
+        for name, mapped, on_input in itertools.product(
+            (*cpu_experts.GATED, *cpu_experts.PLAIN), (False, True), (False, True)
+        ):
+            kind, local, total = MoEActivation(name), expert_map if mapped else None, 8 if mapped else 5
+            x, w1, w2, *biases = layer(9, name, torch.float16)
+            topk = 1 if on_input else 3
+            weights, ids = torch.rand(9, topk), torch.randint(0, total, (9, topk), dtype=torch.int32)
+            limits = (1.702, 1.0, 7.0) if name == "swigluoai_uninterleave" else ()
+            quant_config = biased_moe_quant_config(*biases, *limits)
+            kernel = modular_kernel(x.dtype, total, quant_config)
+            call = functools.partial(kernel.apply, x, w1, w2, weights, ids, kind, total, local, on_input)
+            got = call()
+            with mock.patch.object(TritonExperts, "apply", own_apply):
+                near(got, call(), f"TritonExperts, {name} {mapped=} {on_input=}")
+            if not limits:
+                got = home.fused_experts(x, w1, w2, weights, ids, kind, on_input, total, local, quant_config)
+                theirs = home.fused_experts_impl(
+                    x, w1, w2, weights, ids, name, on_input, global_num_experts=total, expert_map=local,
+                    w1_bias=biases[0], w2_bias=biases[1],
+                )  # fmt: skip
+                near(got, theirs, f"fused_experts, {name} {mapped=} {on_input=}")
+
+
+def near(got: torch.Tensor, wanted: torch.Tensor, case: str) -> None:
+    torch.testing.assert_close(got, wanted, rtol=0.01, atol=0.005, msg=f"{case}: not as vLLM's own")
+
+
 def layer(tokens: int, activation: str, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
     """Hidden states of 16, weights of five experts with an intermediate size of 24, and biases."""
     rows = 48 if activation in cpu_experts.GATED else 24
@@ -287,7 +336,7 @@ def modular_kernel(dtype: torch.dtype, num_experts: int, quant_config: Any) -> A
 
 
 def fails_in(own: Any, call: Any, *arguments: Any) -> None:
-    """That vLLM's own function runs, as far as its kernels, which are not here."""
+    """That vLLM's own function runs, as far as something that needs a GPU."""
     try:
         call(*arguments)
     except Exception as error:

@@ -571,3 +571,12 @@ def test_in_graphs_that_share_a_workspace_on_a_gpu() -> None:
         assert (memory[tokens * H : begin] == 7).all(), tokens
         assert (memory[begin + math.prod(shapes[1]) :] == 7).all(), tokens
     assert experts.calls == []
+
+
+@pytest.mark.gpu
+def test_in_place_on_a_gpu() -> None:
+    x = layer(tokens=300)
+    expected = fused_experts(x.x, x.w1, x.w2, x.weights, x.ids)
+    hidden, top = x.x.cuda(), (x.weights.cuda(), x.ids.cuda(), None)
+    assert sglang.fused_experts(hidden, x.w1.cuda(), x.w2.cuda(), top, config(inplace=True)) is hidden
+    torch.testing.assert_close(hidden.cpu(), expected, rtol=0.02, atol=0.005)
