@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import inspect
 import math
 import random
 import sys
@@ -43,6 +44,10 @@ class MoEActivation(enum.Enum):
     GELU_NO_MUL = "gelu_no_mul"
     GELU_TANH_NO_MUL = "gelu_tanh_no_mul"
     RELU2_NO_MUL = "relu2_no_mul"
+
+
+def is_of_experts(place: str) -> bool:
+    return place.endswith((":fused_experts", "TritonExperts.apply", "TritonRunnerCore.run"))
 
 
 class Call(NamedTuple):
@@ -541,6 +546,35 @@ def test_sglang_compiled() -> None:
         assert torch.equal(result, fused_experts(*x[:5]))
         assert torch.equal(hidden, result if settings.inplace else x.x)
     torch.compiler.reset()
+
+
+# ---- both ---
+
+
+@pytest.mark.parametrize(
+    "place",
+    [place for place in {**vllm._switch._functions, **sglang._switch._functions} if is_of_experts(place)],
+)
+def test_what_is_left_to_an_engine_gets_every_argument(place: str) -> None:
+    """In whatever way it came, each in its place."""
+    engine: Any = cardboard_sglang() if place.startswith("sglang") else cardboard_vllm()
+    switch = sglang if place.startswith("sglang") else vllm
+    parameters = list(inspect.signature(switch._switch._functions[place]).parameters)[
+        :-1
+    ]  # without `original`
+    given: dict[str, Any] = {name: object() for name in parameters if name != "self"}
+    if "activation" in given:
+        given["activation"] = MoEActivation.SWIGLUSTEP
+    switch.enable()
+    if place.endswith("TritonExperts.apply"):
+        experts = engine.TritonExperts(Quant())
+        experts.apply(**given)
+        (call,) = experts.calls
+    elif place.endswith("TritonRunnerCore.run"):
+        call = engine.TritonRunnerCore(config()).run(**given)
+    else:
+        call = engine.home.fused_experts(**given)
+    assert call == Call(tuple(given.values()), {})
 
 
 # ---- on a GPU ---
