@@ -1,10 +1,11 @@
-"""Runs the functions of cupy_moe.compat.vllm inside of the vLLM that is installed here, on CPU tensors.
+"""Runs the functions and methods of cupy_moe.compat.vllm inside of the vLLM installed here, on CPU tensors.
 
-    PYTHONPATH=.:tests python scripts/_engine_vllm.py
+    CUDA_VISIBLE_DEVICES= TRITON_INTERPRET=1 PYTHONPATH=.:tests python scripts/_engine_vllm.py
 
 Most of vLLM's kernels have no CPU version, but its modules can be imported, and what calls the kernels is
-Python. Results are compared with the specification (of align: with plain loops), and with vLLM's own PyTorch
-code where it has any.
+Python, and so are the workspaces and the modular kernel around the experts. Results are compared with the
+specification (of align: with plain loops), with vLLM's own PyTorch code where it has any, and those of
+experts with vLLM's own kernels, which Triton can interpret.
 """
 
 from __future__ import annotations
@@ -13,18 +14,24 @@ import functools
 import gc
 import importlib
 import itertools
+import os
 import pkgutil
 import sys
+import traceback
+import types
 from typing import Any
+from unittest import mock
 
 import torch
 import vllm
 import vllm.model_executor.layers.fused_moe as fused_moe
 from align_cases import naive
 from engine_signatures import RELEASES, of_function
+from vllm.v1.worker import workspace
 
 from cupy_moe.compat import vllm as ours
 from cupy_moe.cpu import align_batched as cpu_align_batched
+from cupy_moe.cpu import experts as cpu_experts
 from cupy_moe.cpu import moe_sum as cpu_moe_sum
 
 Places = dict[str, set[tuple[str, str]]]
@@ -47,11 +54,13 @@ def main() -> None:
         align(originals)
         gate()
         add_up()
+        experts(originals)
+        beside_vllm(originals)
         ours.disable()
         expect(holders(stand_ins), none, f"enabled {when}: names of ours that are left")
         expect(holders(originals), taken, f"enabled {when}: names given back")
         print(f"enabled {when}: {count(at_once)} names replaced, {count(taken)} given back")
-    print(f"vLLM {vllm.__version__}: {len(places)} functions as declared, replaced, driven and given back")
+    print(f"vLLM {vllm.__version__}: {len(places)} as declared, replaced, driven and given back")
 
 
 def expect(got: Any, wanted: Any, what: str) -> None:
@@ -61,8 +70,8 @@ def expect(got: Any, wanted: Any, what: str) -> None:
 
 
 def look_up(place: str) -> Any:
-    module, _, name = place.partition(":")
-    return getattr(importlib.import_module(module), name)
+    module, _, path = place.partition(":")
+    return functools.reduce(getattr, path.split("."), importlib.import_module(module))
 
 
 def import_all(package: Any) -> None:
@@ -75,18 +84,26 @@ def import_all(package: Any) -> None:
 
 
 def holders(functions: dict[str, Any]) -> Places:
-    """Where vLLM keeps each function: modules and names. Fails if it keeps one elsewhere, out of reach."""
-    modules = {id(vars(module)): name for name, module in sys.modules.items() if hasattr(module, "__dict__")}
+    """Where vLLM keeps each: modules or classes, and names. Fails if it keeps one elsewhere, out of reach."""
+    owners = {id(vars(module)): name for name, module in sys.modules.items() if hasattr(module, "__dict__")}
     for known in (functions, ours._switch._functions, *ours._switch._pairs):
-        modules[id(known)] = ours.__name__
+        owners[id(known)] = ours.__name__
+    for place in functions:
+        if "." in place.partition(":")[2]:
+            class_place = place.rpartition(".")[0]
+            (names,) = gc.get_referents(vars(look_up(class_place)))  # the dictionary behind the view
+            owners[id(names)] = class_place
     found: Places = {place: set() for place in functions}
+    gc.collect()  # frames of what has failed
     for place in functions:
         for holder in gc.get_referrers(functions[place]):
-            module = modules.get(id(holder))
-            if module is None:
+            if isinstance(holder, dict) and holder.keys() == {"original"}:
+                continue  # the argument of one of ours
+            owner = owners.get(id(holder))
+            if owner is None:
                 raise SystemExit(f"{place}: kept by a {type(holder)}: {str(holder)[:200]}")
-            if module.startswith("vllm"):
-                found[place] |= {(module, name) for name in holder if holder[name] is functions[place]}
+            if owner.startswith("vllm"):
+                found[place] |= {(owner, name) for name in holder if holder[name] is functions[place]}
     return found
 
 
@@ -181,6 +198,152 @@ def add_up() -> None:
         wanted = cpu_moe_sum.moe_sum(x * weights[..., None].to(dtype))
         got = TopKWeightAndReduceContiguous().apply(None, x, weights.to(dtype), ids, False)
         expect(got, wanted, f"TopKWeightAndReduceContiguous, {dtype}")
+
+
+def experts(originals: dict[str, Any]) -> None:
+    from vllm.model_executor.layers.fused_moe import fused_moe as home
+    from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+    from vllm.model_executor.layers.fused_moe.config import (
+        biased_moe_quant_config,
+        int8_w8a16_moe_quant_config,
+    )
+
+    known = (*cpu_experts.GATED, *cpu_experts.PLAIN)
+    expect({*known} - {kind.value for kind in MoEActivation}, set(), "activations that vLLM does not have")
+    expert_map = torch.tensor([0, -1, 1, -1, 2, 3, -1, 4], dtype=torch.int32)
+    for name, dtype, local, biased in itertools.product(
+        known, (torch.bfloat16, torch.float16), (None, expert_map), (False, True)
+    ):
+        case = f"{name}, {dtype=} map={local is not None} {biased=}"
+        kind, total = MoEActivation(name), 5 if local is None else 8
+        x, w1, w2, *biases = layer(40, name, dtype)
+        weights, ids = torch.rand(40, 3), torch.randint(-1, total, (40, 3))  # -1: of padding
+        ids = ids if biased else ids.int()
+        w1_bias, w2_bias = biases if biased else (None, None)
+        limited = name == "swigluoai_uninterleave"
+        quant_config = biased_moe_quant_config(w1_bias, w2_bias, *((1.702, 1.0, 7.0) if limited else ()))
+        options = (name, False, local, w1_bias, w2_bias)
+        if not limited:  # vLLM's function knows no limits, and refuses
+            wanted = cpu_experts.fused_experts(x, w1, w2, weights, ids, *options)
+            got = home.fused_experts(x, w1, w2, weights, ids, kind, False, total, local, quant_config)
+            expect(got, wanted, f"fused_experts, {case}")
+        kernel = modular_kernel(dtype, total, quant_config)
+        workspaces = set()
+        for tokens in (40, 39, 7, 1):
+            part = x[:tokens], w1, w2, weights[:tokens], ids[:tokens]
+            got = kernel.apply(*part, kind, total, local, False)
+            wanted = cpu_experts.fused_experts(*part, *options)
+            expect(got, wanted, f"the modular kernel, {tokens} tokens, {case}")
+            workspaces.add(workspace.current_workspace_manager()._current_workspaces[0].data_ptr())
+            workspace.lock_workspace()  # that of the most tokens is enough from now on
+        expect(len(workspaces), 1, f"allocations of a workspace, {case}")
+
+    x, w1, w2, *_ = layer(40, "silu", torch.bfloat16)
+    weights, ids, silu = torch.rand(40, 1), torch.randint(0, 5, (40, 1)), MoEActivation.SILU
+    unquantised = biased_moe_quant_config(None, None)
+    kernel = modular_kernel(x.dtype, 5, unquantised)
+    got = kernel.apply(x, w1, w2, weights, ids, silu, 5, None, True)
+    wanted = cpu_experts.fused_experts(x * weights.to(x.dtype), w1, w2, torch.ones(40, 1), ids)
+    expect(got, wanted, "the modular kernel, weights on the input")
+    got = home.fused_experts(x, w1, w2, weights, ids, apply_router_weight_on_input=True)
+    wanted = cpu_experts.fused_experts(x, w1, w2, weights, ids, "silu", True)
+    expect(got, wanted, "fused_experts, weights on the input")
+
+    own = originals["vllm.model_executor.layers.fused_moe.fused_moe:fused_experts"]
+    fails_in(own, home.fused_experts, x.float(), w1.float(), w2.float(), weights, ids)
+    own = originals["vllm.model_executor.layers.fused_moe.experts.triton_moe:TritonExperts.apply"]
+    call = (x, w1, w2, weights, ids, silu, 5, None, False)
+    scales = torch.ones(5), torch.ones(5), None, None
+    fails_in(own, modular_kernel(x.dtype, 5, int8_w8a16_moe_quant_config(*scales)).apply, *call)
+    kernel.fused_experts.set_lora_context(types.SimpleNamespace(aux_stream=None))
+    fails_in(own, kernel.apply, *call)
+    os.environ["VLLM_BATCH_INVARIANT"] = "1"
+    fails_in(own, modular_kernel(x.dtype, 5, unquantised).apply, *call)
+    del os.environ["VLLM_BATCH_INVARIANT"]
+
+
+def beside_vllm(originals: dict[str, Any]) -> None:
+    """The same as vLLM's own, but for rounding. Activations are those of the specification for both: vLLM's
+    are compiled for GPUs."""
+    from vllm.model_executor.layers.fused_moe import fused_moe as home
+    from vllm.model_executor.layers.fused_moe import modular_kernel as modular
+    from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+    from vllm.model_executor.layers.fused_moe.config import biased_moe_quant_config
+    from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
+
+    def activate(activation: Any, output: torch.Tensor, input: torch.Tensor, **_: Any) -> None:
+        output.copy_(cpu_experts.activate(activation.value, input.float()))
+
+    own_apply = originals["vllm.model_executor.layers.fused_moe.experts.triton_moe:TritonExperts.apply"]
+    expert_map = torch.tensor([0, -1, 1, -1, 2, 3, -1, 4], dtype=torch.int32)
+    with (
+        mock.patch.object(home, "get_moe_configs", return_value=None),  # tiles by default, as of no GPU
+        mock.patch.object(home, "apply_moe_activation", activate),
+        mock.patch.object(modular, "apply_moe_activation", activate),
+    ):
+        for name, mapped, on_input in itertools.product(
+            (*cpu_experts.GATED, *cpu_experts.PLAIN), (False, True), (False, True)
+        ):
+            kind, local, total = MoEActivation(name), expert_map if mapped else None, 8 if mapped else 5
+            x, w1, w2, *biases = layer(9, name, torch.float16)
+            topk = 1 if on_input else 3
+            weights, ids = torch.rand(9, topk), torch.randint(0, total, (9, topk), dtype=torch.int32)
+            limits = (1.702, 1.0, 7.0) if name == "swigluoai_uninterleave" else ()
+            quant_config = biased_moe_quant_config(*biases, *limits)
+            kernel = modular_kernel(x.dtype, total, quant_config)
+            call = functools.partial(kernel.apply, x, w1, w2, weights, ids, kind, total, local, on_input)
+            got = call()
+            with mock.patch.object(TritonExperts, "apply", own_apply):
+                near(got, call(), f"TritonExperts, {name} {mapped=} {on_input=}")
+            if not limits:
+                got = home.fused_experts(x, w1, w2, weights, ids, kind, on_input, total, local, quant_config)
+                theirs = home.fused_experts_impl(
+                    x, w1, w2, weights, ids, name, on_input, global_num_experts=total, expert_map=local,
+                    w1_bias=biases[0], w2_bias=biases[1],
+                )  # fmt: skip
+                near(got, theirs, f"fused_experts, {name} {mapped=} {on_input=}")
+
+
+def near(got: torch.Tensor, wanted: torch.Tensor, case: str) -> None:
+    torch.testing.assert_close(got, wanted, rtol=0.01, atol=0.005, msg=f"{case}: not as vLLM's own")
+
+
+def layer(tokens: int, activation: str, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """Hidden states of 16, weights of five experts with an intermediate size of 24, and biases."""
+    rows = 48 if activation in cpu_experts.GATED else 24
+    shapes = ((tokens, 16), (5, rows, 16), (5, 16, 24), (5, rows), (5, 16))
+    return tuple((torch.randn(shape) * 0.3).to(dtype) for shape in shapes)
+
+
+def modular_kernel(dtype: torch.dtype, num_experts: int, quant_config: Any) -> Any:
+    """What vLLM makes of a layer whose oracle says Triton, and a workspace that nobody has used. Activations
+    come with each call: without a GPU, a configuration refuses those that have no gate."""
+    from vllm.model_executor.layers.fused_moe import config
+    from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+    from vllm.model_executor.layers.fused_moe.oracle import unquantized as oracle
+
+    moe_config = config.FusedMoEConfig(
+        num_experts=num_experts, experts_per_token=3, hidden_dim=16, intermediate_size=24,
+        num_local_experts=5, num_logical_experts=num_experts, activation=MoEActivation.SILU, device="cpu",
+        routing_method=config.RoutingMethodType.Default, in_dtype=dtype,
+        moe_parallel_config=config.FusedMoEParallelConfig.make_no_parallel(),
+    )  # fmt: skip
+    workspace.reset_workspace_manager()
+    workspace.init_workspace_manager(torch.device("cpu"))
+    backend = oracle.UnquantizedMoeBackend.TRITON
+    (cls,) = oracle.backend_to_kernel_cls(backend)
+    return oracle.make_unquantized_moe_kernel(quant_config, moe_config, backend, cls)
+
+
+def fails_in(own: Any, call: Any, *arguments: Any) -> None:
+    """That vLLM's own function runs, as far as something that needs a GPU."""
+    try:
+        call(*arguments)
+    except Exception as error:
+        if own.__code__ in (frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)):
+            return
+        raise
+    raise SystemExit(f"{own.__qualname__}: was not called")
 
 
 if __name__ == "__main__":

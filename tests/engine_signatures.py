@@ -1,4 +1,4 @@
-"""The functions of vLLM and SGLang that `cupy_moe.compat` replaces, as the engines' releases declare them.
+"""The functions and methods of vLLM and SGLang that `cupy_moe.compat` replaces, as releases declare them.
 
 `scripts/engines` compares this with those releases: the first of them installed, the others in their wheels,
 
@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import ast
+import enum
 import inspect
 import sys
 import zipfile
@@ -22,7 +23,21 @@ _VLLM_GATE = (
     "topk_weights, topk_ids, token_expert_indices, gating_output, renormalize=False,"
     " e_score_correction_bias=None"
 )
+_VLLM_MOE = "vllm.model_executor.layers.fused_moe"
+_VLLM_CLASS = f"{_VLLM_MOE}.experts.triton_moe:TritonExperts"
 _VLLM_OLD = {
+    f"{_VLLM_MOE}.fused_moe:fused_experts": (
+        "hidden_states, w1, w2, topk_weights, topk_ids, activation='silu',"
+        " apply_router_weight_on_input=False, global_num_experts=-1, expert_map=None, quant_config=None"
+    ),
+    f"{_VLLM_CLASS}.apply": (
+        "self, output, hidden_states, w1, w2, topk_weights, topk_ids, activation, global_num_experts,"
+        " expert_map, a1q_scale, a2_scale, workspace13, workspace2, expert_tokens_meta,"
+        " apply_router_weight_on_input"
+    ),
+    f"{_VLLM_CLASS}.workspace_shapes": (
+        "self, M, N, K, topk, global_num_experts, local_num_experts, expert_tokens_meta, activation"
+    ),
     f"{_VLLM_ALIGN}:moe_align_block_size": (
         "topk_ids, block_size, num_experts, expert_map=None, pad_sorted_ids=False,"
         " ignore_invalid_experts=False"
@@ -46,7 +61,8 @@ _VLLM_ADDED = {
     "vllm._custom_ops:topk_sigmoid": "is_padding=None",
 }
 
-# Release -> module:function -> its parameters and their defaults.
+# Release -> module:function or module:Class.method -> its parameters and their defaults; of a member of an
+# enumeration, the value.
 RELEASES = {
     "vllm==0.26.0": _VLLM_OLD,
     "vllm==0.33.0": {
@@ -64,6 +80,15 @@ RELEASES = {
         ),
     },
     "sglang==0.5.23": {
+        "sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe:fused_experts": (
+            "hidden_states, w1, w2, topk_output, moe_runner_config, b1=None, b2=None, use_fp8_w8a8=False,"
+            " use_int8_w8a8=False, use_int8_w8a16=False, use_int4_w4a16=False, per_channel_quant=False,"
+            " w1_scale=None, w2_scale=None, w1_zp=None, w2_zp=None, a1_scale=None, a2_scale=None,"
+            " block_shape=None, a1_q=None, fuse_swiglu_interleaved=False"
+        ),
+        "sglang.srt.layers.moe.moe_runner.triton:TritonRunnerCore.run": (
+            "self, runner_input, quant_info, running_state, hooks=None"
+        ),
         "sglang.kernels.ops.moe:moe_align_block_size": (
             f"{_ALIGN}, cumsum_buffer, pad_sorted_token_ids=False, ignore_invalid_expert=False"
         ),
@@ -76,27 +101,40 @@ RELEASES = {
 
 
 def of_function(function: Callable[..., Any]) -> str:
-    """The parameters of a function as they are written above."""
-    parameters = inspect.signature(function).parameters.values()
-    plain = [parameter.replace(annotation=inspect.Parameter.empty) for parameter in parameters]
-    return str(inspect.Signature(plain))[1:-1]
+    """The parameters of a function as they are written above, but for `original`, which is ours."""
+    parameters = []
+    for parameter in inspect.signature(function).parameters.values():
+        default = parameter.default.value if isinstance(parameter.default, enum.Enum) else parameter.default
+        if parameter.name != "original":
+            parameters.append(parameter.replace(annotation=inspect.Parameter.empty, default=default))
+    return str(inspect.Signature(parameters))[1:-1]
 
 
-def of_wheel(wheel: zipfile.ZipFile, module: str, name: str) -> str:
+def of_wheel(wheel: zipfile.ZipFile, module: str, path: str) -> str:
     """The same of a function that is read, and not imported, in a module or where that imports it from."""
-    path, names = module.replace(".", "/"), wheel.namelist()
-    source = wheel.read(f"{path}.py" if f"{path}.py" in names else f"{path}/__init__.py")
+    file, names = module.replace(".", "/"), wheel.namelist()
+    source = wheel.read(f"{file}.py" if f"{file}.py" in names else f"{file}/__init__.py")
     nodes = list(ast.walk(ast.parse(source)))
+    class_name, _, name = path.rpartition(".")
+    for node in nodes:
+        if isinstance(node, ast.ClassDef) and node.name == class_name:
+            nodes = list(node.body)
     for node in reversed(nodes):  # the last definition counts: those before may be overloads
         if isinstance(node, ast.FunctionDef) and node.name == name:
             for argument in ast.walk(node.args):
                 if isinstance(argument, ast.arg):
                     argument.annotation = None
+            node.args.defaults = [_value(default) for default in node.args.defaults]
             return ast.unparse(node.args)
     for node in nodes:
         if isinstance(node, ast.ImportFrom) and name in (alias.name for alias in node.names):
             return of_wheel(wheel, str(node.module), name)
-    raise SystemExit(f"{wheel.filename}: {module} has no {name}")
+    raise SystemExit(f"{wheel.filename}: {module} has no {path}")
+
+
+def _value(default: ast.expr) -> ast.expr:
+    """Of a member of an enumeration, as MoEActivation.SILU, its value: the name in lower case."""
+    return ast.Constant(default.attr.lower()) if isinstance(default, ast.Attribute) else default
 
 
 def main(paths: list[str]) -> None:

@@ -16,6 +16,7 @@ import pytest
 
 import cupy_moe.compat.sglang
 import cupy_moe.compat.vllm
+from cupy_moe.compat._engine import Switch
 from cupy_moe.errors import DependencyError
 
 vllm: Any = cupy_moe.compat.vllm
@@ -201,6 +202,56 @@ def test_what_is_in_sys_modules_may_be_anything(
     with vllm.enabled():
         assert cardboard["renamed"].align_tokens is vllm.moe_align_block_size
     assert cardboard["renamed"].align_tokens() == "vllm"
+
+
+# ---- methods ---
+
+
+def ours(self: Any, number: int = 1, *, original: Any = None) -> str:
+    return f"ours, {number}; {original(self, number)}"
+
+
+@pytest.fixture
+def methods() -> Iterator[Any]:
+    """Two classes of an engine, one that inherits, and a switch of one of ours for both."""
+
+    class First:
+        def run(self, number: int = 1) -> str:
+            return f"first, {number}"
+
+    class Second:
+        def run(self, number: int = 1) -> str:
+            return f"second, {number}"
+
+    class Inherits(First):
+        pass
+
+    home = module("elsewhere", First=First, Second=Second, Inherits=Inherits)
+    places = ("First.run", "Second.run", "Inherits.run", "First.not_there", "NotThere.run")
+    switch = Switch("an engine", {f"elsewhere:{place}": ours for place in places})
+    yield types.SimpleNamespace(switch=switch, **vars(home))
+    switch.disable()
+
+
+def test_methods_are_replaced_and_come_back(methods: Any) -> None:
+    classes = methods.First, methods.Second, methods.Inherits
+    first, before = methods.First(), [dict(vars(cls)) for cls in classes]
+    with methods.switch.enabled():
+        assert first.run(2) == "ours, 2; first, 2"
+        assert methods.Second().run(number=3) == "ours, 3; second, 3"
+        assert methods.Inherits().run() == "ours, 1; first, 1"
+        assert dict(vars(methods.Inherits)) == before[2]
+        kept = first.run
+    assert [dict(vars(cls)) for cls in classes] == before
+    assert kept(4) == "ours, 4; first, 4"
+
+
+def test_a_method_that_others_have_replaced_since_is_left_alone(methods: Any) -> None:
+    methods.switch.enable()
+    methods.First.run = print
+    methods.switch.disable()
+    assert methods.First.run is print
+    assert methods.Second().run() == "second, 1"
 
 
 # ---- blocks and threads ---

@@ -12,6 +12,7 @@ import torch
 transformers = pytest.importorskip("transformers", minversion="5")
 
 import cupy_moe.compat.transformers as compat  # noqa: E402
+from cupy_moe.compat import _engine  # noqa: E402
 from cupy_moe.errors import DependencyError  # noqa: E402
 
 SMALL: dict[str, Any] = {
@@ -100,7 +101,7 @@ def test_the_same_tokens_as_eager(
 def test_what_is_not_supported_runs_as_eager(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compat, "_warned", set())
+    monkeypatch.setattr(_engine, "_warned", set())
     monkeypatch.setattr(compat, "fused_experts", lambda *_, **__: pytest.fail("was called"))
     ids = torch.randint(1, 128, (1, 5))
     full = model_of("mixtral", torch.float32)

@@ -1,10 +1,12 @@
-"""What the engines have in common: replacing their functions, and filling the buffers that they bring."""
+"""What the engines have in common: replacing their functions and methods, leaving to them what we cannot do,
+and filling the buffers that they bring."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import importlib
+import logging
 import sys
 import threading
 import types
@@ -13,19 +15,23 @@ from typing import Any
 
 import torch
 
-from ..errors import DependencyError
+from ..errors import ConfigError, DependencyError
 from ..operators.align import aligned_sizes
+
+log = logging.getLogger("cupy_moe")
 
 
 class Switch:
-    """Replaces functions of an engine by others, wherever in the engine they have been imported to.
+    """Replaces functions of an engine, wherever in the engine they have been imported to, and methods.
 
-    `functions` are named "module:function". An engine of another version may lack some, but not all.
+    `functions` are named "module:function" or "module:Class.method". An engine of another version may lack
+    some, but not all. One of ours with a parameter `original` gets the engine's own there.
 
-    What changes is names in modules of the engine: when it is enabled, all that stand for one of the engine's
-    functions; when it is disabled, all that stand for one of ours, so in modules that have been imported in
-    between, too. What is kept otherwise, in a class, a table or a partial, or by code outside of the engine,
-    stays as it is both times, and so does what somebody else has put in the place of ours.
+    What changes is names in modules of the engine, and in those classes: when it is enabled, all that stand
+    for one of the engine's functions; when it is disabled, all that stand for one of ours, so in modules that
+    have been imported in between, too. What is kept otherwise, in another class, a table or a partial, or by
+    code outside of the engine, stays as it is both times, and so does what somebody else has put in the place
+    of ours.
     """
 
     def __init__(self, engine: str, functions: dict[str, Callable[..., Any]]) -> None:
@@ -34,6 +40,7 @@ class Switch:
         self._packages = {place.partition(":")[0].partition(".")[0] for place in functions}
         self._lock = threading.Lock()
         self._pairs: list[tuple[Any, Any]] = []  # the engine's function, ours; none where disabled
+        self._classes: list[type] = []  # whose methods are replaced
         self._blocks = 0  # of `with enabled()`, in all threads
         self._stays = False  # also when the last of them ends
 
@@ -70,12 +77,15 @@ class Switch:
                     self._give_back()
 
     def _homes(self) -> list[tuple[Any, str, Callable[..., Any]]]:
-        """The modules that the functions come from, imported; not under the lock, as they may import this."""
+        """The modules and classes that the functions come from, and their names there; imported not under the
+        lock, as they may import this."""
         homes = []
         for place, ours in self._functions.items():
-            module_name, _, name = place.partition(":")
+            module_name, _, path = place.partition(":")
+            class_name, _, name = path.rpartition(".")
             try:
-                homes.append((importlib.import_module(module_name), name, ours))
+                home = importlib.import_module(module_name)
+                homes.append((getattr(home, class_name, None) if class_name else home, name, ours))
             except Exception as error:
                 missing = error.name if isinstance(error, ModuleNotFoundError) else None
                 if missing and f"{module_name}.".startswith(f"{missing}."):
@@ -89,16 +99,18 @@ class Switch:
         if self._pairs:
             return
         pairs: dict[int, tuple[Any, Any]] = {}
-        for module, name, ours in homes:
-            original = getattr(module, name, None)
+        for home, name, ours in homes:
+            original = getattr(home, name, None)
             if original is not None and id(original) not in pairs:
                 taken = any(ours is used for _, used in pairs.values())
-                pairs[id(original)] = original, _twin(ours) if taken else ours
+                asks = "original" in (ours.__kwdefaults__ or ())
+                pairs[id(original)] = original, _twin(ours, original) if taken or asks else ours
         if not pairs:
             raise DependencyError(
                 f"{self._engine} is not installed, or has none of {', '.join(self._functions)}"
             )
         self._pairs = list(pairs.values())
+        self._classes = [home for home, _, _ in homes if isinstance(home, type)]
         self._exchange(self._pairs)
 
     def _give_back(self) -> None:
@@ -110,23 +122,52 @@ class Switch:
         importing meanwhile what has been found already."""
         second = {id(old): new for old, new in pairs}
         while found := [place for place in self._names() if id(place[2]) in second]:
-            for names, name, old in found:
-                names[name] = second[id(old)]
+            for owner, name, old in found:
+                setattr(owner, name, second[id(old)])
 
-    def _names(self) -> Iterator[tuple[dict[str, Any], str, Any]]:
-        """All names in all modules of the engine: the module's dictionary, the name, what it stands for."""
-        for module_name, module in sys.modules.copy().items():
-            if module_name.partition(".")[0] in self._packages:
-                names = getattr(module, "__dict__", {})
-                for name, value in names.copy().items():
-                    yield names, name, value
+    def _names(self) -> Iterator[tuple[Any, str, Any]]:
+        """All names in all modules of the engine and in the classes: whose, the name, what it stands for."""
+        modules = (module for name, module in sys.modules.copy().items() if self._has(name))
+        for owner in (*modules, *self._classes):
+            for name, value in getattr(owner, "__dict__", {}).copy().items():
+                yield owner, name, value
+
+    def _has(self, module_name: str) -> bool:
+        return module_name.partition(".")[0] in self._packages
 
 
-def _twin(function: Any) -> Any:
+def _twin(function: Any, original: Any) -> Any:
     """Another function that does the same: what stands for two of the engine's must be told apart."""
     twin = types.FunctionType(function.__code__, function.__globals__, argdefs=function.__defaults__)
-    twin.__kwdefaults__ = function.__kwdefaults__
-    return functools.update_wrapper(twin, function)
+    functools.update_wrapper(twin, function)
+    if function.__kwdefaults__:
+        twin.__kwdefaults__ = {**function.__kwdefaults__, "original": original}
+    return twin
+
+
+@contextlib.contextmanager
+def unless_refused(original: Any) -> Iterator[None]:
+    """Ends where arguments are refused, with one warning for each reason, so that `original` can take them;
+    where there is none, the error stays. Operators refuse before their first launch."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (TypeError, ValueError) as refusal:
+        if original is None:
+            raise
+        warn_once("%s runs as the engine's own: %s", original.__qualname__, str(refusal))
+
+
+_warned: set[tuple[str, str]] = set()
+
+
+def warn_once(message: str, what: str, reason: str) -> None:
+    """Log `message % (what, reason)`: once for a reason, or for the argument whose name it begins with."""
+    key = what, reason.partition(":")[0]
+    if key not in _warned:
+        _warned.add(key)
+        log.warning(message, what, reason)
 
 
 Buffers = tuple[torch.Tensor, torch.Tensor, torch.Tensor]

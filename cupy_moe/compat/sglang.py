@@ -1,27 +1,38 @@
-"""SGLang's MoE alignment, gating and sum, with SGLang's signatures.
+"""SGLang's experts, MoE alignment, gating and sum, with SGLang's signatures.
 
     import cupy_moe.compat.sglang
     cupy_moe.compat.sglang.enable()
 
-puts them in the place of those in `sgl_kernel` and `sglang.kernels.ops.moe`, in every module of SGLang that
-has imported these. Results are SGLang's, but for what SGLang leaves open: the order inside an expert is
-ascending, blocks past the last hold -1, and slots past the last hold the number of ids, with
-`pad_sorted_token_ids` and without. Parameters that only some versions of SGLang have come last.
+puts them in the place of those in `sgl_kernel`, `sglang.kernels.ops.moe` and SGLang's Triton runner, in every
+module of SGLang that has imported these. Call it in every process of SGLang. Results are SGLang's, but for
+what SGLang leaves open: the order inside an expert is ascending, blocks past the last hold -1, and slots past
+the last hold the number of ids, with `pad_sorted_token_ids` and without; scores and experts differ by
+rounding. Parameters that only some versions of SGLang have come last.
+
+Experts run here in bf16 and fp16, with the activations, types and sizes of `cupy_moe.fused_experts`. All
+others run as SGLang's own, with one warning for each reason: quantised ones, those with LoRA, those that are
+not combined, and all in SGLang's batch-invariant mode, as a Hopper GPU takes other kernels for other numbers
+of tokens.
 """
 
 from __future__ import annotations
 
+import sys
+from typing import Any
+
 import torch
 
+from ..cpu.experts import ALPHA, LIMIT
 from ..dispatch.operator import is_watched
 from ..dispatch.tensors import is_plain
 from ..operators.align import moe_align_block_size as _align
+from ..operators.experts import fused_experts as _fused_experts
 from ..operators.gate import grouped_topk as _grouped_topk
 from ..operators.gate import topk_sigmoid as _topk_sigmoid
 from ..operators.gate import topk_softmax as _topk_softmax
 from ..operators.moe_sum import moe_sum as _sum
 from ..values import as_float, as_int, check_range
-from ._engine import Switch, fp32, heads, pad_tails, require
+from ._engine import Switch, fp32, heads, pad_tails, require, unless_refused
 
 
 def moe_align_block_size(
@@ -180,6 +191,108 @@ def _with_shared(
     return torch.cat([weights, weight.expand(shape)], 1), torch.cat([ids, shared.expand(shape)], 1)
 
 
+def fused_experts(
+    hidden_states: torch.Tensor,
+    w1: torch.Tensor,
+    w2: torch.Tensor,
+    topk_output: Any,
+    moe_runner_config: Any,
+    b1: torch.Tensor | None = None,
+    b2: torch.Tensor | None = None,
+    use_fp8_w8a8: bool = False,
+    use_int8_w8a8: bool = False,
+    use_int8_w8a16: bool = False,
+    use_int4_w4a16: bool = False,
+    per_channel_quant: bool = False,
+    w1_scale: torch.Tensor | None = None,
+    w2_scale: torch.Tensor | None = None,
+    w1_zp: torch.Tensor | None = None,
+    w2_zp: torch.Tensor | None = None,
+    a1_scale: torch.Tensor | None = None,
+    a2_scale: torch.Tensor | None = None,
+    block_shape: list[int] | None = None,
+    a1_q: torch.Tensor | None = None,
+    fuse_swiglu_interleaved: bool = False,
+    *,
+    original: Any = None,
+) -> torch.Tensor:
+    """As in sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe. `original` is SGLang's own, which runs
+    instead where this would raise TypeError or ValueError."""
+    with unless_refused(original):
+        if use_fp8_w8a8 or use_int8_w8a8 or use_int8_w8a16 or use_int4_w4a16 or fuse_swiglu_interleaved:
+            raise ValueError("quantised or interleaved experts")
+        topk_weights, topk_ids, _ = topk_output
+        return _experts(hidden_states, w1, w2, topk_weights, topk_ids, moe_runner_config, b1, b2)
+    return original(
+        hidden_states, w1, w2, topk_output, moe_runner_config, b1, b2, use_fp8_w8a8, use_int8_w8a8,
+        use_int8_w8a16, use_int4_w4a16, per_channel_quant, w1_scale, w2_scale, w1_zp, w2_zp, a1_scale,
+        a2_scale, block_shape, a1_q, fuse_swiglu_interleaved,
+    )  # fmt: skip
+
+
+def triton_runner_core_run(
+    self: Any,
+    runner_input: Any,
+    quant_info: Any,
+    running_state: dict[str, Any],
+    hooks: Any = None,
+    *,
+    original: Any = None,
+) -> Any:
+    """As `TritonRunnerCore.run`, which SGLang takes where it has no fused function."""
+    with unless_refused(original):
+        if hooks is not None:
+            raise ValueError("hooks, as of LoRA")
+        if any(getattr(quant_info, name) for name in _LEFT):
+            raise ValueError("quantised or interleaved experts")
+        output = _experts(
+            runner_input.hidden_states, quant_info.w13_weight, quant_info.w2_weight,
+            runner_input.topk_weights, runner_input.topk_ids, self.config, quant_info.b13, quant_info.b2,
+        )  # fmt: skip
+        from sglang.srt.layers.moe.moe_runner.triton import TritonRunnerOutput
+
+        return TritonRunnerOutput(hidden_states=output)
+    return original(self, runner_input, quant_info, running_state, hooks)
+
+
+_LEFT = (
+    *("use_mxfp8", "use_fp8_w8a8", "use_int8_w8a8", "use_int8_w8a16", "use_int4_w4a16"),
+    "fuse_swiglu_interleaved",
+)
+
+
+def _experts(
+    hidden_states: torch.Tensor,
+    w1: torch.Tensor,
+    w2: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    config: Any,
+    w1_bias: torch.Tensor | None,
+    w2_bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """By a MoeRunnerConfig. Raises TypeError and ValueError for what `cupy_moe.fused_experts` does not do."""
+    activation = config.activation if config.is_gated else f"{config.activation}_no_mul"
+    limits = config.gemm1_alpha, config.gemm1_clamp_limit, config.swiglu_limit
+    if activation == "silu" and limits == (ALPHA, LIMIT, None):
+        activation = "swigluoai" if config.gate_up_interleaved else "swigluoai_uninterleave"
+    elif limits != (None, None, None):
+        raise ValueError(f"the activation {activation}, with an alpha and limits of {limits}")
+    if config.no_combine:
+        raise ValueError("outputs that are not combined")
+    batch_invariant_ops = sys.modules.get("sglang.srt.batch_invariant_ops")
+    if batch_invariant_ops and batch_invariant_ops.is_batch_invariant_mode_enabled():
+        raise ValueError("the batch-invariant mode")
+    factor = config.routed_scaling_factor
+    return _fused_experts(
+        hidden_states, w1, w2, topk_weights.float(), topk_ids, activation,
+        config.apply_router_weight_on_input, w1_bias=w1_bias, w2_bias=w2_bias,
+        routed_scaling_factor=1.0 if factor is None else factor,
+        out=hidden_states if config.inplace else None,
+    )  # fmt: skip
+
+
+_RUNNER = "sglang.srt.layers.moe.moe_runner"
 _switch = Switch(
     "SGLang",
     {
@@ -191,6 +304,8 @@ _switch = Switch(
         "sgl_kernel:topk_sigmoid": topk_sigmoid,
         "sglang.kernels.ops.moe.moe_topk_sigmoid:topk_sigmoid": topk_sigmoid,
         "sgl_kernel:moe_fused_gate": moe_fused_gate,
+        f"{_RUNNER}.triton_utils.fused_moe:fused_experts": fused_experts,
+        f"{_RUNNER}.triton:TritonRunnerCore.run": triton_runner_core_run,
     },
 )
 enable, disable, enabled = _switch.enable, _switch.disable, _switch.enabled

@@ -11,7 +11,6 @@ gradients) run as in transformers' "eager", with one warning for each reason.
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import torch
@@ -19,8 +18,8 @@ import torch
 from ..cpu.experts import GATED, PLAIN, activate
 from ..errors import DependencyError
 from ..operators.experts import fused_experts
+from ._engine import warn_once
 
-log = logging.getLogger("cupy_moe")
 NAME = "cupy_moe"
 _HALVES = (torch.bfloat16, torch.float16)
 
@@ -53,7 +52,7 @@ def experts_forward(
     """The forward of a module of experts, as transformers calls it."""
     reason = _cannot(self, hidden_states)
     if reason:
-        _warn_once(self, reason)
+        warn_once("%s runs as in transformers' eager: %s", type(self).__name__, reason)
         return type(self).forward.__wrapped__(self, hidden_states, top_k_index, top_k_weights)
     w1, w2 = (_rows(self, name) for name in ("gate_up_proj" if self.has_gate else "up_proj", "down_proj"))
     bias = "gate_up_proj_bias" if self.has_gate else "up_proj_bias"
@@ -108,13 +107,3 @@ def _rows(self: Any, name: str) -> torch.Tensor:
         rows = rows.contiguous()
         getattr(self, name).data = rows.transpose(1, 2)
     return rows
-
-
-_warned: set[tuple[str, str]] = set()
-
-
-def _warn_once(self: Any, reason: str) -> None:
-    key = (type(self).__name__, reason)
-    if key not in _warned:
-        _warned.add(key)
-        log.warning("%s runs as in transformers' eager: %s", *key)

@@ -1,25 +1,39 @@
-"""vLLM's MoE alignment, gating and sum, with vLLM's signatures.
+"""vLLM's experts, MoE alignment, gating and sum, with vLLM's signatures.
 
     import cupy_moe.compat.vllm
     cupy_moe.compat.vllm.enable()
 
-puts these functions in the place of vLLM's, in every module of vLLM that has imported them. Results are
-vLLM's, but for what vLLM leaves open: the order inside an expert is ascending, blocks past the last hold -1
-with an `expert_map`, too, and scores differ by rounding. Rows of `grouped_topk` without a finite score have
-weights of 0 here. Parameters that only some versions of vLLM have come last.
+puts these functions in the place of vLLM's, in every module of vLLM that has imported them, and the methods
+in vLLM's class `TritonExperts`. Call it in every process of vLLM, before it loads a model: the shared
+workspace of the experts is larger with it. Results are vLLM's, but for what vLLM leaves open: the order
+inside an expert is ascending, blocks past the last hold -1 with an `expert_map`, too, and scores and experts
+differ by rounding. Rows of `grouped_topk` without a finite score have weights of 0 here. Parameters that only
+some versions of vLLM have come last.
+
+Experts run here in bf16 and fp16, with the activations, types and sizes of `cupy_moe.fused_experts`. All
+others run as vLLM's own, with one warning for each reason: quantised ones, those with LoRA or another hook,
+classes that inherit from `TritonExperts`, and all with VLLM_BATCH_INVARIANT, as a Hopper GPU takes other
+kernels for other numbers of tokens.
 """
 
 from __future__ import annotations
 
+import math
+import sys
+from typing import Any
+
 import torch
 
+from ..cpu.experts import ALPHA, GATED, LIMIT
 from ..operators.align import moe_align_block_size as _align
 from ..operators.align_batched import batched_moe_align_block_size as _align_batched
+from ..operators.experts import ACTIVATIONS, experts_workspace_bytes
+from ..operators.experts import fused_experts as _fused_experts
 from ..operators.gate import grouped_topk as _grouped_topk
 from ..operators.gate import topk_sigmoid as _topk_sigmoid
 from ..operators.gate import topk_softmax as _topk_softmax
 from ..operators.moe_sum import moe_sum as _sum
-from ._engine import Switch, fp32, heads, pad_tails, require
+from ._engine import Switch, fp32, heads, pad_tails, require, unless_refused
 
 
 def moe_align_block_size(
@@ -167,18 +181,166 @@ def _fill_source_rows(rows: torch.Tensor | None) -> None:
         rows.copy_(torch.arange(tokens * topk, device=rows.device).view(topk, tokens).T)
 
 
-_MODULE = "vllm.model_executor.layers.fused_moe.moe_align_block_size"
+def fused_experts(
+    hidden_states: torch.Tensor,
+    w1: torch.Tensor,
+    w2: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    activation: Any = "silu",
+    apply_router_weight_on_input: bool = False,
+    global_num_experts: int = -1,
+    expert_map: torch.Tensor | None = None,
+    quant_config: Any = None,
+    *,
+    original: Any = None,
+) -> torch.Tensor:
+    """As in vllm.model_executor.layers.fused_moe.fused_moe. `original` is vLLM's own, which runs instead
+    where this would raise TypeError or ValueError."""
+    with unless_refused(original):
+        name = _check_experts(activation, quant_config)
+        return _fused_experts(
+            hidden_states, w1, w2, topk_weights.float(), topk_ids, name, apply_router_weight_on_input,
+            **_options(w1, global_num_experts, expert_map, quant_config),
+        )  # fmt: skip
+    if isinstance(activation, str):  # vLLM has no strings here
+        from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+
+        activation = MoEActivation(activation)
+    return original(
+        hidden_states, w1, w2, topk_weights, topk_ids, activation, apply_router_weight_on_input,
+        global_num_experts, expert_map, quant_config,
+    )  # fmt: skip
+
+
+def triton_experts_apply(
+    self: Any,
+    output: torch.Tensor,
+    hidden_states: torch.Tensor,
+    w1: torch.Tensor,
+    w2: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    activation: Any,
+    global_num_experts: int,
+    expert_map: torch.Tensor | None,
+    a1q_scale: torch.Tensor | None,
+    a2_scale: torch.Tensor | None,
+    workspace13: torch.Tensor,
+    workspace2: torch.Tensor,
+    expert_tokens_meta: Any,
+    apply_router_weight_on_input: bool,
+    *,
+    original: Any = None,
+) -> None:
+    """As `TritonExperts.apply`. All lies in `workspace2`: vLLM's `output` is the head of `workspace13`."""
+    with unless_refused(original):
+        name = _check_triton_experts(self, activation)
+        weights = topk_weights.float()
+        if apply_router_weight_on_input:  # here, this says that vLLM's `prepare` has multiplied them in
+            weights = torch.ones_like(weights)
+        _fused_experts(
+            hidden_states, w1, w2, weights, topk_ids, name, workspace=workspace2.view(-1).view(torch.uint8),
+            out=output, **_options(w1, global_num_experts, expert_map, self.quant_config),
+        )  # fmt: skip
+        return
+    original(
+        self, output, hidden_states, w1, w2, topk_weights, topk_ids, activation, global_num_experts,
+        expert_map, a1q_scale, a2_scale, workspace13, workspace2, expert_tokens_meta,
+        apply_router_weight_on_input,
+    )  # fmt: skip
+
+
+Shape = tuple[int, ...]
+
+
+def triton_experts_workspace_shapes(
+    self: Any,
+    M: int,
+    N: int,
+    K: int,
+    topk: int,
+    global_num_experts: int,
+    local_num_experts: int,
+    expert_tokens_meta: Any,
+    activation: Any,
+    *,
+    original: Any = None,
+) -> tuple[Shape, Shape, Shape]:
+    """As `TritonExperts.workspace_shapes`: vLLM's own, for what `apply` leaves to it, and room for ours in
+    the second. Fewer tokens never take more: vLLM allocates for the most of them, and then no longer."""
+    first, second, output = original(
+        self, M, N, K, topk, global_num_experts, local_num_experts, expert_tokens_meta, activation
+    )
+    try:
+        name = _check_triton_experts(self, activation)
+    except ValueError:
+        return first, second, output
+    num_experts = max(global_num_experts, local_num_experts)
+    num_bytes = experts_workspace_bytes(M, topk, K, N // 2 if name in GATED else N, num_experts)
+    ours = (-(-num_bytes // 2),)  # in elements of 16 bits
+    return first, max(second, ours, key=math.prod), output
+
+
+def _check_triton_experts(self: Any, activation: Any) -> str:
+    """The activation's name. Raises ValueError for what `fused_experts` has none of."""
+    if type(self).__name__ != "TritonExperts":
+        raise ValueError("a class that inherits from it, and may change a part of it")
+    if self._lora_context is not None:
+        raise ValueError("LoRA")
+    if getattr(self, "post_gemm2_hook", None) is not None:
+        raise ValueError("a hook behind the second product")
+    if config := getattr(self, "activation_config", None):  # in vLLM 0.33
+        limits = config.clamp_limit, config.alpha, config.beta
+    else:
+        limits = self.gemm1_clamp_limit, self.gemm1_alpha, self.gemm1_beta
+    return _check_experts(activation, self.quant_config, limits)
+
+
+def _check_experts(activation: Any, quant_config: Any, limits: tuple[Any, ...] = (None, 1.0, 0.0)) -> str:
+    """The activation's name. Raises ValueError for others than those of `cupy_moe.fused_experts`, and for
+    quantised experts. `limits` are vLLM's clamp, alpha and beta, by which two of the activations go."""
+    name = str(getattr(activation, "value", activation))
+    wanted = {"silu": (None, *limits[1:]), "swigluoai_uninterleave": (LIMIT, ALPHA, 1.0)}
+    if name not in ACTIVATIONS or wanted.get(name, limits) != limits:
+        raise ValueError(f"the activation {name}, with a limit, alpha and beta of {limits}")
+    if quant_config and (quant_config.quant_dtype or quant_config.weight_quant_dtype):
+        raise ValueError("quantised experts")
+    if getattr(sys.modules.get("vllm.envs"), "VLLM_BATCH_INVARIANT", False):
+        raise ValueError("VLLM_BATCH_INVARIANT")
+    return name
+
+
+def _options(
+    w1: torch.Tensor, global_num_experts: int, expert_map: torch.Tensor | None, quant_config: Any
+) -> dict[str, Any]:
+    """Without a map, vLLM's number of experts says nothing: ids are those of the weights that are here."""
+    num_experts = len(w1) if global_num_experts == -1 else global_num_experts
+    return {
+        "global_num_experts": -1 if expert_map is None else num_experts,
+        "expert_map": expert_map,
+        "w1_bias": quant_config and quant_config.w1_bias,
+        "w2_bias": quant_config and quant_config.w2_bias,
+    }
+
+
+_FUSED_MOE = "vllm.model_executor.layers.fused_moe"
+_ALIGN = f"{_FUSED_MOE}.moe_align_block_size"
+_TRITON_EXPERTS = f"{_FUSED_MOE}.experts.triton_moe:TritonExperts"
 _switch = Switch(
     "vLLM",
     {
-        f"{_MODULE}:moe_align_block_size": moe_align_block_size,
-        f"{_MODULE}:batched_moe_align_block_size": batched_moe_align_block_size,
+        f"{_ALIGN}:moe_align_block_size": moe_align_block_size,
+        f"{_ALIGN}:batched_moe_align_block_size": batched_moe_align_block_size,
         "vllm._custom_ops:moe_align_block_size": moe_align_block_size_into,
         "vllm._custom_ops:batched_moe_align_block_size": batched_moe_align_block_size_into,
         "vllm._custom_ops:moe_sum": moe_sum,
         "vllm._custom_ops:topk_softmax": topk_softmax,
         "vllm._custom_ops:topk_sigmoid": topk_sigmoid,
         "vllm._custom_ops:grouped_topk": grouped_topk,
+        f"{_FUSED_MOE}.fused_moe:fused_experts": fused_experts,
+        f"{_TRITON_EXPERTS}.apply": triton_experts_apply,
+        f"{_TRITON_EXPERTS}.workspace_shapes": triton_experts_workspace_shapes,
     },
 )
 enable, disable, enabled = _switch.enable, _switch.disable, _switch.enabled

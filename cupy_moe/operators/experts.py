@@ -115,7 +115,8 @@ def fused_experts(
     routed_scaling_factor                                  multiplies the sum, but not `shared_output`
     shared_output           [T, H]      as hidden_states   added at the end
     workspace               [n]         uint8              n: `experts_workspace_bytes`; else allocated
-    out                     [T, H]      as hidden_states   written instead of allocated; contiguous
+    out                     [T, H]      as hidden_states   written instead of allocated; contiguous; may be
+                                                           `hidden_states`
     kernel                  one of EXPERTS_KERNELS         forces one, for tests and benchmarks
 
     H and I are multiples of 8. Returns [T, H] of the type of `hidden_states`. A token without an expert here
