@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import json
@@ -148,6 +149,50 @@ def test_without_a_gpu_it_says_so() -> None:
 )
 def test_wrong_usage_is_refused(arguments: list[str]) -> None:
     assert run(*arguments).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("call_us", "turns", "calls", "rounds"),
+    [
+        (3, 1, 20, 100),
+        (300, 20, 20, 83),
+        (900, 8, 24, 23),
+        (6_000, 2, 4, 20),
+        (50_000, 2, 2, 5),
+        (9, 40, 40, 100),
+    ],
+)
+def test_long_calls_are_timed_less_often(
+    call_us: float, turns: int, calls: int, rounds: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times = iter(range(1000))
+    made: list[int] = []
+
+    class Graph:
+        def capture_begin(self) -> None:
+            made.clear()
+
+        def capture_end(self) -> None:
+            assert made == [*range(turns)] * (calls // turns)
+
+        def replay(self) -> None:
+            next(times)
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None: ...
+        def record(self) -> None: ...
+        def elapsed_time(self, end: Event) -> float:
+            return calls * call_us / 1e3
+
+    monkeypatch.setattr(timing, "eager_us", lambda call, rounds: call_us)
+    for name, fake in {
+        "CUDAGraph": Graph, "Event": Event, "Stream": MagicMock, "stream": MagicMock(),
+        "synchronize": MagicMock(), "_sleep": MagicMock(),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, fake)
+    each = [functools.partial(made.append, turn) for turn in range(turns)]
+    assert timing.gpu_us({"one": each}, 100) == {"one": pytest.approx(call_us)}
+    assert next(times) == timing.WARMUP_ROUNDS + rounds
 
 
 # ---- what is a wrong result ------------------------------------------------------------------------------
