@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import json
 import re
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,10 +16,11 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 from benchmark import __main__ as bench
-from benchmark import base, discover, measure, report, timing
+from benchmark import base, discover, experts, measure, peers, report, timing
 from benchmark.align import Align, AlignCase, sweep
 from benchmark.align_batched import AlignBatched, BatchedCase
 from benchmark.base import Bound
+from benchmark.experts import Experts, LayerCase
 from benchmark.gate import NUM_GROUPS, TOPK_GROUP, GateCase, Grouped, Sigmoid, Softmax
 from benchmark.moe_sum import Sum, SumCase
 from click.testing import CliRunner, Result
@@ -30,6 +33,7 @@ ENVIRONMENT = {
     "nvrtc": "13.0.88", "cupy_moe": "0.1.0", "peers": {"vllm": "0.26.0", "sglang": ""}, "date": "2030-01-02",
 }  # fmt: skip
 US = {"cupy_moe": 2.0, "vllm": 5.0, "sglang": 4.0}
+SMALL = LayerCase("small", 3)
 
 
 OPERATORS = {operator.section: operator for operator in bench.OPERATORS}
@@ -43,7 +47,14 @@ def made_up_result() -> dict[str, Any]:
     def row(operator: base.Operator, case: Any, kinds: tuple[str, ...]) -> dict[str, Any]:
         scale = case.num_ids**0.5 if isinstance(case, AlignCase) else 1
         us = {name: us * scale for name, us in US.items() if name == "cupy_moe" or name in operator.theirs}
-        return {**case._asdict(), "us": dict.fromkeys(kinds, us)}
+        if not isinstance(case, LayerCase):
+            return {**case._asdict(), "us": dict.fromkeys(kinds, us)}
+        floor = experts.floor_us(case._asdict())
+        us = {name: us * floor for name, us in us.items()}
+        if case.tokens == experts.DENSE_TOKENS:
+            us["dense"] = 1.5 * floor
+        errors = {name: {"rms": 0.00173, "max": 0.0042} for name in US}
+        return {**case._asdict(), "us": dict.fromkeys(kinds, us), "errors": errors}
 
     for operator in bench.OPERATORS:
         timed = tuple(operator.timed)
@@ -89,6 +100,9 @@ def made_up_times(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(operator, "cases", operator.cases[:1])
         if operator.sweep:
             monkeypatch.setattr(operator, "sweep", operator.sweep._replace(cases=operator.sweep.cases[:3]))
+    monkeypatch.setitem(experts.MODELS, "small", (4, 2, 64, 32))
+    monkeypatch.setattr(OPERATORS["experts"], "cases", (SMALL,))
+    monkeypatch.setattr(experts, "HOST", SMALL)
     monkeypatch.setattr(
         OPERATORS["align"], "cases", (AlignCase(4, 2, 8, 16, 2.0), AlignCase(65536, 2, 8, 64, 4.0))
     )
@@ -125,6 +139,107 @@ def test_sections_and_where_results_go(
     assert (tmp_path / "scripts/results/imaginary-9000.json").is_file()
 
 
+def test_only_some_cases(made_up_times: None, tmp_path: Path) -> None:
+    out = tmp_path / "r.json"
+    assert (
+        run("--only", "align", "--only", "gate", "--cases", ", blocks of 64", "--out", str(out)).exit_code
+        == 0
+    )
+    written = json.loads(out.read_text())
+    assert [row["tokens"] for row in written["align"]] == [65536]
+    assert not {"gate", "sweep"} & written.keys()
+    assert [len(OPERATORS[name].cases) for name in ("align", "gate")] == [2, 1]
+
+
+EXPERTS_PEERS = """
+from cupy_moe import fused_experts
+loaded = {}
+def of(factor):
+    def adapter(p, r):
+        assert p.w1_scale is None and p.act(7) == (None, None) and (p.E, p.K, p.H, p.I) == (4, 2, 64, 32)
+        assert (p.w1_interleaved()[:, 1::2] == p.w1[:, p.I :]).all()
+        if not factor:
+            raise ImportError("no such library")
+        layer = lambda: factor * fused_experts(p.hidden, p.w1, p.w2, r.topk_weights, r.topk_ids)
+        return {"layer": layer, "gemm1": None}
+    return adapter
+ADAPTERS = {"vllm": of(1), "sglang": of(1.1), "torch": of(1), "deepgemm": of(0), "fp8_only": of(0)}
+VERSIONS = {"deepgemm": "2.5"}
+"""
+
+
+@pytest.fixture
+def experts_peers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    folder = tmp_path / "experts"
+    folder.mkdir()
+    (folder / "experts_peers.py").write_text(EXPERTS_PEERS)
+    monkeypatch.setattr(peers, "adapters", {})
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    monkeypatch.delitem(sys.modules, "experts_peers", raising=False)
+    return folder
+
+
+def test_layers_of_others_are_checked_then_timed(
+    made_up_times: None, experts_peers: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    arguments = "--only", "experts", "--only", "experts_host", "--experts-peers", str(experts_peers)
+    assert "need vLLM's or SGLang's library" in run(*arguments).output
+    monkeypatch.setattr(bench.peers, "load", lambda folder: {"vllm": "1.2"})
+    out = tmp_path / "r.json"
+    done = run(*arguments, "--out", str(out))
+    assert done.exit_code == 0, done.output
+    assert "3 results checked" in done.output
+    assert "left out: sglang for LayerCase" in done.output
+    assert "WrongResultError: sglang: wrong output" in done.output
+    assert "left out: deepgemm for LayerCase(model='small', tokens=3, target_us=None): ImportError: no" in (
+        done.output
+    )
+    written = json.loads(out.read_text())
+    names = {"vllm": "1.2", "sglang": "", "grouped_mm": "", "deepgemm": "2.5"}
+    assert written["environment"]["peers"] == names
+    (row,) = written["experts"]
+    assert row["us"] == {"random": dict.fromkeys(("cupy_moe", "vllm", "grouped_mm"), 3.0)}
+    assert row["errors"].keys() == row["us"]["random"].keys()
+    assert 1e-4 < row["errors"]["cupy_moe"]["rms"] < 5e-3
+    assert row["errors"]["vllm"] == row["errors"]["cupy_moe"]
+    assert written["experts_host"].keys() == {"cupy_moe", "cupy_moe, workspace= and out=", "vllm"}
+    assert sys.modules["experts_peers"].loaded == {"moe_C": True, "sgl_ops": False}
+
+
+def test_a_peer_that_goes_wrong_later_has_no_time(made_up_times: None, experts_peers: Path) -> None:
+    found = peers.load_experts(experts_peers, {"vllm": ""})
+    operator, failures = OPERATORS["experts"], measure.Failures()
+    (row,) = measure.time_cases(operator, [SMALL], ["cupy_moe", *found], failures, 0, 1)
+    assert row["us"]["random"].keys() == {"cupy_moe", "vllm", "grouped_mm"}
+    assert (
+        failures.without(operator, found)
+        == failures.without(operator, found, SMALL)
+        == ["vllm", "grouped_mm"]
+    )
+    assert failures.without(operator, found, SMALL._replace(tokens=4)) == list(found)
+
+
+def test_calls_of_a_graph_have_other_routings(made_up_times: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    operator = Experts()
+    turns = operator.turns(SMALL, operator.inputs(SMALL, "random", 0))
+    assert len(turns) == timing.CALLS_PER_GRAPH
+    assert len({tuple(turn.routing.topk_ids.view(-1).tolist()) for turn in turns}) > 10
+    assert all(turn.weights is turns[0].weights for turn in turns)
+    bound = [operator.bind("cupy_moe", SMALL, turn) for turn in turns]
+    assert all(b.outputs[0] is bound[0].outputs[0] for b in bound)
+    for b in bound:
+        b.call()
+    results, expected = bound[-1].results(), operator.expected(SMALL, turns[-1])
+    assert operator.wrong("cupy_moe", SMALL, results, expected) == ""
+    assert operator.wrong("cupy_moe", SMALL, results, operator.expected(SMALL, turns[0])) == "output"
+    base.poison(bound[0].outputs)
+    assert operator.wrong("cupy_moe", SMALL, results, expected) == "output"
+    monkeypatch.setattr(experts, "DENSE_TOKENS", SMALL.tokens)
+    (product,) = operator.references(SMALL, turns[0]).values()
+    assert product().shape == (3 * 2, 2 * 32)  # type: ignore[attr-defined]
+
+
 def test_a_wrong_result_fails_the_run(made_up_times: None, monkeypatch: pytest.MonkeyPatch) -> None:
     def lazy(ids: torch.Tensor, block_size: int, experts: int, *, out: Any, **rest: Any) -> Any:
         out[0].copy_(real(ids, block_size, experts).sorted_token_ids)
@@ -144,10 +259,61 @@ def test_without_a_gpu_it_says_so() -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--only", "lunch"], ["--peers", "scripts"], ["--from", "/nowhere"], ["now"]]
+    "arguments",
+    [
+        ["--only", "lunch"],
+        ["--peers", "scripts"],
+        ["--experts-peers", "scripts"],
+        ["--from", "/nowhere"],
+        ["now"],
+    ],
 )
 def test_wrong_usage_is_refused(arguments: list[str]) -> None:
     assert run(*arguments).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("call_us", "turns", "calls", "rounds"),
+    [
+        (3, 1, 20, 100),
+        (300, 20, 20, 83),
+        (900, 8, 24, 23),
+        (6_000, 2, 4, 20),
+        (50_000, 2, 2, 5),
+        (9, 40, 40, 100),
+    ],
+)
+def test_long_calls_are_timed_less_often(
+    call_us: float, turns: int, calls: int, rounds: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times = iter(range(1000))
+    made: list[int] = []
+
+    class Graph:
+        def capture_begin(self) -> None:
+            made.clear()
+
+        def capture_end(self) -> None:
+            assert made == [*range(turns)] * (calls // turns)
+
+        def replay(self) -> None:
+            next(times)
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None: ...
+        def record(self) -> None: ...
+        def elapsed_time(self, end: Event) -> float:
+            return calls * call_us / 1e3
+
+    monkeypatch.setattr(timing, "eager_us", lambda call, rounds: call_us)
+    for name, fake in {
+        "CUDAGraph": Graph, "Event": Event, "Stream": MagicMock, "stream": MagicMock(),
+        "synchronize": MagicMock(), "_sleep": MagicMock(),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, fake)
+    each = [functools.partial(made.append, turn) for turn in range(turns)]
+    assert timing.gpu_us({"one": each}, 100) == {"one": pytest.approx(call_us)}
+    assert next(times) == timing.WARMUP_ROUNDS + rounds
 
 
 # ---- what is a wrong result ------------------------------------------------------------------------------
@@ -254,7 +420,7 @@ def test_tables_say_what_was_measured() -> None:
     ]  # fmt: skip
     assert len({len(line) for line in align.text().splitlines()[2:]}) == 1
     assert len(texts["The same with a cold L2"].rows) == 4
-    host = {line[0]: line[1:] for line in next(t for t in texts.values() if t.title.startswith("Host")).rows}
+    host = {line[0]: line[1:] for line in report.tables(OPERATORS["align"], result)[-1].rows}
     assert host["cupy_moe"] == ["10.0", "0.50 x", "0.6 x", "yes"]
     assert host["cupy_moe, out="] == ["8.00", "0.40 x", "0.25 x", "no"]
     assert host["vLLM, expert_map"] == ["40.0", "2.00 x", "", ""]
@@ -281,8 +447,10 @@ def test_a_case_without_a_target_may_stand_among_others() -> None:
 
 def test_pages_are_what_the_figures_say() -> None:
     results = ROOT / "scripts/results"
-    plots = {"sweep": results / "h200.svg"}
-    pages = bench.pages(json.loads((results / "h200.json").read_text()), plots)
+    result = json.loads((results / "h200.json").read_text())
+    plots = {p.ending: path for path, p in bench.pictures(result, results / "h200.json").items()}
+    assert all(path.is_file() for path in plots.values())
+    pages = bench.pages(result, plots)
     assert pages.keys() == {ROOT / "README.md", results / "README.md"}
     for path, text in pages.items():
         again = "scripts/bench --from scripts/results/h200.json --readme"
@@ -291,7 +459,7 @@ def test_pages_are_what_the_figures_say() -> None:
 
 def test_readme_has_the_telling_cases_and_the_page_has_all() -> None:
     result = made_up_result()
-    plots = {"sweep": ROOT / "scripts/results/imaginary.svg", "elsewhere": Path("/elsewhere.svg")}
+    plots = {".svg": ROOT / "scripts/results/imaginary.svg", "-roofline.svg": Path("/elsewhere.svg")}
     page, readme = (bench.pages(result, plots)[ROOT / name] for name in (report.PAGE, "README.md"))
     assert "(imaginary.svg)" in page
     assert "(scripts/results/imaginary.svg)" in readme
@@ -321,17 +489,72 @@ def test_readme_without_its_markers_is_left_alone(text: str) -> None:
         report.replace_section(text, "new")
 
 
-def test_plot_of_a_made_up_result(tmp_path: Path) -> None:
+def test_pictures_of_a_made_up_result(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    from benchmark import plot
+    result = made_up_result()
+    del result["experts"][0]["us"]["random"]["sglang"]  # what was left out
+    del result["sweep"][0]["us"]["uniform"]["vllm"]
+    written = []
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        written.append(bench.draw(result, tmp_path / name / "r.json"))
+    assert written[0].keys() == {".svg", "-experts.svg", "-roofline.svg"}
+    for ending, path in written[0].items():
+        assert path.read_bytes().startswith(b"<?xml")
+        assert path.read_bytes() == written[1][ending].read_bytes()
 
-    align = OPERATORS["align"]
-    assert align.sweep
-    for path in (tmp_path / "a.svg", tmp_path / "b.svg"):
-        plot.draw(align, align.sweep, made_up_result(), path)
-    picture = (tmp_path / "a.svg").read_bytes()
-    assert picture.startswith(b"<?xml")
-    assert picture == (tmp_path / "b.svg").read_bytes()
+
+def test_what_was_not_measured_has_no_picture(tmp_path: Path) -> None:
+    result = made_up_result()
+    del result["experts"]
+    assert [path.name for path in bench.pictures(result, tmp_path / "r.json")] == ["r.svg"]
+
+
+def test_layers_beside_the_roofline() -> None:
+    times, errors, host = report.tables(OPERATORS["experts"], made_up_result())
+    assert times.header == [
+        "model", "tokens", "cupy_moe", "vLLM", "SGLang", "faster", "target", "met", "roofline", "share",
+        "TFLOP/s", "dense",
+    ]  # fmt: skip
+    assert times.rows[0][:4] == ["Qwen3-30B", "1", "33.7", "84.3"]
+    assert times.rows[0][-4:] == ["17", "50%", "2", "-"]
+    assert [line[-3:] for line in times.rows if line[1] == "16384"] == [["50%", "395", "351"]] * 3
+    assert errors.header == ["model", "tokens", "cupy_moe", "vLLM", "SGLang"]
+    assert errors.rows[0] == ["Qwen3-30B", "1", *["1.73 / 4.20"] * 3]
+    assert len(errors.rows) == len(times.rows) == 18
+    assert "SGLang" not in str(host)
+
+
+def test_results_of_several_runs_are_merged(tmp_path: Path) -> None:
+    whole = made_up_result()
+    first = {**whole, "align": whole["align"][:3]}
+    del first["experts"]
+    row = {**whole["align"][1], "target_us": None, "us": whole["align"][0]["us"]}
+    new = {"date": "2030-01-03", "peers": {"vllm": "", "sglang": "0.5", "deepgemm": ""}}
+    second = {
+        "format": bench.FORMAT, "environment": {**ENVIRONMENT, **new}, "seed": 2, "align": [row],
+        "host": {"vllm": 21.0}, "experts": whole["experts"],
+    }  # fmt: skip
+    paths = [tmp_path / "1.json", tmp_path / "2.json"]
+    for path, part in zip(paths, (first, second), strict=True):
+        path.write_text(json.dumps(part))
+    out = tmp_path / "out.json"
+    done = run("--from", str(paths[0]), "--from", str(paths[1]), "--out", str(out))
+    assert done.exit_code == 0, done.output
+    merged = json.loads(out.read_text())
+    assert merged["align"] == bench._rounded([whole["align"][0], row, whole["align"][2]])
+    assert merged["host"] == {**whole["host"], "vllm": 21.0}
+    assert [row["tokens"] for row in merged["experts"]] == [row["tokens"] for row in whole["experts"]]
+    assert merged["sweep"] == bench._rounded(whole["sweep"])
+    assert merged["environment"]["date"] == "2030-01-02 and 2030-01-03"
+    assert merged["environment"]["driver"] == "999.1"
+    assert merged["environment"]["peers"] == {"vllm": "0.26.0", "sglang": "0.5", "deepgemm": ""}
+    second["environment"]["gpu"] = "NVIDIA Other"
+    paths[1].write_text(json.dumps(second))
+    assert (
+        "NVIDIA Imaginary 9000 and NVIDIA Other cannot"
+        in run("--from", str(paths[0]), "--from", str(paths[1])).output
+    )
 
 
 def test_peers_come_from_a_folder(tmp_path: Path) -> None:
@@ -360,7 +583,7 @@ def test_what_is_bound_is_what_is_called(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize(
     ("operator", "peer"),
-    [(op, peer) for op in bench.OPERATORS for peer in op.theirs],
+    [(op, peer) for op in bench.OPERATORS if op.section != "experts" for peer in op.theirs],
     ids=lambda value: getattr(value, "function", value),
 )
 def test_peers_are_called_by_their_name(
@@ -384,7 +607,8 @@ def test_batched_align_is_compared_to_the_last_element(monkeypatch: pytest.Monke
     )
     operator, case = AlignBatched(), BatchedCase(4, 10, 8)
     monkeypatch.setattr(operator, "cases", (case,))
-    assert measure.check([operator], ["vllm", "sglang"], seed=0) == 2 * len(operator.checked)
+    failures = measure.Failures()
+    assert measure.check([operator], ["vllm", "sglang"], 0, failures) == 2 * len(operator.checked)
     inputs = operator.inputs(case, "random", 0)
     bound, expected = operator.bind("vllm", case, inputs), operator.expected(case, inputs)
     bound.call()

@@ -9,7 +9,7 @@ measure.py     checks and times of any operator
 timing.py      microseconds on the GPU and on the host
 peers.py       the libraries to compare with
 report.py      tables for the terminal and for the two pages
-plot.py        time over size
+plot.py        pictures of times
 """
 
 from __future__ import annotations

@@ -14,8 +14,8 @@ from cupy_moe.cpu import align as cpu
 from cupy_moe.plans.align import ALIGN_KERNELS, aligned_sizes
 from cupy_moe.plans.base import ceil_div
 
-from . import base
-from .base import FORCED, Bound, Host, Kernels, Operator, Results, Sweep, empty, unequal
+from . import base, plot
+from .base import FORCED, Bound, Host, Kernels, Operator, Picture, Results, Sweep, empty, unequal
 from .timing import Call
 
 OUTPUTS = ("sorted_token_ids", "expert_ids", "num_tokens_post_pad")
@@ -131,9 +131,16 @@ class Align(Operator):
     quick = True
     times_torch = True
     kernels = Kernels("kernels", ALIGN_KERNELS)
-    sweep = Sweep(
-        "sweep", sweep(), "experts", ("tokens", "topk"),
-        f"ids (tokens x topk); blocks of {SWEEP_BLOCK_SIZE}", ".svg",
+    sweep = Sweep("sweep", sweep())
+    pictures = (
+        Picture(
+            "sweep", ".svg", f"GPU time of {function} over its size",
+            functools.partial(
+                plot.over_size, panel="experts", x=("tokens", "topk"),
+                x_label=f"ids (tokens x topk); blocks of {SWEEP_BLOCK_SIZE}",
+                y_label=f"{function}, GPU time of a call, us",
+            ),
+        ),
     )  # fmt: skip
     host = Host(
         "host", f"{HOST.tokens} x {HOST.topk}, {HOST.experts} experts", host_calls,

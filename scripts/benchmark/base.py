@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +12,9 @@ import torch
 from . import peers
 from .timing import Call
 
-Row = dict[str, Any]  # a case's fields, and "us": kind of inputs -> contender -> microseconds
+# A case's fields, "us": kind of inputs -> contender -> microseconds, and "errors", if measured: contender ->
+# measure -> how far off.
+Row = dict[str, Any]
 Results = tuple[torch.Tensor, ...]
 OURS, TORCH = "cupy_moe", "torch"
 FORCED = "kernel "  # begins the names of contenders that are one kernel of ours
@@ -39,14 +42,19 @@ class Kernels(NamedTuple):
 
 
 class Sweep(NamedTuple):
-    """Many sizes, for a picture: time over the product of `x`, a panel for each value of `panel`."""
+    """Many sizes, for a picture."""
 
     section: str
     cases: Sequence[Any]
-    panel: str
-    x: Sequence[str]
-    x_label: str
-    ending: str  # of the picture's name, after that of the JSON file
+
+
+class Picture(NamedTuple):
+    """Of a section's rows."""
+
+    section: str
+    ending: str  # of its name, after that of the JSON file
+    text: str  # for those who do not see it
+    draw: Callable[[list[Row], dict[str, Any], Path], None]  # of the rows and the whole result
 
 
 class Host(NamedTuple):
@@ -77,6 +85,7 @@ class Operator(ABC):
     kernels: Kernels | None = None
     sweep: Sweep | None = None
     host: Host | None = None
+    pictures: Sequence[Picture] = ()
 
     title: str  # of its table
     columns: Mapping[str, Sequence[str]]  # heading -> fields of the case
@@ -100,6 +109,18 @@ class Operator(ABC):
     def wrong(self, contender: str, case: Any, results: Results, expected: Any) -> str:
         """Which of the results are wrong; "" if none is."""
 
+    def turns(self, case: Any, inputs: Any) -> Sequence[Any]:
+        """Inputs that the calls of a graph take in turn, `inputs` first."""
+        return [inputs]
+
+    def references(self, case: Any, inputs: Any) -> Mapping[str, Call]:
+        """What else is timed beside the contenders: something smaller, whose results nobody compares."""
+        return {}
+
+    def errors(self, case: Any, results: Results, expected: Any) -> dict[str, float]:
+        """How far off right results are, by several measures; none where they are the same to the bit."""
+        return {}
+
     def is_timed_cold(self, case: Any) -> bool:
         """Whether the case is timed with a cold L2, too; its inputs have to be one tensor, a row a token."""
         return False
@@ -117,7 +138,7 @@ class Operator(ABC):
 
 
 class WrongResultError(Exception):
-    """A contender gave a wrong result, or crashed, so no times of this run are worth anything."""
+    """A contender gave a wrong result, or crashed. If we did, no times of this run are worth anything."""
 
 
 def poison(outputs: Sequence[torch.Tensor]) -> None:

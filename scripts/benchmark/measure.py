@@ -2,18 +2,44 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import click
 import torch
 
 from . import base, timing
-from .base import COLD, FORCED, OURS, TORCH, Bound, Operator, Row, WrongResultError, finish, poison
+from .base import COLD, FORCED, OURS, TORCH, Bound, Operator, Results, Row, WrongResultError, finish, poison
 
 
-def check(operators: Iterable[Operator], found: Sequence[str], seed: int) -> int:
-    """Compare every contender with the specification on every kind of inputs; returns how many times."""
+class Failures:
+    """Peers that gave wrong results or none, and in which cases. What we do wrong is not among them."""
+
+    def __init__(self) -> None:
+        self._seen: set[tuple[str, Any, str]] = set()
+
+    @contextlib.contextmanager
+    def leaving_out(self, operator: Operator, case: Any, contender: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # a library may fail in any way
+            if contender not in operator.theirs:
+                raise
+            self._seen.add((operator.section, case, contender))
+            click.echo(f"left out: {contender} for {case}: {type(error).__name__}: {str(error)[:300]}")
+
+    def without(self, operator: Operator, contenders: Iterable[str], case: Any = None) -> list[str]:
+        """Those that did not fail in this case, or in none."""
+        failed = {
+            name for section, c, name in self._seen if section == operator.section and case in (None, c)
+        }
+        return [name for name in contenders if name not in failed]
+
+
+def check(operators: Iterable[Operator], found: Sequence[str], seed: int, failures: Failures) -> int:
+    """Compare every contender with the specification on every kind of inputs; returns how many are right."""
     done = 0
     for operator in operators:
         everyone = operator.contenders(found)
@@ -23,17 +49,18 @@ def check(operators: Iterable[Operator], found: Sequence[str], seed: int) -> int
                 expected = operator.expected(case, inputs)
                 contenders = [OURS] if kind in operator.ours_only else everyone
                 for contender in (*contenders, *_able_kernels(operator, case, inputs)):
-                    bound = operator.bind(contender, case, inputs)
-                    poison(bound.outputs)
-                    bound.call()
-                    finish(contender)
-                    verify(operator, contender, case, kind, bound, expected)
-                    done += 1
+                    with failures.leaving_out(operator, case, contender):
+                        bound = operator.bind(contender, case, inputs)
+                        poison(bound.outputs)
+                        bound.call()
+                        finish(contender)
+                        verify(operator, contender, case, kind, bound.results(), expected)
+                        done += 1
     return done
 
 
-def verify(operator: Operator, contender: str, case: Any, kind: str, bound: Bound, expected: Any) -> None:
-    if problem := operator.wrong(contender, case, bound.results(), expected):
+def verify(operator: Operator, contender: str, case: Any, kind: str, results: Results, expected: Any) -> None:
+    if problem := operator.wrong(contender, case, results, expected):
         raise WrongResultError(f"{contender}: wrong {problem} for {case}, {kind} inputs")
 
 
@@ -58,6 +85,7 @@ def time_cases(
     operator: Operator,
     cases: Iterable[Any],
     contenders: Sequence[str],
+    failures: Failures,
     seed: int,
     replays: int,
     more: bool = False,
@@ -66,18 +94,31 @@ def time_cases(
     rows = []
     for case in cases:
         us: dict[str, dict[str, float]] = {}
+        errors: dict[str, dict[str, float]] = {}
         for kind in operator.timed:
             inputs = operator.inputs(case, kind, seed)
-            bound = {name: operator.bind(name, case, inputs) for name in contenders}
-            us[kind] = timing.gpu_us({name: [b.call] for name, b in bound.items()}, replays)
-            expected = operator.expected(case, inputs)
-            for name, b in bound.items():  # what replays leave has to be right as well
-                verify(operator, name, case, kind, b, expected)
+            turns = operator.turns(case, inputs)
+            bound: dict[str, list[Bound]] = {}
+            for name in failures.without(operator, contenders, case):
+                with failures.leaving_out(operator, case, name):
+                    bound[name] = [operator.bind(name, case, turn) for turn in turns]
+            references = operator.references(case, inputs)
+            calls = {name: [b.call for b in bounds] for name, bounds in bound.items()}
+            times = timing.gpu_us({**calls, **{name: [call] for name, call in references.items()}}, replays)
+            expected = operator.expected(case, turns[-1])
+            for name, bounds in bound.items():  # what replays leave has to be right as well
+                with failures.leaving_out(operator, case, name):
+                    results = bounds[-1].results()
+                    verify(operator, name, case, kind, results, expected)
+                    if far := operator.errors(case, results, expected):
+                        errors[name] = far
+            right = *failures.without(operator, bound, case), *references
+            us[kind] = {name: times[name] for name in right}
             if more and operator.times_torch and kind == operator.timed[0]:
                 us[kind][TORCH] = timing.eager_us(lambda: operator.expected(case, inputs), replays)  # noqa: B023
         if more and operator.is_timed_cold(case):
-            us[COLD] = _cold_us(operator, case, contenders, seed, replays)
-        rows.append({**case._asdict(), "us": us})
+            us[COLD] = _cold_us(operator, case, failures.without(operator, contenders, case), seed, replays)
+        rows.append({**case._asdict(), "us": us, **({"errors": errors} if errors else {})})
     return rows
 
 
@@ -99,7 +140,7 @@ def time_kernels(operator: Operator, seed: int, replays: int) -> list[Row]:
     kind, rows = operator.timed[0], []
     for case in operator.cases:
         able = _able_kernels(operator, case, operator.inputs(case, kind, seed))
-        for row in time_cases(operator, [case], [OURS, *able], seed, replays):
+        for row in time_cases(operator, [case], [OURS, *able], Failures(), seed, replays):
             us = {name.removeprefix(FORCED): us for name, us in row["us"][kind].items()}
             rows.append({**row, "us": {kind: us}})
     return rows

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import importlib
 import runpy
+import sys
+from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,14 @@ INSTALLED = {
     "sglang": (("sglang-kernel", "sgl-kernel"), ("sgl_kernel",), "sgl_kernel"),
 }
 EVERY_VERSION_HAS = "moe_align_block_size"
+# Peer -> its adapter in experts_peers.py.
+EXPERTS = {
+    "vllm": "vllm", "sglang": "sglang", "sglang_fused": "sglang_fused", "grouped_mm": "torch",
+    "deepgemm": "deepgemm", "triton_kernels": "triton_kernels",
+}  # fmt: skip
+
+# (problem, routing) -> {"layer": call}; filled by load_experts().
+adapters: dict[str, Callable[[Any, Any], Mapping[str, Callable[[], torch.Tensor]]]] = {}
 
 
 def load(folder: Path | None) -> dict[str, str]:
@@ -37,6 +47,22 @@ def load(folder: Path | None) -> dict[str, str]:
         if function(name, EVERY_VERSION_HAS) is not None:
             found[name] = next(filter(None, map(_version, distributions)), "")
     return found
+
+
+def load_experts(folder: Path, found: Mapping[str, str]) -> dict[str, str]:
+    """Make whole layers of the peers usable, beside the operators found; returns all names and versions.
+
+    A folder has an `experts_peers.py` with ADAPTERS, which make a call of the sizes, tensors and routing of a
+    layer; `loaded` is told which libraries are there. Whether a peer runs here shows when it is called.
+    """
+    sys.path.insert(0, str(folder))
+    module = importlib.import_module("experts_peers")
+    module.loaded.update(moe_C="vllm" in found, sgl_ops="sglang" in found)
+    adapters.update(
+        (peer, module.ADAPTERS[name]) for peer, name in EXPERTS.items() if name in module.ADAPTERS
+    )
+    versions = getattr(module, "VERSIONS", {})
+    return {**{peer: versions.get(peer, "") for peer in adapters}, **found}
 
 
 def function(peer: str, name: str) -> Any:

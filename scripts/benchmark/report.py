@@ -11,7 +11,10 @@ from .base import COLD, OURS, TORCH, Host, Operator, Row
 WIDTH = 118
 PAGE = "scripts/results/README.md"
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
-NAMES = {"vllm": "vLLM", "sglang": "SGLang", TORCH: "PyTorch"}
+NAMES = {
+    "vllm": "vLLM", "sglang": "SGLang", "sglang_fused": "SGLang with fused SwiGLU", "deepgemm": "DeepGEMM",
+    TORCH: "PyTorch",
+}  # fmt: skip
 
 
 class Table(NamedTuple):
@@ -42,6 +45,8 @@ def tables(operator: Operator, result: dict[str, Any]) -> list[Table]:
         found.append(_times(operator, rows, result))
         if cold := [row for row in rows if COLD in row["us"]]:
             found.append(_compared("The same with a cold L2", operator, cold, COLD, result))
+        if erring := [row for row in rows if "errors" in row]:
+            found.append(_errors(operator, erring, result))
     if operator.kernels and (rows := result.get(operator.kernels.section)):
         found.append(_kernels(operator, rows))
     if operator.host and (us := result.get(operator.host.section)):
@@ -70,9 +75,23 @@ def _compared(title: str, operator: Operator, rows: list[Row], kind: str, result
     lines = []
     for row in rows:
         us = row["us"][kind]
-        faster = _ratio(_best_other(us, result), us[OURS])
+        faster = _ratio(best_other(us, result), us[OURS])
         lines.append([*_shape(operator, row), *_us_cells(us, [OURS, *names]), faster])
-    return Table(title, [*operator.columns, OURS, *(NAMES[name] for name in names), "faster"], lines)
+    return Table(
+        title, [*operator.columns, OURS, *(NAMES.get(name, name) for name in names), "faster"], lines
+    )
+
+
+def _errors(operator: Operator, rows: list[Row], result: dict[str, Any]) -> Table:
+    names = [n for n in (OURS, *_peers(result)) if any(n in row["errors"] for row in rows)]
+    measures = list(rows[0]["errors"][OURS])
+    lines = []
+    for row in rows:
+        errors = [row["errors"].get(name) for name in names]
+        cells = [" / ".join(f"{1000 * e[m]:.2f}" for m in measures) if e else "-" for e in errors]
+        lines.append([*_shape(operator, row), *cells])
+    title = f"Error in thousandths, {' / '.join(measures)}"
+    return Table(title, [*operator.columns, *(NAMES.get(name, name) for name in names)], lines)
 
 
 def _kernels(operator: Operator, rows: list[Row]) -> Table:
@@ -110,7 +129,7 @@ def _peers(result: dict[str, Any]) -> list[str]:
     return list(result["environment"]["peers"])
 
 
-def _best_other(us: dict[str, float], result: dict[str, Any]) -> float | None:
+def best_other(us: dict[str, float], result: dict[str, Any]) -> float | None:
     return min((us[peer] for peer in _peers(result) if peer in us), default=None)
 
 
@@ -137,7 +156,7 @@ def _us_cells(us: dict[str, float], names: list[str]) -> list[str]:
 def conditions(result: dict[str, Any]) -> str:
     """Where and when the figures come from."""
     e = result["environment"]
-    peers = [f"{NAMES[name]} {version}".strip() for name, version in e["peers"].items()]
+    peers = [f"{NAMES.get(name, name)} {version}".strip() for name, version in e["peers"].items()]
     parts = [
         e["gpu"], f"driver {e['driver']}", f"CUDA {e['cuda']}", f"torch {e['torch']}", f"CuPy {e['cupy']}",
         f"NVRTC {e['nvrtc']}", f"cupy_moe {e['cupy_moe']}", *peers, e["date"],
@@ -152,7 +171,7 @@ def floor(result: dict[str, Any]) -> str:
 
 
 def page(operators: Sequence[Operator], result: dict[str, Any], pictures: Mapping[str, str]) -> str:
-    """All tables. `pictures` are those of the sweeps, by section, as the page refers to them."""
+    """All tables. `pictures` are there by their ending, as the page refers to them."""
     paragraphs = [
         "# Times of the operators",
         _filled(
@@ -160,14 +179,14 @@ def page(operators: Sequence[Operator], result: dict[str, Any], pictures: Mappin
             f" it times any, and replaces this page. {conditions(result)} {floor(result)}"
         ),
         _filled(
-            "GPU times are medians over replays of a CUDA graph of 20 calls, warm L2, all libraries in turn"
-            " in one process. PyTorch's is that of the specification, called eagerly: from its start to its"
-            ' end on the GPU. "faster" is against the best other library, PyTorch aside. Targets are for an'
-            " H200."
+            "GPU times are medians over replays of a CUDA graph of 20 calls, or fewer long ones, warm L2, all"
+            " libraries in turn in one process. PyTorch's is that of the specification, called eagerly: from"
+            ' its start to its end on the GPU. "faster" is against the best other library, PyTorch aside.'
+            " Targets are for an H200."
         ),
     ]
     for operator in operators:
-        parts = [*_picture(operator, pictures), *(t.markdown() for t in tables(operator, result))]
+        parts = [*_images(operator, pictures), *(t.markdown() for t in tables(operator, result))]
         if parts:
             paragraphs += [
                 f"## {operator.function}",
@@ -180,20 +199,20 @@ def page(operators: Sequence[Operator], result: dict[str, Any], pictures: Mappin
 def readme_section(operators: Sequence[Operator], result: dict[str, Any], pictures: Mapping[str, str]) -> str:
     """The pictures, and one table of the most telling cases."""
     intro = (
-        'Times of a call on the GPU, measured beside the other libraries in one process; "faster" is against'
-        f" the best of them. The full tables, and how they are measured, are in `{PAGE}`."
+        f"Times of a call on the GPU, all in one process; all tables, and how they are measured: `{PAGE}`."
     )
     lines = []
     for operator in operators:
         for row in result.get(operator.section, ()):
             if any(_is_of(row, case) for case in operator.telling):
                 us = next(iter(row["us"].values()))
-                best = _best_other(us, result)
+                best = best_other(us, result)
                 cells = [f"`{operator.function}`", operator.size.format_map(row), _us(us[OURS]), _us(best)]
                 lines.append([*cells, _ratio(best, us[OURS])])
     table = Table("", ["operator", "size", f"{OURS}, us", "best other, us", "faster"], lines, 2)
-    images = [image for operator in operators for image in _picture(operator, pictures)]
-    return "\n\n".join([_filled(conditions(result)), *images, _filled(intro), table.markdown()])
+    images = "\n".join(image for operator in operators for image in _images(operator, pictures))
+    parts = _filled(conditions(result)), images, _filled(intro), table.markdown()
+    return "\n\n".join(filter(None, parts))
 
 
 def _is_of(row: Row, case: Any) -> bool:
@@ -201,10 +220,8 @@ def _is_of(row: Row, case: Any) -> bool:
     return all(row.get(field) == size for field, size in case._asdict().items() if field != "target_us")
 
 
-def _picture(operator: Operator, pictures: Mapping[str, str]) -> list[str]:
-    if operator.sweep is None or operator.sweep.section not in pictures:
-        return []
-    return [f"![GPU time of {operator.function} over its size]({pictures[operator.sweep.section]})"]
+def _images(operator: Operator, pictures: Mapping[str, str]) -> list[str]:
+    return [f"![{p.text}]({pictures[p.ending]})" for p in operator.pictures if p.ending in pictures]
 
 
 def _filled(text: str) -> str:

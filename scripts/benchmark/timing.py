@@ -14,6 +14,8 @@ import torch
 Call = Callable[[], object]
 CALLS_PER_GRAPH = 20
 WARMUP_ROUNDS = 3
+# Of long calls, fewer do: in a graph once they take this long together, and in rounds.
+GRAPH_US, CONTENDER_US, MIN_ROUNDS = 20_000, 500_000, 5
 # About 0.5 ms of idling on the GPU, longer than the host takes to queue one round behind it. Without it the
 # gap between the first event and a graph that is not yet there counts as the graph's time.
 BACKLOG_CYCLES = 1_000_000
@@ -21,9 +23,13 @@ BACKLOG_CYCLES = 1_000_000
 
 def gpu_us(contenders: Mapping[str, Sequence[Call]], replays: int) -> dict[str, float]:
     """Time of a call of each contender; several calls differ in their inputs, and are made in turn."""
-    graphs = {name: _capture(calls) for name, calls in contenders.items()}
+    slowest_us = max(eager_us(calls[0], 1) for calls in contenders.values())
+    length = min(CALLS_PER_GRAPH, int(GRAPH_US / slowest_us))
+    graphs = {name: _capture(calls, length) for name, calls in contenders.items()}
+    longest_us = slowest_us * max(num_calls for _, num_calls in graphs.values())
+    rounds = min(replays, max(MIN_ROUNDS, int(CONTENDER_US / longest_us)))
     times: dict[str, list[float]] = {name: [] for name in graphs}
-    for _ in range(WARMUP_ROUNDS + replays):
+    for _ in range(WARMUP_ROUNDS + rounds):
         events = {name: [torch.cuda.Event(enable_timing=True) for _ in range(2)] for name in graphs}
         torch.cuda._sleep(BACKLOG_CYCLES)
         for name, (graph, _) in graphs.items():
@@ -36,9 +42,9 @@ def gpu_us(contenders: Mapping[str, Sequence[Call]], replays: int) -> dict[str, 
     return {name: statistics.median(values[WARMUP_ROUNDS:]) for name, values in times.items()}
 
 
-def _capture(calls: Sequence[Call]) -> tuple[torch.cuda.CUDAGraph, int]:
-    """A graph of the calls, repeated until there are enough of them, and how many there are."""
-    repeated = list(calls) * -(-CALLS_PER_GRAPH // len(calls))
+def _capture(calls: Sequence[Call], length: int) -> tuple[torch.cuda.CUDAGraph, int]:
+    """A graph of the calls, repeated until there are `length` of them or more, and how many there are."""
+    repeated = list(calls) * max(1, -(-length // len(calls)))
     for call in calls:
         call()  # what happens only once, such as loading, cannot be captured
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
