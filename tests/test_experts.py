@@ -57,12 +57,18 @@ class Layer(NamedTuple):
         return fused_experts(**placed, **self.options, **more)
 
 
-def layer(seed: int, most_tokens: int = 40) -> Layer:
+def layer(seed: int, most_tokens: int = 40, **given: Any) -> Layer:
     pick = random.Random(seed)
     torch.manual_seed(seed)
-    tokens, topk = pick.choice((1, 2, 5, 17, most_tokens)), pick.choice((1, 2, 3, 8))
-    experts, hidden = pick.choice((1, 2, 5, 8, 33)), pick.choice((8, 16, 64, 72, 136, 200))
-    inner, dtype = pick.choice((8, 24, 64, 120)), pick.choice((torch.bfloat16, torch.float16))
+    sizes = {
+        "tokens": pick.choice((1, 2, 5, 17, most_tokens)),
+        "topk": pick.choice((1, 2, 3, 8)),
+        "experts": pick.choice((1, 2, 5, 8, 33)),
+        "hidden": pick.choice((8, 16, 64, 72, 136, 200)),
+        "inner": pick.choice((8, 24, 64, 120)),
+    }
+    tokens, topk, experts, hidden, inner = (given.get(name, size) for name, size in sizes.items())
+    dtype = pick.choice((torch.bfloat16, torch.float16))
     activation = ACTIVATIONS[seed % len(ACTIVATIONS)]
     rows = 2 * inner if activation in cpu.GATED else inner
 
@@ -201,14 +207,24 @@ def planned(num_pairs: int, num_experts: int = 128, limits: Any = H200, kernel: 
 
 def test_a_few_pairs_take_the_direct_way() -> None:
     most = plans.DIRECT_MAX_PAIRS
-    for limits in (A100, RTX4090, H200, B200):
-        assert [planned(n, limits=limits).kernel == "direct" for n in (1, most, most + 1)] == [True, True, False]
+    for limits in (A100, H200, B200):
+        takes = [planned(n, limits=limits).kernel == "direct" for n in (1, most, most + 1)]
+        assert takes == [True, True, False]
         # Not where groups of an expert would read its weights again.
         assert [planned(n, 8, limits).kernel == "direct" for n in (32, 33)] == [True, False]
         with pytest.raises(ValueError, match="kernel='direct': too many pairs"):
             planned(most + 1, limits=limits, kernel="direct")
     long = plan_experts(128, 128, 128, 2048, 16_384, "bf16", True, H200)  # parts of 16 segments: too much
     assert long.kernel == "wgmma"
+    assert planned(1, limits=RTX4090).kernel == "mma_16"  # less shared memory than the stages take
+
+
+def test_direct_takes_what_shared_memory_has_room_for() -> None:
+    first, second = planned(128).products
+    needed = second.shared_bytes + plans.DIRECT_STATIC_BYTES
+    assert first.shared_bytes < second.shared_bytes
+    chosen = [planned(128, limits=A100._replace(shared_bytes=needed + more)).kernel for more in (-1, 0, 1)]
+    assert chosen == ["mma_16", "direct", "direct"]
 
 
 def test_tiles_have_about_as_many_rows_as_an_expert() -> None:
@@ -263,6 +279,8 @@ def test_entry_points_exist(everything: Everything) -> None:
             for gated in (True, False):
                 if name == "wgmma" and target != "sm_90a":
                     continue
+                if name == "direct" and limits is RTX4090:  # whose shared memory has no room for it
+                    continue
                 plan = plan_experts(100, 8, 8, 64, 64, "f16", gated, limits, name)
                 kernels = built.get((plan.products[0].unit, target))
                 if kernels is None:  # sm_90a has wgmma alone
@@ -304,16 +322,69 @@ def test_emulated_kernels(arch: int) -> None:
         assert all(close(result, call(lambda tensor: tensor)) for result in results), seed
 
 
+def of_tokens(call: Layer, tokens: list[int]) -> Layer:
+    """The same call of these tokens alone."""
+    theirs = {"hidden_states", "topk_weights", "topk_ids", "shared_output"}
+    return call._replace(tensors={n: t[tokens] if n in theirs else t for n, t in call.tensors.items()})
+
+
+FEW_SMS = A100._replace(num_sms=3)  # so that a block has several pieces, and several columns of the sum
+
+
+@needs_compiler
+@pytest.mark.parametrize("more", [-8, 0, 8, 1080])
+def test_emulated_direct_with_segments(more: int) -> None:
+    inner = plans.DIRECT_SEGMENT + more
+    for seed in range(4):
+        call = layer(seed, tokens=5, topk=2, experts=3, hidden=136, inner=inner)
+        with Emulator(FEW_SMS, 80, seed)() as device:
+            result = call(device.tensor, kernel="direct")
+        assert close(result, call(lambda tensor: tensor)), seed
+
+
+@needs_compiler
+@pytest.mark.parametrize("pairs", [7, 8, 9, 16, 17, 31, 33, 64, 127, 128])
+def test_emulated_direct_with_groups(pairs: int) -> None:
+    """Of one expert, then of several: a group has up to 8 pairs, a warp looks at 32."""
+    for experts in (1, 2, 40):
+        call = layer(pairs, tokens=pairs, topk=1, experts=experts, hidden=24, inner=72)
+        with Emulator(FEW_SMS, 80, pairs)() as device:
+            result = call(device.tensor, kernel="direct")
+        assert close(result, call(lambda tensor: tensor)), experts
+
+
+@needs_compiler
+def test_ids_whose_lower_halves_are_experts() -> None:
+    call = layer(3, tokens=4, topk=2, experts=3, hidden=24, inner=24)
+    call.tensors["topk_ids"] = torch.tensor([[0, 1], [2**32, 2**33 + 1], [2, 2**63 - 2**32], [2**32 + 2, 0]])
+    with Emulator(A100, 80)() as device:
+        results = [call(device.tensor, kernel=name) for name in ("direct", "mma_16")]
+    assert all(close(result, call(lambda tensor: tensor)) for result in results)
+
+
 @needs_compiler
 def test_a_row_has_the_same_bits_in_every_batch_and_tile() -> None:
-    call = layer(8, 17)
+    """Of direct, too, as long as there is one segment."""
+    for seed in range(8):
+        call = layer(seed, tokens=9, topk=3, experts=4)
+        with Emulator(FEW_SMS, 80, seed)() as device:
+            results = {name: call(device.tensor, kernel=name) for name in ("direct", *MMA)}
+            for name in ("direct", "mma_32"):
+                for tokens in ([3], [8, 3, 0], [4, 3, 2, 1, 5]):
+                    part = of_tokens(call, tokens)(device.tensor, kernel=name)
+                    assert torch.equal(part, results[name][tokens]), f"{seed=} {name=}"
+        for name, result in results.items():
+            assert torch.equal(result, results["mma_16"]), f"{seed=} {name=}"
+
+
+@needs_compiler
+def test_a_row_of_segments_has_the_same_bits_in_every_batch_and_on_every_device() -> None:
+    call = layer(1, tokens=10, topk=2, experts=2, hidden=72, inner=1536)
     with Emulator(A100, 80)() as device:
-        results = [call(device.tensor, kernel=name) for name in MMA]
-        one = {"hidden_states", "topk_weights", "topk_ids", "shared_output"}
-        alone = {name: t[3:4] if name in one else t for name, t in call.tensors.items()}
-        if len(call.tensors["hidden_states"]) > 3:
-            assert torch.equal(Layer(alone, call.options)(device.tensor)[0], results[0][3])
-    assert all(torch.equal(result, results[0]) for result in results)
+        whole = call(device.tensor, kernel="direct")
+    with Emulator(FEW_SMS._replace(num_sms=1), 80, 1)() as device:
+        for tokens in ([3], [9, 3, 0], list(range(10))):
+            assert torch.equal(of_tokens(call, tokens)(device.tensor, kernel="direct"), whole[tokens])
 
 
 @needs_compiler

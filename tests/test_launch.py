@@ -48,9 +48,12 @@ class Driver:
             raise Refused(self.refusals.pop(0))
         *launch, address, extra = arguments
         assert extra == 0
+        self.give(address)
+        self.launches.append(tuple(launch))
+
+    def give(self, address: int) -> None:
         (memory,) = (ctypes.c_void_p * 1).from_address(address)
         self.given.append(struct.unpack("@4P2I", ctypes.string_at(memory or 0, 40)))
-        self.launches.append(tuple(launch))
 
 
 @pytest.fixture
@@ -61,6 +64,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
     runtime = SimpleNamespace(setDevice=driver.devices.append)
     monkeypatch.setattr(_cupy, "cupy", SimpleNamespace(cuda=SimpleNamespace(driver=driver, runtime=runtime)))
     monkeypatch.setattr(modules, "function", lambda device, unit, entry: 4242)
+    monkeypatch.setattr(modules, "has_clusters", lambda device: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(launch, "_current_stream", lambda device: 99)
     monkeypatch.setattr(launch, "_pool", [])
@@ -170,6 +174,100 @@ def test_all_that_is_remembered_of_calls_takes_less_than_20_mb(
     for cache in caches:
         cache.cache_clear()
     assert 2e6 < after - before < 20e6
+
+
+# ---- launches that overlap
+
+
+class LaunchAttribute(ctypes.Structure):
+    """CUlaunchAttribute of cuda.h, with the one of its values that is used."""
+
+    _fields_ = (("id", ctypes.c_uint), ("pad", ctypes.c_char * 4), ("value", ctypes.c_int * 16))
+
+
+class LaunchConfig(ctypes.Structure):
+    """CUlaunchConfig of cuda.h."""
+
+    _fields_ = (
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared_bytes", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.c_void_p),
+        ("num_attributes", ctypes.c_uint),
+    )
+
+
+PROGRAMMATIC_STREAM_SERIALIZATION = 6  # of CUlaunchAttributeID
+OVERLAPPING = PLAN._replace(overlaps=True)
+
+
+class Library:
+    """What of libcuda is called by its address, and reads what it is given as C does."""
+
+    def __init__(self, driver: Driver) -> None:
+        self.driver = driver
+        self.launches: list[tuple[int, bytes, bytes]] = []  # function, configuration, attributes
+        self.cuLaunchKernelEx = ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_void_p] * 4)(self.launch)
+
+    def launch(self, config: int, function: int, pointers: int, extra: int | None) -> int:
+        if self.driver.refusals:
+            return self.driver.refusals.pop(0)
+        described = LaunchConfig.from_address(config)
+        size = described.num_attributes * ctypes.sizeof(LaunchAttribute)
+        attributes = ctypes.string_at(described.attributes or 0, size)
+        described = LaunchConfig.from_buffer_copy(described)
+        described.attributes = None  # which lie anywhere
+        self.launches.append((function, bytes(described), attributes))
+        assert extra is None
+        self.driver.give(pointers)
+        return 0
+
+
+@pytest.fixture
+def library(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> Iterator[Library]:
+    library = Library(driver)
+    libraries = {"libcuda.so.1": library}
+    monkeypatch.setattr(launch, "ctypes", SimpleNamespace(**{**vars(ctypes), "CDLL": libraries.__getitem__}))
+    monkeypatch.setattr(modules, "has_clusters", lambda device: device != 1)
+    launch._launch_ex.cache_clear()
+    yield library
+    launch._launch_ex.cache_clear()
+
+
+def overlapping(device: int = 0) -> Callable[..., None]:
+    return launch.bind(OVERLAPPING, device, 4, struct.pack("@2I", 7, 8))
+
+
+def test_a_launch_that_overlaps_is_described_byte_for_byte(library: Library) -> None:
+    assert (ctypes.sizeof(LaunchConfig), ctypes.sizeof(LaunchAttribute)) == (56, 72)
+    overlapping()(10, 20, 30, 40)
+    config = LaunchConfig((3, 1, 1), (64, 1, 1), 128, 99, None, 1)
+    attribute = LaunchAttribute(PROGRAMMATIC_STREAM_SERIALIZATION, b"", (1,))
+    assert library.launches == [(4242, bytes(config), bytes(attribute))]
+    assert library.driver.given == [(10, 20, 30, 40, 7, 8)]
+    assert library.driver.launches == []
+
+
+def test_only_plans_and_devices_that_can_overlap(library: Library) -> None:
+    overlapping(device=1)(10, 20, 30, 40)  # has no clusters
+    bind(7, 8)(10, 20, 30, 40)
+    assert library.launches == []
+    assert [launched[0] for launched in library.driver.launches] == [4242, 4242]
+
+
+def test_a_refused_launch_that_overlaps_names_the_kernel(library: Library) -> None:
+    library.driver.refusals = [912]
+    with pytest.raises(KernelLaunchError, match="tiny/tiny_add on device 2, 3 blocks: CUDA_ERROR_912"):
+        overlapping(device=2)(10, 20, 30, 40)
+    assert library.launches == []
+
+
+def test_a_launch_that_overlaps_gets_a_context_too(library: Library) -> None:
+    library.driver.refusals = [launch._INVALID_CONTEXT]
+    overlapping(device=3)(10, 20, 30, 40)
+    assert library.driver.devices == [3]
+    assert library.driver.given == [(10, 20, 30, 40, 7, 8)]
 
 
 # ---- a real one

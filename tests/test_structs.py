@@ -14,10 +14,12 @@ import cupy_moe.ops
 from cupy_moe.cuda import structs
 from cupy_moe.cuda.structs import ArgumentStruct
 from cupy_moe.images import sources, targets
-from cupy_moe.operators import align, gate
+from cupy_moe.operators import align, experts, gate
 from cupy_moe.plans import align as align_plans
 from cupy_moe.plans import base
+from cupy_moe.plans import experts as experts_plans
 from cupy_moe.plans import gate as gate_plans
+from cupy_moe.plans import moe_sum as sum_plans
 
 FOLDER = sources.source_folder()
 FILES = {str(path.relative_to(FOLDER)): path.read_text() for path in FOLDER.rglob("*.cu*")}
@@ -118,6 +120,7 @@ def camel(name: str) -> str:
         ("align/align.cuh", align.MapMode),
         ("gate/gate.cuh", gate.ElementType),
         ("gate/gate.cuh", gate.Scoring),
+        ("experts/experts.cuh", experts.Activation),
     ],
 )
 def test_enums_have_the_names_and_values_of_the_source(file: str, enumeration: type[enum.IntEnum]) -> None:
@@ -203,3 +206,110 @@ def test_gate_wide_has_the_words_that_are_planned() -> None:
     assert "u32* group_keys = keys + num_experts;" in source
     assert "u32* winners = group_keys + args.num_groups;" in source
     assert "reinterpret_cast<float*>(winners + args.topk)" in source
+
+
+# ---- the experts
+
+
+def constants_of(unit: str) -> dict[str, int]:
+    """All of a unit of the experts and of what it includes."""
+    values: dict[str, int] = {}
+    for file in ("common.cuh", "experts/experts.cuh", f"experts/{unit}.cu"):
+        for declaration in re.findall(r"^constexpr u32 (.*?);", without_comments(FILES[file]), re.MULTILINE):
+            for name, _, value in (part.partition(" = ") for part in declaration.split(", ")):
+                values[name] = int(eval(re.sub(r"u\b", "", value).replace("/", "//"), {}, values))
+    return values
+
+
+def struct_bytes(unit: str, name: str) -> int:
+    """sizeof of a struct of words, barriers and arrays of them."""
+    barrier = re.search(r"struct Barrier \{(.*?);", FILES["hopper.cuh"], re.DOTALL)
+    assert barrier
+    assert barrier[1].split() == ["u64", "word"]
+    sizes, offset, alignment = {"u32": 4, "Barrier": 8}, 0, 1
+    for kind, field in fields_of(f"experts/{unit}.cu:{name}"):
+        offset = base.round_up(offset, sizes[kind])
+        alignment = max(alignment, sizes[kind])
+        count = 1
+        for length in re.findall(r"\[(.*?)\]", field):
+            count *= int(eval(length.replace("/", "//"), {}, constants_of(unit)))
+        offset += sizes[kind] * count
+    return base.round_up(offset, alignment)
+
+
+def experts_plan(kernel: str, num_pairs: int = 100, intermediate: int = 768, gated: bool = True) -> Any:
+    return experts_plans.plan_experts(num_pairs, 8, 8, 2048, intermediate, "bf16", gated, H200, kernel)
+
+
+def test_wgmma_has_the_shared_memory_that_it_lays_out() -> None:
+    sizes = constants_of("experts_wgmma")
+    assert sizes["kStageBytes"] == (sizes["kTileRows"] + sizes["kWeightRows"]) * sizes["kRowBytes"]
+    assert sizes["kStageBytes"] % 1024 == 0  # of each stage, or operands would not lie where wgmma wants them
+    source = FILES["experts/experts_wgmma.cu"]
+    assert "Shared& shared = *reinterpret_cast<Shared*>(stages + kStages * kStageBytes);" in source
+    assert "(misaligned ? 1024 - misaligned : 0)" in source
+    # What the driver gives lies at a multiple of 16.
+    needed = 1024 - 16 + sizes["kStages"] * sizes["kStageBytes"] + struct_bytes("experts_wgmma", "Shared")
+    for gated in (True, False):
+        for launch in experts_plan("wgmma", gated=gated).products:
+            assert needed <= launch.shared_bytes <= needed + 256
+
+
+def test_wgmma_is_consistent_in_itself() -> None:
+    """What one of its constants says that follows from others."""
+    sizes = constants_of("experts_wgmma")
+    assert sizes["kWeightRows"] == 2 * sizes["kBoxRows"]  # each block of a cluster loads a box for both
+    assert sizes["kThreads"] == sizes["kLoaders"] + sizes["kTileRows"] // 64 * 128  # a warpgroup for 64 rows
+    assert sizes["kRing"] > sizes["kStages"]  # a stage is of one tile, and the next tile has a place already
+    given, taken = (
+        formula("experts/experts_wgmma.cu", rf"{verb}_registers<(\d+)>\(\)") for verb in ("give_back", "take")
+    )
+    others = sizes["kThreads"] - sizes["kLoaders"]
+    assert sizes["kLoaders"] * int(given) + others * int(taken) <= 65_536
+    assert f"bar.sync 1, {sizes['kLoaders']};" in FILES["experts/experts_wgmma.cu"]
+
+
+def test_direct_has_the_shared_memory_that_it_lays_out() -> None:
+    sizes = constants_of("experts_direct")
+    assert sizes["kStepBytes"] == (16 + sizes["kGroupPairs"]) * sizes["kRowBytes"]
+    assert sizes["kSegment"] % sizes["kDepth"] == 0
+    assert sizes["kSumColumns"] == 16  # as many as a warp has rows of weights
+    assert struct_bytes("experts_direct", "Groups") <= experts_plans.DIRECT_STATIC_BYTES
+    stages = sizes["kWarps"] * sizes["kStages"] * sizes["kStepBytes"]
+    said = formula("experts/experts_direct.cu", r"// shared   .*?; sum: and (.*)\n// limits")
+    for num_pairs in (1, 8, 128):
+        for intermediate in (8, sizes["kSegment"], sizes["kSegment"] + 8):
+            first, second = experts_plan("direct", num_pairs, intermediate).products
+            segments = -(-intermediate // sizes["kSegment"])
+            parts = evaluated(
+                said.replace(" of the depth", ""), num_pairs=num_pairs, segments=segments, **sizes
+            )
+            assert (first.shared_bytes, second.shared_bytes) == (stages, stages + parts)
+            assert first.block == second.block == sizes["kThreads"]
+
+
+def test_tiles_are_those_of_the_entries() -> None:
+    entries = re.findall(r"ENTRY\(name, type, Element, kGated, ([\d, ]+)\)", FILES["experts/experts_mma.cu"])
+    rows_of = {}
+    for rows, weight_rows, warp_rows, warp_columns, stages in (map(int, e.split(", ")) for e in entries):
+        rows_of[f"mma_{rows}"] = rows, weight_rows, stages
+        assert warp_rows * warp_columns * base.WARP == experts_plans.MMA_THREADS
+    assert rows_of == {name: tile[:3] for name, tile in experts_plans.TILES.items()}
+
+
+def test_kernels_that_overlap_wait_before_they_write_or_let_others_begin(everything: Everything) -> None:
+    plans = [experts_plan(kernel) for kernel in experts_plans.EXPERTS_KERNELS]
+    launches = [launch for plan in plans for launch in plan.products]
+    launches.append(sum_plans.plan_sum(9, 8, 64, "bf16", 2, True, True, H200).launch)
+    entries = 0
+    for unit in {launch.unit for launch in launches if launch.overlaps}:
+        # An image for Hopper alone has no PTX.
+        for path in (everything.folder / "v1" / targets.PTX_TARGET).glob(f"{unit}-*.ptx"):
+            for body in re.split(r"\.entry ", path.read_text())[1:]:
+                name = body.partition("(")[0]
+                waits = body.find("griddepcontrol.wait")
+                assert waits >= 0, name
+                for later in ("st.global", "griddepcontrol.launch_dependents"):
+                    assert later not in body[:waits], f"{name} has {later} before it waits"
+                entries += 1
+    assert entries >= 30
