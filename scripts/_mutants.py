@@ -31,6 +31,7 @@ FIRST = (
     "gate",
     "moe_sum",
     "launch",
+    "tensor_map",
     "arguments",
 )
 
@@ -52,8 +53,22 @@ GLOBAL, BATCHED = "kernels_cu/align/align_global.cu", "kernels_cu/align_batched/
 GATE, WARP, WIDE = "kernels_cu/gate/gate.cuh", "kernels_cu/gate/gate_warp.cu", "kernels_cu/gate/gate_wide.cu"
 SUM, COMMON, CONVERT = "kernels_cu/moe_sum/moe_sum.cu", "kernels_cu/common.cuh", "kernels_cu/convert.cuh"
 EXPERTS, MMA = "kernels_cu/experts/experts.cuh", "kernels_cu/experts/experts_mma.cu"
+DIRECT, WGMMA = "kernels_cu/experts/experts_direct.cu", "kernels_cu/experts/experts_wgmma.cu"
 PLAN, PLAN_GATE, PLAN_SUM = "cupy_moe/plans/align.py", "cupy_moe/plans/gate.py", "cupy_moe/plans/moe_sum.py"
+PLAN_EXPERTS = "cupy_moe/plans/experts.py"
+LAUNCH, MAP = "cupy_moe/cuda/launch.py", "cupy_moe/cuda/tensor_map.py"
 OPERATOR = "cupy_moe/operators/align.py"
+BIAS = """        if (args.bias != nullptr) {
+          const auto* bias = reinterpret_cast<const typename Element::Bits*>(args.bias) + expert * args.bias_stride;
+          values[0] += Element::to_float(bias[column + c]);
+          values[1] += Element::to_float(bias[column + c + 1]);
+        }
+"""
+WEIGHT = """        if (args.topk_weights != nullptr) {
+          values[0] *= args.topk_weights[pair];
+          values[1] *= args.topk_weights[pair];
+        }
+"""
 
 MUTANTS = [
     # comparisons
@@ -129,12 +144,51 @@ MUTANTS = [
     Mutant("no barrier between steps", MMA, "    __syncthreads();  // all have waited", "    // all have waited"),
     Mutant("weights are read as if not swizzled", MMA, "stage_weights + chunk_offset(r, k * 2 + lane_id() / 8 % 2)", "stage_weights + r * kRowBytes + (k * 2 + lane_id() / 8 % 2) * 16"),
     Mutant("gate and up change places", EXPERTS, "kGated && r / 8 % 2 != 0 ? row + args.up_offset", "kGated && r / 8 % 2 == 0 ? row + args.up_offset"),
-    Mutant("the router weight of another pair", EXPERTS, "args.topk_weights[pair]", "args.topk_weights[pair / 2]"),
-    Mutant("columns past the last are written", EXPERTS, "      if (column >= args.num_columns) continue;\n", ""),
+    Mutant("the router weight of another pair", EXPERTS, "? args.topk_weights[pair[half]] : 0.0f", "? args.topk_weights[pair[0]] : 0.0f"),
+    Mutant("columns past the last are written", EXPERTS, "if (exists && column < args.num_columns) {", "if (exists) {"),
+    Mutant("columns past the last are written, two at a time", EXPERTS, "if (exists && column < args.num_columns) *", "if (exists) *"),
     Mutant("rows of unknown experts are left as they are", EXPERTS, "if (!args.clears_unknown) return;", "return;"),
     Mutant("one block more", MMA, "place.block * Tile::kRows >= (u32)*args.num_tokens_post_pad", "place.block * Tile::kRows > (u32)*args.num_tokens_post_pad", "that block has no expert, and its pairs are padding"),
-    Mutant("blocks of experts that a map invents have no place", "cupy_moe/plans/experts.py", "blocks = min(num_pairs, all_experts) + max(0, num_pairs - all_experts)", "blocks = min(num_pairs, num_experts) + max(0, num_pairs - num_experts)"),
-    Mutant("the bias of the column beside", EXPERTS, "bias[Tile::weight_row(args, first_column, r + e)]", "bias[Tile::weight_row(args, first_column, r)]"),
+    Mutant("blocks of experts that a map invents have no place", PLAN_EXPERTS, "blocks = min(num_pairs, all_experts) + max(0, num_pairs - all_experts)", "blocks = min(num_pairs, num_experts) + max(0, num_pairs - num_experts)"),
+    Mutant("the bias of the column beside", EXPERTS, "bias[Tile::weight_row(args, first_column, r)]", "bias[Tile::weight_row(args, first_column, r - e)]"),
+    Mutant("padding is written to row 0", EXPERTS, "if (exists && column < args.num_columns) {", "if (column < args.num_columns) {"),
+    Mutant("padding is written to row 0, two columns at a time", EXPERTS, "if (exists && column < args.num_columns) *", "if (column < args.num_columns) *"),
+    Mutant("quads transpose one pair of words by the other bit", EXPERTS, "exchange(words[1], words[3], is_upper, 2);", "exchange(words[1], words[3], is_odd, 2);"),
+    Mutant("quads transpose within neighbours only", EXPERTS, "  exchange(words[0], words[2], is_upper, 2);\n  exchange(words[1], words[3], is_upper, 2);\n", ""),
+    Mutant("a lane writes the words of its neighbour", EXPERTS, "column_of((first + quad_lane) * kStep)", "column_of((first + (quad_lane ^ 1)) * kStep)"),
+    Mutant("the lower rows are written for the upper ones", EXPERTS, "Element::pack(sums[(first + w) * kStep] + half * 2)", "Element::pack(sums[(first + w) * kStep])"),
+    # direct
+    Mutant("the router weight before the bias", DIRECT, BIAS + WEIGHT, WEIGHT + BIAS),
+    Mutant("the bias of the upper rows for the lower ones", DIRECT, "bias[Tile::weight_row(args, piece.first_column, r + half * 8)]", "bias[Tile::weight_row(args, piece.first_column, r)]"),
+    Mutant("the router weight for half of the rows", DIRECT, "        sums[i + 2] *= weight;\n", ""),
+    Mutant("pairs beyond the eighth of an expert have no group", DIRECT, "rank % kGroupPairs == 0;", "rank == 0;"),
+    Mutant("a second group has the pairs of the first", DIRECT, "for (u32 other = pair; other < args.num_pairs && count", "for (u32 other = 0; other < args.num_pairs && count"),
+    Mutant("groups of a warp are put over those of the one before", DIRECT, "for (u32 warp = 0; warp < warp_id(); ++warp) index +=", "for (u32 warp = 1; warp < warp_id(); ++warp) index +="),
+    Mutant("no barrier before groups are numbered", DIRECT, "groups.leaders[warp_id()] = __popc(leaders);\n  }\n  __syncthreads();", "groups.leaders[warp_id()] = __popc(leaders);\n  }"),
+    Mutant("the upper word of an id is not looked at, direct", DIRECT, "words[args.words_per_id - 1] != 0 && args.words_per_id == 2", "false"),
+    Mutant("chunks past the depth are read", DIRECT, "const bool is_within = first_element + step * kDepth < args.depth;", "const bool is_within = true;"),
+    Mutant("every segment begins at the first", DIRECT, "first = segment * (kSegment / kDepth);", "first = 0 * (kSegment / kDepth);"),
+    Mutant("segments are added up but for the last", DIRECT, "for (u32 s = 0; s < segments; ++s) {", "for (u32 s = 0; s < segments - (segments > 1); ++s) {"),
+    Mutant("parts of one column only", DIRECT, "    is_second = !is_second;\n", ""),
+    Mutant("copies are taken for done a step early, direct", DIRECT, "wait_copies<kStages - 1>();", "wait_copies<kStages>();"),
+    Mutant("lanes do not wait for each other's copies", DIRECT, "    __syncwarp();  // all lanes have waited for their part\n", ""),
+    Mutant("a stage is asked for while lanes read it", DIRECT, "    __syncwarp();  // all lanes are done with what is asked for anew\n", ""),
+    Mutant("odd lanes write a column to the right", DIRECT, "Tile::column(r + half * 8) - is_odd;", "Tile::column(r + half * 8);"),
+    Mutant("odd lanes write their columns the other way round", DIRECT, "{is_odd ? taken : mine, is_odd ? mine : taken}", "{mine, taken}"),
+    Mutant("slots of unknown experts are added", DIRECT, "        if (expert == kNobody) continue;\n", ""),
+    Mutant("slots are not rounded before they are added", DIRECT, "        Element::unpack(Element::pack(values), values);\n", ""),
+    Mutant("the rows of the sum are not asked for", DIRECT, "stream.ask(false, true);", "stream.ask(false, false);"),
+    # launches and what surrounds wgmma, which no machine here runs
+    Mutant("a kernel does not wait for the one before", "kernels_cu/moe_sum/moe_sum.cu", "  wait_for_kernel_before();\n", ""),
+    Mutant("the next kernel may begin before this one has waited", MMA, "  wait_for_kernel_before();\n  let_next_kernel_begin();", "  let_next_kernel_begin();\n  wait_for_kernel_before();"),
+    Mutant("wgmma's struct has no room for what is taken", PLAN_EXPERTS, "WGMMA_RING * (WGMMA_ROWS + 5)", "WGMMA_RING * (WGMMA_ROWS + 3)"),
+    Mutant("wgmma's struct has a field more", WGMMA, "  u32 begins[kMaxLocalExperts], ends[kMaxLocalExperts];", "  u32 begins[kMaxLocalExperts], ends[kMaxLocalExperts], more[kMaxLocalExperts];"),
+    Mutant("groups take more than is left for them", DIRECT, "  u32 pairs[kMaxPairs][kGroupPairs];", "  u32 pairs[kMaxPairs][kGroupPairs + 3];"),
+    Mutant("a launch attribute where another belongs", LAUNCH, '"@I4xi60x", 6, 1', '"@I4xi60x", 5, 1'),
+    Mutant("overlapping on devices that do not know it", LAUNCH, "if overlaps and modules.has_clusters(device):", "if overlaps:"),
+    Mutant("a refused launch is not noticed", LAUNCH, "    if status:\n        from", "    if status < 0:\n        from"),
+    Mutant("strides of a tensor map are those of the box", MAP, "(ctypes.c_uint64 * (rank - 1))(*strides)", "(ctypes.c_uint64 * (rank - 1))(*box[1:])"),
+    Mutant("another swizzle than kernels read", MAP, "_ZEROS_OUTSIDE = 0, 3,", "_ZEROS_OUTSIDE = 0, 2,"),
     # without consequence
     Mutant("ids equal to num_experts keep their value", ALIGN, "ids[k] < args.num_experts ?", "ids[k] <= args.num_experts ?", "it is that of the bucket of those that are dropped"),
     Mutant("more threads that share a column", GLOBAL, "kColumnParts = 4;", "kColumnParts = 8;", "the same results, at another speed"),
@@ -162,7 +216,9 @@ def examine(number: int) -> tuple[str, float]:
         # What is compiled already; links, as each copy removes what its sources no longer make.
         if (kept := ROOT / ".pytest_cache").exists():
             shutil.copytree(kept, copy / ".pytest_cache", copy_function=os.link)
-        tests = [f"tests/test_{name}.py" for name in FIRST]
+        # That of its own stem first of all.
+        names = sorted(FIRST, key=lambda name: f"/{name}" not in mutant.file)
+        tests = [f"tests/test_{name}.py" for name in names]
         command = [
             sys.executable,
             "-m",
