@@ -202,13 +202,15 @@ def planned(num_pairs: int, num_experts: int = 128, limits: Any = H200, kernel: 
 def test_a_few_pairs_take_the_direct_way() -> None:
     most = plans.DIRECT_MAX_PAIRS
     for limits in (A100, RTX4090, H200, B200):
-        assert [planned(n, limits=limits).kernel == "direct" for n in (1, most, most + 1)] == [True, True, False]
+        assert [planned(n, limits=limits).kernel == "direct" for n in (1, most, most + 1)] == [
+            True,
+            True,
+            False,
+        ]
         # Not where groups of an expert would read its weights again.
         assert [planned(n, 8, limits).kernel == "direct" for n in (32, 33)] == [True, False]
-        with pytest.raises(ValueError, match="kernel='direct': too many pairs"):
+        with pytest.raises(ValueError, match="kernel='direct': at most 128 pairs, got 129"):
             planned(most + 1, limits=limits, kernel="direct")
-    long = plan_experts(128, 128, 128, 2048, 16_384, "bf16", True, H200)  # parts of 16 segments: too much
-    assert long.kernel == "wgmma"
 
 
 def test_tiles_have_about_as_many_rows_as_an_expert() -> None:
@@ -301,7 +303,8 @@ def test_emulated_kernels(arch: int) -> None:
         with Emulator({80: A100, 90: H200}[arch], arch, seed)() as device:
             names = kernels_for(call, [MMA[seed % 4], "direct"])
             results = [call(device.tensor, kernel=name) for name in names]
-        assert all(close(result, call(lambda tensor: tensor)) for result in results), seed
+        assert close(results[0], call(lambda tensor: tensor)), seed
+        assert all(torch.equal(result, results[0]) for result in results), seed  # the same bits
 
 
 @needs_compiler
@@ -355,7 +358,7 @@ def test_sanitize_every_kernel_against_the_cpu(device_kernels: list[str]) -> Non
             assert bool((memory[[0, -1]] == 77).all()), f"{seed=} {name=}"
             results[name] = memory[1:-1].cpu()
             assert close(results[name], expected), f"{seed=} {name=}"
-        same = [results[name] for name in MMA]  # the same bits, whatever the tile
+        same = [results[name] for name in results if name in MMA or name == "direct"]  # whatever the tile
         assert all(torch.equal(result, same[0]) for result in same), seed
 
 
