@@ -213,6 +213,21 @@ def test_a_few_pairs_take_the_direct_way() -> None:
             planned(most + 1, limits=limits, kernel="direct")
 
 
+def test_blocks_of_a_few_tiles_are_alone_on_an_sm() -> None:
+    """As they may begin early, when some SMs have room for two, and others for none."""
+
+    def second(topk: int, limits: Any = H200) -> Any:
+        return plan_experts(topk, 8, 8, 4096, 14_336, "bf16", True, limits).products[1]
+
+    assert [second(topk).grid for topk in (1, 2, 3, 4, 5)] == [64, 128, 192, 256, 264]
+    assert [second(topk).shared_bytes > H200.shared_bytes // 2 for topk in (2, 3)] == [True, False]
+    assert second(1, RTX4090).shared_bytes < 99 * 1024
+    few, many = planned(500, limits=B200, kernel="mma_64"), planned(5000, limits=B200, kernel="mma_64")
+    assert [launch.overlaps for launch in few.products] == [True, True]
+    assert [launch.overlaps for launch in planned(500, 2, B200, "mma_64").products] == [False, False]
+    assert all(launch.overlaps for launch in many.products)
+
+
 def test_tiles_have_about_as_many_rows_as_an_expert() -> None:
     names = {n: planned(n * 128, limits=A100).kernel for n in (2, 10, 11, 40, 41, 80, 81, 10_000)}
     assert names == {

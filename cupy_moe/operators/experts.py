@@ -140,8 +140,9 @@ def fused_experts(
 
     Cost: three or four launches on torch's current stream (align, but not for a few pairs; two products;
     sum), no synchronisation, and the output and a workspace as the only allocations. Tokens whose
-    intermediates would take more than 4 GiB go in parts, one after another. Hidden states that are not aligned to 16 bytes, and ids and weights that are
-    not contiguous, are copied first. Arrays with `__dlpack__` are accepted, and give arrays of their kind.
+    intermediates would take more than 4 GiB go in parts, one after another. Hidden states that are not
+    aligned to 16 bytes, and ids and weights that are not contiguous, are copied first. Arrays with
+    `__dlpack__` are accepted, and give arrays of their kind.
 
     Raises TypeError and ValueError for wrong arguments, before anything is launched; what loading a kernel
     for the first time raises; and KernelLaunchError. Semantics: vLLM's `fused_experts`.
@@ -449,7 +450,7 @@ def _prepare(
             gate, up = (2 * row1, row1) if alternate else (row1, intermediate * row1)
             of_w1 = _map_gated(element, num_experts, intermediate, hidden, expert1, gate, up)
         maps = of_w1, _map_plain(element, num_experts, hidden, intermediate, expert2, row2)
-    return _Call(plan.kernel, tokens, layout, plan.block_size, *launches, maps)
+    return _Call(plan.kernel, tokens, layout, plan.block_size, launches[0], launches[1], maps)
 
 
 def _map_plain(element: str, experts: int, rows: int, depth: int, expert: int, row: int) -> _Map:

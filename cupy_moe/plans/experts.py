@@ -22,9 +22,9 @@ DIRECT_STAGES = Constant(10, "experts/experts_direct.cu:kStages")
 DIRECT_THREADS = Constant(128, "experts/experts_direct.cu:kThreads")
 # Of an expert, on average: groups of 8 pairs read its weights, and few experts should have two of them.
 DIRECT_MEAN_PAIRS = 4
-# With so much, one block of the first product is on an SM, and leaves room for one of the second, which can
-# then ask for its weights before the first has ended.
-DIRECT_FIRST_BYTES = 112 * 1024
+# Two blocks find room on an SM, but with so much each: one.
+DIRECT_ALONE_BYTES = 116 * 1024
+DIRECT_STATIC_BYTES = 6 * 1024  # `Groups`, rounded up
 
 WGMMA_ROWS = Constant(128, "experts/experts_wgmma.cu:kTileRows")
 WGMMA_WEIGHT_ROWS = Constant(256, "experts/experts_wgmma.cu:kWeightRows")
@@ -39,6 +39,9 @@ WGMMA_GROUP_PAIRS = 8
 # from L2 once, fewer the rows.
 MMA_GROUP_BLOCKS = 8
 MMA_THREADS = 128
+# Blocks of a kernel that begins early go where there is room first: a few would share some SMs, and leave
+# others idle.
+MMA_OVERLAP_ROUNDS = 4
 
 
 class Tile(NamedTuple):
@@ -112,7 +115,8 @@ def plan_experts(
     def launch(kind: str, width: int, tile_columns: int) -> LaunchPlan:
         grid = round_up(blocks, group_blocks) * ceil_div(width, tile_columns)
         entry = f"experts_mma_{kind}_{tile.rows}_{element}"
-        return LaunchPlan("experts_mma", entry, grid, MMA_THREADS, shared_bytes, True)
+        overlaps = grid >= MMA_OVERLAP_ROUNDS * limits.num_sms
+        return LaunchPlan("experts_mma", entry, grid, MMA_THREADS, shared_bytes, overlaps)
 
     products = launch(kinds[0], intermediate, columns[0]), launch(kinds[1], hidden, columns[1])
     return ExpertsPlan(name, tile.rows, group_blocks, products, columns)
@@ -124,22 +128,18 @@ def _plan_direct(
     if num_pairs > DIRECT_MAX_PAIRS:
         return None
     shared_bytes = DIRECT_STAGES * (DIRECT_WEIGHT_ROWS + DIRECT_GROUP_PAIRS) * ROW_BYTES
-    first_bytes = DIRECT_FIRST_BYTES if limits.shared_bytes >= 2 * shared_bytes else shared_bytes
     is_gated = "gated" in entries[0]
     columns = DIRECT_WEIGHT_ROWS // 2 if is_gated else int(DIRECT_WEIGHT_ROWS), int(DIRECT_WEIGHT_ROWS)
-    first, second = (
-        LaunchPlan(
-            "experts_direct",
-            entry,
-            min(limits.num_sms, num_pairs * ceil_div(width, tile)),
-            DIRECT_THREADS,
-            size,
-            True,
-        )
-        for entry, width, tile, size in zip(
-            entries, (intermediate, hidden), columns, (first_bytes, shared_bytes), strict=True
-        )
-    )
+
+    def launch(entry: str, width: int, tile: int) -> LaunchPlan:
+        # Blocks that begin early go where there is room first: a few would share some SMs, and leave others.
+        tiles = num_pairs * ceil_div(width, tile)
+        is_alone = tiles <= limits.num_sms and limits.shared_bytes > DIRECT_ALONE_BYTES + DIRECT_STATIC_BYTES
+        size = DIRECT_ALONE_BYTES if is_alone else shared_bytes
+        grid = min(2 * limits.num_sms, tiles)
+        return LaunchPlan("experts_direct", entry, grid, DIRECT_THREADS, size, True)
+
+    first, second = launch(entries[0], intermediate, columns[0]), launch(entries[1], hidden, columns[1])
     return ExpertsPlan("direct", 0, 1, (first, second), columns)
 
 
