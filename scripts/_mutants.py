@@ -58,17 +58,6 @@ PLAN, PLAN_GATE, PLAN_SUM = "cupy_moe/plans/align.py", "cupy_moe/plans/gate.py",
 PLAN_EXPERTS = "cupy_moe/plans/experts.py"
 LAUNCH, MAP = "cupy_moe/cuda/launch.py", "cupy_moe/cuda/tensor_map.py"
 OPERATOR = "cupy_moe/operators/align.py"
-BIAS = """        if (args.bias != nullptr) {
-          const auto* bias = reinterpret_cast<const typename Element::Bits*>(args.bias) + expert * args.bias_stride;
-          values[0] += Element::to_float(bias[column + c]);
-          values[1] += Element::to_float(bias[column + c + 1]);
-        }
-"""
-WEIGHT = """        if (args.topk_weights != nullptr) {
-          values[0] *= args.topk_weights[pair];
-          values[1] *= args.topk_weights[pair];
-        }
-"""
 
 MUTANTS = [
     # comparisons
@@ -158,30 +147,33 @@ MUTANTS = [
     Mutant("a lane writes the words of its neighbour", EXPERTS, "column_of((first + quad_lane) * kStep)", "column_of((first + (quad_lane ^ 1)) * kStep)"),
     Mutant("the lower rows are written for the upper ones", EXPERTS, "Element::pack(sums[(first + w) * kStep] + half * 2)", "Element::pack(sums[(first + w) * kStep])"),
     # direct
-    Mutant("the router weight before the bias", DIRECT, BIAS + WEIGHT, WEIGHT + BIAS),
-    Mutant("the bias of the upper rows for the lower ones", DIRECT, "bias[Tile::weight_row(args, piece.first_column, r + half * 8)]", "bias[Tile::weight_row(args, piece.first_column, r)]"),
-    Mutant("the router weight for half of the rows", DIRECT, "        sums[i + 2] *= weight;\n", ""),
     Mutant("pairs beyond the eighth of an expert have no group", DIRECT, "rank % kGroupPairs == 0;", "rank == 0;"),
     Mutant("a second group has the pairs of the first", DIRECT, "for (u32 other = pair; other < args.num_pairs && count", "for (u32 other = 0; other < args.num_pairs && count"),
-    Mutant("groups of a warp are put over those of the one before", DIRECT, "for (u32 warp = 0; warp < warp_id(); ++warp) index +=", "for (u32 warp = 1; warp < warp_id(); ++warp) index +="),
-    Mutant("no barrier before groups are numbered", DIRECT, "groups.leaders[warp_id()] = __popc(leaders);\n  }\n  __syncthreads();", "groups.leaders[warp_id()] = __popc(leaders);\n  }"),
+    Mutant("groups of a warp are put over those of the first", DIRECT, "for (u32 warp = 0; warp < warp_id(); ++warp) index +=", "for (u32 warp = 1; warp < warp_id(); ++warp) index +="),
+    Mutant("no barrier before ranks are counted", DIRECT, "groups.expert_of[pair] = expert;\n  __syncthreads();", "groups.expert_of[pair] = expert;"),
+    Mutant("no barrier before groups are numbered", DIRECT, "groups.leaders[warp_id()] = __popc(leaders);\n  __syncthreads();", "groups.leaders[warp_id()] = __popc(leaders);"),
+    Mutant("what a group has no pair for is left as it is", DIRECT, "for (; count < kGroupPairs; ++count) groups.pairs", "for (; count + 1 < kGroupPairs; ++count) groups.pairs"),
     Mutant("the upper word of an id is not looked at, direct", DIRECT, "words[args.words_per_id - 1] != 0 && args.words_per_id == 2", "false"),
-    Mutant("chunks past the depth are read", DIRECT, "const bool is_within = first_element + step * kDepth < args.depth;", "const bool is_within = true;"),
-    Mutant("every segment begins at the first", DIRECT, "first = segment * (kSegment / kDepth);", "first = 0 * (kSegment / kDepth);"),
-    Mutant("segments are added up but for the last", DIRECT, "for (u32 s = 0; s < segments; ++s) {", "for (u32 s = 0; s < segments - (segments > 1); ++s) {"),
-    Mutant("parts of one column only", DIRECT, "    is_second = !is_second;\n", ""),
-    Mutant("copies are taken for done a step early, direct", DIRECT, "wait_copies<kStages - 1>();", "wait_copies<kStages>();"),
-    Mutant("lanes do not wait for each other's copies", DIRECT, "    __syncwarp();  // all lanes have waited for their part\n", ""),
-    Mutant("a stage is asked for while lanes read it", DIRECT, "    __syncwarp();  // all lanes are done with what is asked for anew\n", ""),
+    Mutant("an expert that a map invents is taken", DIRECT, "return expert < args.num_experts ? expert : kNobody;", "return expert;"),
+    Mutant("chunks past the depth are read", DIRECT, "const bool is_within = step * kDepth + my_chunk * 8 < args.depth;", "const bool is_within = true;"),
+    Mutant("rows of weights past the last are read", DIRECT, "const bool exists = first_column() + Tile::column(r) < args.num_columns;", "const bool exists = true;"),
+    Mutant("copies are taken for done a step early, direct", DIRECT, "wait_copies<kStages - 2>();", "wait_copies<kStages - 1>();"),
+    Mutant("no barrier between steps, direct", DIRECT, "      __syncthreads();  // all have waited", "      // all have waited"),
+    Mutant("steps without copies are not counted as groups", DIRECT, "      stream.ask(true, true);\n      commit_copies();", "      if (stream.place < stream.end) {\n        stream.ask(true, true);\n        commit_copies();\n      }"),
+    Mutant("the rows of GEMM 2 are not asked for", DIRECT, "late.ask(false, true);", "late.ask(false, false);"),
+    Mutant("the rows of GEMM 2 are asked for in other stages", DIRECT, "Stream<Tile> late = done;", "Stream<Tile> late = stream;"),
+    Mutant("blocks take every tile", DIRECT, "        place += gridDim.x;\n        begin();", "        place += 1;\n        begin();"),
+    Mutant("rows of unknown experts are left as they are, direct", DIRECT, "    clear_unknown(args, groups);\n", ""),
+    Mutant("the bias of the upper rows for the lower ones", DIRECT, "bias[Tile::weight_row(args, first_column, r + half * 8)]", "bias[Tile::weight_row(args, first_column, r)]"),
+    Mutant("the bias of another expert", DIRECT, "groups.experts[group] * args.bias_stride", "group * args.bias_stride"),
+    Mutant("the router weight for half of the rows", DIRECT, "        sums[i + 2] *= weight;\n", ""),
     Mutant("odd lanes write a column to the right", DIRECT, "Tile::column(r + half * 8) - is_odd;", "Tile::column(r + half * 8);"),
-    Mutant("odd lanes write their columns the other way round", DIRECT, "{is_odd ? taken : mine, is_odd ? mine : taken}", "{mine, taken}"),
-    Mutant("slots of unknown experts are added", DIRECT, "        if (expert == kNobody) continue;\n", ""),
-    Mutant("slots are not rounded before they are added", DIRECT, "        Element::unpack(Element::pack(values), values);\n", ""),
-    Mutant("the rows of the sum are not asked for", DIRECT, "stream.ask(false, true);", "stream.ask(false, false);"),
+    Mutant("odd lanes write their columns the other way round", DIRECT, "{is_odd ? taken : first, is_odd ? second : taken}", "{is_odd ? second : first, taken}"),
+    Mutant("lanes get what they have themselves", DIRECT, "__shfl_xor_sync(kFullWarp, is_odd ? first : second, 4)", "__shfl_xor_sync(kFullWarp, is_odd ? second : first, 4)"),
     # launches and what surrounds wgmma, which no machine here runs
     Mutant("a kernel does not wait for the one before", "kernels_cu/moe_sum/moe_sum.cu", "  wait_for_kernel_before();\n", ""),
-    Mutant("the next kernel may begin before this one has waited", MMA, "  wait_for_kernel_before();\n  let_next_kernel_begin();", "  let_next_kernel_begin();\n  wait_for_kernel_before();"),
-    Mutant("wgmma's struct has no room for what is taken", PLAN_EXPERTS, "WGMMA_RING * (WGMMA_ROWS + 5)", "WGMMA_RING * (WGMMA_ROWS + 3)"),
+    Mutant("the next kernel may begin before this one has waited", DIRECT, "  if (args.is_first) wait_for_kernel_before();\n  let_next_kernel_begin();", "  let_next_kernel_begin();\n  if (args.is_first) wait_for_kernel_before();"),
+    Mutant("wgmma's struct has no room for what follows pairs", PLAN_EXPERTS, "WGMMA_RING * (WGMMA_ROWS + 5)", "WGMMA_RING * WGMMA_ROWS"),
     Mutant("wgmma's struct has a field more", WGMMA, "  u32 begins[kMaxLocalExperts], ends[kMaxLocalExperts];", "  u32 begins[kMaxLocalExperts], ends[kMaxLocalExperts], more[kMaxLocalExperts];"),
     Mutant("groups take more than is left for them", DIRECT, "  u32 pairs[kMaxPairs][kGroupPairs];", "  u32 pairs[kMaxPairs][kGroupPairs + 3];"),
     Mutant("a launch attribute where another belongs", LAUNCH, '"@I4xi60x", 6, 1', '"@I4xi60x", 5, 1'),

@@ -271,21 +271,25 @@ def test_wgmma_is_consistent_in_itself() -> None:
 
 def test_direct_has_the_shared_memory_that_it_lays_out() -> None:
     sizes = constants_of("experts_direct")
-    assert sizes["kStepBytes"] == (16 + sizes["kGroupPairs"]) * sizes["kRowBytes"]
-    assert sizes["kSegment"] % sizes["kDepth"] == 0
-    assert sizes["kSumColumns"] == 16  # as many as a warp has rows of weights
+    said = formula("experts/experts_direct.cu", r"// shared   (.*)\n// limits")
     assert struct_bytes("experts_direct", "Groups") <= experts_plans.DIRECT_STATIC_BYTES
-    stages = sizes["kWarps"] * sizes["kStages"] * sizes["kStepBytes"]
-    said = formula("experts/experts_direct.cu", r"// shared   .*?; sum: and (.*)\n// limits")
-    for num_pairs in (1, 8, 128):
-        for intermediate in (8, sizes["kSegment"], sizes["kSegment"] + 8):
-            first, second = experts_plan("direct", num_pairs, intermediate).products
-            segments = -(-intermediate // sizes["kSegment"])
-            parts = evaluated(
-                said.replace(" of the depth", ""), num_pairs=num_pairs, segments=segments, **sizes
-            )
-            assert (first.shared_bytes, second.shared_bytes) == (stages, stages + parts)
-            assert first.block == second.block == sizes["kThreads"]
+    assert H200.shared_bytes // 2 < experts_plans.DIRECT_ALONE_BYTES
+    for num_pairs in (1, 128):
+        for launch in experts_plan("direct", num_pairs).products:
+            assert launch.block == sizes["kThreads"]
+            expected = evaluated(said, **sizes)
+            if launch.grid <= H200.num_sms:  # more, so that no two share an SM
+                expected = max(expected, experts_plans.DIRECT_ALONE_BYTES)
+            assert launch.shared_bytes == expected
+
+
+def test_direct_is_consistent_in_itself() -> None:
+    """What one of its constants says that follows from others."""
+    sizes = constants_of("experts_direct")
+    assert sizes["kStageBytes"] == (sizes["kTileWeights"] + sizes["kGroupPairs"]) * sizes["kRowBytes"]
+    assert sizes["kTileWeights"] == sizes["kThreads"] // base.WARP * 16  # rows of weights of a warp
+    assert sizes["kGroupPairs"] == 8  # columns of mma.sync
+    assert sizes["kThreads"] // sizes["kChunks"] >= sizes["kGroupPairs"]  # rows that are copied at once
 
 
 def test_tiles_are_those_of_the_entries() -> None:
@@ -298,11 +302,12 @@ def test_tiles_are_those_of_the_entries() -> None:
 
 
 def test_kernels_that_overlap_wait_before_they_write_or_let_others_begin(everything: Everything) -> None:
-    plans = [experts_plan(kernel) for kernel in experts_plans.EXPERTS_KERNELS]
+    plans = [experts_plan(kernel, num_pairs) for kernel, num_pairs in (("direct", 8), ("mma_16", 10_000))]
     launches = [launch for plan in plans for launch in plan.products]
     launches.append(sum_plans.plan_sum(9, 8, 64, "bf16", 2, True, True, H200).launch)
+    assert all(launch.overlaps for launch in launches)
     entries = 0
-    for unit in {launch.unit for launch in launches if launch.overlaps}:
+    for unit in {launch.unit for launch in launches}:
         # An image for Hopper alone has no PTX.
         for path in (everything.folder / "v1" / targets.PTX_TARGET).glob(f"{unit}-*.ptx"):
             for body in re.split(r"\.entry ", path.read_text())[1:]:

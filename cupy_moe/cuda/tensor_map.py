@@ -11,7 +11,7 @@ from ..errors import KernelLaunchError
 from .structs import TENSOR_MAP_WORDS
 
 _TYPES = {"f16": 6, "bf16": 9}  # CUtensorMapDataType
-_NO_INTERLEAVE, _SWIZZLE_128_BYTES, _PROMOTE_TO_256_BYTES, _ZEROS_OUTSIDE = 0, 3, 3, 0
+_NO_INTERLEAVE, _SWIZZLE_128_BYTES, _PROMOTE_TO_128_BYTES, _ZEROS_OUTSIDE = 0, 3, 2, 0
 MAPS = 4096  # that are remembered, of 200 bytes each: two for every layer of a model
 
 
@@ -27,7 +27,7 @@ def tensor_map(
     status = _encode()(
         begin, _TYPES[element], rank, address, (ctypes.c_uint64 * rank)(*sizes),
         (ctypes.c_uint64 * (rank - 1))(*strides), (ctypes.c_uint32 * rank)(*box),
-        (ctypes.c_uint32 * rank)(*[1] * rank), _NO_INTERLEAVE, _SWIZZLE_128_BYTES, _PROMOTE_TO_256_BYTES,
+        (ctypes.c_uint32 * rank)(*[1] * rank), _NO_INTERLEAVE, _SWIZZLE_128_BYTES, _PROMOTE_TO_128_BYTES,
         _ZEROS_OUTSIDE,
     )  # fmt: skip
     if status:

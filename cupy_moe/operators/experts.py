@@ -44,15 +44,16 @@ _WGMMA_ARGS = ArgumentStruct(
     "experts/experts_wgmma.cu:ExpertsWgmmaArgs",
     "sorted_token_ids expert_ids counters rows output bias topk_weights",
     "i64 row_stride, bias_stride; u32 num_pairs, num_experts, num_blocks; Divisor rows_shared; u32 depth,"
-    " num_columns, activation, row_step, up_offset, group_pairs, clears_unknown, is_first; float alpha, limit",
+    " num_columns, activation, row_step, up_offset, group_pairs, clears_unknown, is_first; float alpha,"
+    " limit",
     tensor_map="weights",
 )
 _DIRECT_ARGS = ArgumentStruct(
     "experts/experts_direct.cu:ExpertsDirectArgs",
-    "topk_ids rows weights output expert_map bias topk_weights shared",
+    "topk_ids rows weights output expert_map bias topk_weights",
     "i64 row_stride, expert_stride, weight_stride; u32 num_pairs, num_experts, num_mapped, words_per_id;"
-    " Divisor rows_shared; u32 depth, num_columns, topk, activation, row_step, up_offset; i64 bias_stride;"
-    " float alpha, limit, factor",
+    " Divisor rows_shared; u32 depth, num_columns, activation, row_step, up_offset, is_first; i64"
+    " bias_stride; float alpha, limit",
 )
 
 
@@ -128,7 +129,7 @@ def fused_experts(
 
     Products are accumulated in fp32. What the activation gives is rounded once, what GEMM 2 gives, times the
     router weight, once; the sum is that of `moe_sum`. The result is the same to the last bit at every call,
-    and for a token in whatever batch it is, as long as that has the same kind of kernel (direct, mma or wgmma).
+    and for a token in whatever batch it is, as long as that has the same kind of kernel (mma or wgmma).
 
     >>> eye = torch.eye(8, dtype=torch.bfloat16)
     >>> w1 = torch.stack([eye, 2 * eye])  # two experts without a gate
@@ -137,10 +138,11 @@ def fused_experts(
     >>> fused_experts(x, w1, w1, weights, ids, "relu2_no_mul")[0, :3].tolist()
     [5.0, 5.0, 5.0]
 
-    Cost: four launches on torch's current stream (align, two products, sum), no synchronisation, and the
-    output and a workspace as the only allocations. Tokens whose intermediates would take more than 4 GiB go
-    in parts, one after another. Hidden states that are not aligned to 16 bytes, and ids and weights that are
-    not contiguous, are copied first. Arrays with `__dlpack__` are accepted, and give arrays of their kind.
+    Cost: three or four launches on torch's current stream (align, but not for a few pairs; two products;
+    sum), no synchronisation, and the output and a workspace as the only allocations. Tokens whose
+    intermediates would take more than 4 GiB go in parts, one after another. Hidden states that are not
+    aligned to 16 bytes, and ids and weights that are not contiguous, are copied first. Arrays with
+    `__dlpack__` are accepted, and give arrays of their kind.
 
     Raises TypeError and ValueError for wrong arguments, before anything is launched; what loading a kernel
     for the first time raises; and KernelLaunchError. Semantics: vLLM's `fused_experts`.
@@ -202,7 +204,7 @@ def fused_experts(
     strides = x.stride(0), *first.stride()[:2], *second.stride()[:2]
     call = _prepare(
         num_tokens, topk, num_experts, hidden, intermediate, strides, dtype, device, activation, ids.dtype,
-        experts, factor, kernel,
+        experts, kernel,
     )  # fmt: skip
     if call is None:
         result = cpu.fused_experts(
@@ -234,29 +236,30 @@ def fused_experts(
     router, where = address("topk_weights", weights), address("topk_ids", ids)
     bias1 = 0 if w1_bias is None else address("w1_bias", w1_bias)
     bias2 = 0 if w2_bias is None else address("w2_bias", w2_bias)
-    added = 0 if shared is None else address("shared_output", shared)
     mapped = 0 if local is None else address("expert_map", local)
-    result = address("out", output)
+    for name, tensor in (("shared_output", shared), ("out", output)):
+        if tensor is not None:
+            address(name, tensor)
     router1, router2 = (router, 0) if on_input else (0, router)
     inner, outer = base + layout.activations, base + layout.outputs
     if call.kernel == "direct":
-        call.first(where, rows, gates, inner, mapped, bias1, router1, 0)
-        call.second(where, inner, downs, result, mapped, bias2, router2, added)
-        return output
-    aligned = MoEAlignment(
-        memory[layout.sorted : layout.sorted + 4 * layout.num_slots].view(torch.int32),
-        memory[layout.blocks : layout.blocks + 4 * layout.num_blocks].view(torch.int32),
-        memory[layout.post_pad : layout.post_pad + 4].view(torch.int32),
-    )
-    moe_align_block_size(ids, call.block_size, experts, local, False, local is not None, out=aligned)
-    blocks = base + layout.sorted, base + layout.blocks, base + layout.post_pad
-    if call.maps:
-        map1, map2 = tensor_map(gates, *call.maps[0]), tensor_map(downs, *call.maps[1])
-        call.first(*map1, *blocks, rows, inner, bias1, router1)
-        call.second(*map2, *blocks, inner, outer, bias2, router2)
+        call.first(where, rows, gates, inner, mapped, bias1, router1)
+        call.second(where, inner, downs, outer, mapped, bias2, router2)
     else:
-        call.first(*blocks, rows, gates, inner, bias1, router1)
-        call.second(*blocks, inner, downs, outer, bias2, router2)
+        aligned = MoEAlignment(
+            memory[layout.sorted : layout.sorted + 4 * layout.num_slots].view(torch.int32),
+            memory[layout.blocks : layout.blocks + 4 * layout.num_blocks].view(torch.int32),
+            memory[layout.post_pad : layout.post_pad + 4].view(torch.int32),
+        )
+        moe_align_block_size(ids, call.block_size, experts, local, False, local is not None, out=aligned)
+        blocks = base + layout.sorted, base + layout.blocks, base + layout.post_pad
+        if call.maps:
+            map1, map2 = tensor_map(gates, *call.maps[0]), tensor_map(downs, *call.maps[1])
+            call.first(*map1, *blocks, rows, inner, bias1, router1)
+            call.second(*map2, *blocks, inner, outer, bias2, router2)
+        else:
+            call.first(*blocks, rows, gates, inner, bias1, router1)
+            call.second(*blocks, inner, downs, outer, bias2, router2)
     by_slot = memory[layout.outputs : layout.outputs + num_tokens * topk * hidden * 2].view(dtype)
     add_slots(by_slot.view(num_tokens, topk, hidden), output, None, ids, local, factor, shared, experts)
     return output
@@ -307,15 +310,14 @@ class _Layout(NamedTuple):
 
 
 def _lay_out(num_pairs: int, hidden: int, intermediate: int, num_experts: int, block_size: int) -> _Layout:
-    """Without a `block_size` there is no alignment, and slots are added up as they are made."""
+    """Without a `block_size` there is no alignment."""
     num_slots = num_blocks = 0
     if block_size:
         num_slots, num_blocks = aligned_sizes(num_pairs, num_experts, block_size)
-    outputs = 2 * num_pairs * hidden if block_size else 0
     places: list[int] = []
     end = 0
     # What follows the number of slots is for the kernels.
-    for size in (2 * num_pairs * intermediate, outputs, 4 * num_slots, 4 * num_blocks, 8):
+    for size in (2 * num_pairs * intermediate, 2 * num_pairs * hidden, 4 * num_slots, 4 * num_blocks, 8):
         places.append(end)
         end += ceil_div(size, _ALIGNMENT) * _ALIGNMENT
     activations, outputs, pairs, blocks, post_pad = places
@@ -372,7 +374,6 @@ def _prepare(
     activation: str,
     id_type: torch.dtype,
     all_experts: int,
-    factor: float,
     kernel: str | None,
 ) -> _Call | None:
     """Checks all that follows from sizes. None: on the CPU."""
@@ -390,7 +391,8 @@ def _prepare(
     is_gated = activation in cpu.GATED
     element = _ELEMENTS[dtype]
     plan: ExpertsPlan = plan_experts(
-        num_pairs, num_experts, all_experts, hidden, intermediate, element, is_gated, device_limits(index), kernel
+        num_pairs, num_experts, all_experts, hidden, intermediate, element, is_gated, device_limits(index),
+        kernel,
     )  # fmt: skip
     layout = _lay_out(num_pairs, hidden, intermediate, all_experts, plan.block_size)
     alternate = activation == "swigluoai"
@@ -399,13 +401,11 @@ def _prepare(
         "num_experts": num_experts,
         "num_mapped": all_experts,
         "num_blocks": layout.num_blocks,
-        "topk": topk,
         "words_per_id": id_type.itemsize // 4,
         "group_blocks": plan.group_blocks,
         "group_pairs": plan.group_blocks,
         "alpha": cpu.ALPHA,
         "limit": cpu.LIMIT,
-        "factor": factor,
     }
     first = {
         "row_stride": 2 * x_stride,
@@ -450,7 +450,7 @@ def _prepare(
             gate, up = (2 * row1, row1) if alternate else (row1, intermediate * row1)
             of_w1 = _map_gated(element, num_experts, intermediate, hidden, expert1, gate, up)
         maps = of_w1, _map_plain(element, num_experts, hidden, intermediate, expert2, row2)
-    return _Call(plan.kernel, tokens, layout, plan.block_size, *launches, maps)
+    return _Call(plan.kernel, tokens, layout, plan.block_size, launches[0], launches[1], maps)
 
 
 def _map_plain(element: str, experts: int, rows: int, depth: int, expert: int, row: int) -> _Map:

@@ -16,13 +16,14 @@ MAX_LOCAL_EXPERTS = Constant(1024, "experts/experts_wgmma.cu:kMaxLocalExperts")
 ROW_BYTES = 2 * Constant(64, "experts/experts.cuh:kDepth")
 
 DIRECT_MAX_PAIRS = Constant(128, "experts/experts_direct.cu:kMaxPairs")
-DIRECT_WARPS = Constant(8, "experts/experts_direct.cu:kWarps")
-DIRECT_STAGES = Constant(4, "experts/experts_direct.cu:kStages")
-DIRECT_STEP_BYTES = Constant(3072, "experts/experts_direct.cu:kStepBytes")
-DIRECT_SUM_COLUMNS = Constant(16, "experts/experts_direct.cu:kSumColumns")
-DIRECT_SEGMENT = Constant(1024, "experts/experts_direct.cu:kSegment")
+DIRECT_GROUP_PAIRS = Constant(8, "experts/experts_direct.cu:kGroupPairs")
+DIRECT_WEIGHT_ROWS = Constant(64, "experts/experts_direct.cu:kTileWeights")
+DIRECT_STAGES = Constant(10, "experts/experts_direct.cu:kStages")
+DIRECT_THREADS = Constant(128, "experts/experts_direct.cu:kThreads")
 # Of an expert, on average: groups of 8 pairs read its weights, and few experts should have two of them.
 DIRECT_MEAN_PAIRS = 4
+# Two blocks find room on an SM, but with so much each: one.
+DIRECT_ALONE_BYTES = 116 * 1024
 DIRECT_STATIC_BYTES = 6 * 1024  # `Groups`, rounded up
 
 WGMMA_ROWS = Constant(128, "experts/experts_wgmma.cu:kTileRows")
@@ -38,6 +39,9 @@ WGMMA_GROUP_PAIRS = 8
 # from L2 once, fewer the rows.
 MMA_GROUP_BLOCKS = 8
 MMA_THREADS = 128
+# Blocks of a kernel that begins early go where there is room first: a few would share some SMs, and leave
+# others idle.
+MMA_OVERLAP_ROUNDS = 4
 
 
 class Tile(NamedTuple):
@@ -86,15 +90,15 @@ def plan_experts(
         raise ValueError("hidden_states: fused_experts needs a GPU of compute capability 8.0 or newer")
     kinds = "gated" if gated else "plain", "plain"
     if kernel in (None, "direct"):
-        plan = _plan_direct(
-            num_pairs, hidden, intermediate, f"{kinds[0]}_{element}", f"sum_{element}", limits
-        )
+        entries = tuple(f"experts_direct_{kind}_{element}" for kind in kinds)
+        plan = _plan_direct(num_pairs, hidden, intermediate, entries, limits)
         if plan and (kernel or num_pairs <= DIRECT_MEAN_PAIRS * num_experts):
             return plan
         if kernel:
-            raise ValueError(f"kernel='direct': too many pairs ({num_pairs}) or too much shared memory")
+            raise ValueError(f"kernel='direct': at most {DIRECT_MAX_PAIRS} pairs, got {num_pairs}")
     if kernel in (None, "wgmma"):
-        plan = _plan_wgmma(tuple(f"experts_wgmma_{kind}_{element}" for kind in kinds), limits, gated)
+        entries = tuple(f"experts_wgmma_{kind}_{element}" for kind in kinds)
+        plan = _plan_wgmma(entries, limits, gated)
         if plan:
             return plan
         if kernel:
@@ -111,37 +115,32 @@ def plan_experts(
     def launch(kind: str, width: int, tile_columns: int) -> LaunchPlan:
         grid = round_up(blocks, group_blocks) * ceil_div(width, tile_columns)
         entry = f"experts_mma_{kind}_{tile.rows}_{element}"
-        return LaunchPlan("experts_mma", entry, grid, MMA_THREADS, shared_bytes, True)
+        overlaps = grid >= MMA_OVERLAP_ROUNDS * limits.num_sms
+        return LaunchPlan("experts_mma", entry, grid, MMA_THREADS, shared_bytes, overlaps)
 
     products = launch(kinds[0], intermediate, columns[0]), launch(kinds[1], hidden, columns[1])
     return ExpertsPlan(name, tile.rows, group_blocks, products, columns)
 
 
 def _plan_direct(
-    num_pairs: int, hidden: int, intermediate: int, first: str, second: str, limits: DeviceLimits
+    num_pairs: int, hidden: int, intermediate: int, entries: tuple[str, ...], limits: DeviceLimits
 ) -> ExpertsPlan | None:
-    threads, stages = DIRECT_WARPS * 32, DIRECT_WARPS * DIRECT_STAGES * DIRECT_STEP_BYTES
-    parts = 2 * num_pairs * ceil_div(intermediate, DIRECT_SEGMENT) * DIRECT_SUM_COLUMNS * 4
-    if num_pairs > DIRECT_MAX_PAIRS or stages + parts + DIRECT_STATIC_BYTES > limits.shared_bytes:
+    if num_pairs > DIRECT_MAX_PAIRS:
         return None
-    columns = 8 if first.startswith("gated") else 16, int(DIRECT_SUM_COLUMNS)
-    pieces = num_pairs * ceil_div(intermediate, columns[0])
-    # Where one block on an SM has a piece for each warp, the second kernel's blocks find room beside it.
-    blocks = limits.num_sms * (1 if pieces <= limits.num_sms * DIRECT_WARPS else 2)
-    tiles = ceil_div(hidden, columns[1])
-    rounds = ceil_div(tiles, 2 * limits.num_sms)
-    products = (
-        LaunchPlan("experts_direct", f"experts_direct_{first}", blocks, threads, stages, True),
-        LaunchPlan(
-            "experts_direct",
-            f"experts_direct_{second}",
-            ceil_div(tiles, rounds),
-            threads,
-            stages + parts,
-            True,
-        ),
-    )
-    return ExpertsPlan("direct", 0, 1, products, columns)
+    shared_bytes = DIRECT_STAGES * (DIRECT_WEIGHT_ROWS + DIRECT_GROUP_PAIRS) * ROW_BYTES
+    is_gated = "gated" in entries[0]
+    columns = DIRECT_WEIGHT_ROWS // 2 if is_gated else int(DIRECT_WEIGHT_ROWS), int(DIRECT_WEIGHT_ROWS)
+
+    def launch(entry: str, width: int, tile: int) -> LaunchPlan:
+        # Blocks that begin early go where there is room first: a few would share some SMs, and leave others.
+        tiles = num_pairs * ceil_div(width, tile)
+        is_alone = tiles <= limits.num_sms and limits.shared_bytes > DIRECT_ALONE_BYTES + DIRECT_STATIC_BYTES
+        size = DIRECT_ALONE_BYTES if is_alone else shared_bytes
+        grid = min(2 * limits.num_sms, tiles)
+        return LaunchPlan("experts_direct", entry, grid, DIRECT_THREADS, size, True)
+
+    first, second = launch(entries[0], intermediate, columns[0]), launch(entries[1], hidden, columns[1])
+    return ExpertsPlan("direct", 0, 1, (first, second), columns)
 
 
 def _plan_wgmma(entries: tuple[str, ...], limits: DeviceLimits, gated: bool) -> ExpertsPlan | None:

@@ -1,53 +1,50 @@
 // SPDX-License-Identifier: Apache-2.0
-// The products of the experts for a handful of tokens, straight from the ids: two launches make a layer, and every byte of
-// the weights of the experts hit is read once.
+// The products of the experts for a handful of pairs, straight from the ids, with mma.sync: every device from compute
+// capability 8.0 on.
 //
-// in       topk_ids [num_pairs], expert_map [num_mapped] or null, rows, weights, bias, topk_weights and shared as in
+// in       topk_ids [num_pairs], expert_map [num_mapped] or null, rows, weights, bias and topk_weights as in
 //          ExpertsDirectArgs
-// out      first: output [num_pairs, num_columns], the activations of pairs whose expert is here
-//          sum: output [num_tokens, num_columns], each slot rounded to Element, then added up as moe_sum does
-// grid     any number of blocks; block: kWarps warps
-// shared   kWarps * kStages * kStepBytes; sum: and 2 * num_pairs * segments of the depth * kSumColumns * 4
+// out      output [num_pairs, num_columns] of Element, the rows of pairs whose expert is here; in GEMM 2 zeros for others
+// grid     any number of blocks; best as many as there are SMs; block: kThreads
+// shared   kStages * kStageBytes
 // limits   num_pairs <= kMaxPairs; depth and num_columns are multiples of 8, rows and weights are aligned to 16 bytes
 // targets  sm_80 sm_86 sm_87 sm_89 sm_90 sm_100 sm_103 sm_120 sm_121 compute_90
 //
-// Weights are the operand of 16 rows, and up to 8 pairs of an expert that of 8 columns. A warp
-// multiplies what it has copied itself, so that no barrier of the block stands between memory and the tensor cores.
+// Memory is the limit: every byte of the weights of the experts hit is read once, as long as no expert has more than
+// kGroupPairs pairs, and what is asked for runs ahead of what is multiplied, from one tile to the next. Weights are the
+// operand of 16 rows, and pairs that of 8 columns.
 //
-//   1  groups: up to 8 pairs of one expert
-//   2  first: a warp takes 16 rows of weights of a group at a time, with a gate 8 of gates and the 8 ups to them; bias,
-//      router weight, activation; write
-//      sum: a block takes 16 columns of the output; its warps share groups and segments of the depth
-//   3  sum: per output, over slots: segments, bias, router weight; factor and shared output; write
+//   1  groups: up to kGroupPairs pairs of one expert
+//   2  a block takes kTileWeights rows of weights of a group at a time; per kDepth elements: wait for this step, ask for
+//      what comes kStages - 1 steps later, multiply
+//   3  bias, router weight, activation; write
 //
-// Order: over the depth ascending, 16 at a time, in `sum` by segments of kSegment, which are then added up. So the
-// bits of a row depend on neither the other rows nor the number of blocks.
+// Order: over the depth ascending, 16 at a time, for each element alone: a row has the bits that experts_mma.cu gives it,
+// in every batch.
 #include "experts/experts.cuh"
 
 struct ExpertsDirectArgs {
-  const u32* topk_ids;  // [num_pairs] of 1 or 2 words
-  const char* rows;     // [num_pairs / rows_shared, depth], row_stride bytes apart
-  const char* weights;  // [num_experts][rows of an expert][depth]
-  char* output;
-  const int* expert_map;      // [num_mapped], or null: ids are numbers of experts
-  const char* bias;           // [num_experts][rows of an expert] of Element, or null
-  const float* topk_weights;  // [num_pairs] or null: multiplies what the activation gets, or the slot
-  const char* shared;         // sum: [num_tokens, num_columns], added, or null
+  const u32* topk_ids;                           // [num_pairs] of 1 or 2 words
+  const char* rows;                              // [num_pairs / rows_shared, depth], row_stride bytes apart
+  const char* weights;                           // [num_experts][rows of an expert][depth]
+  char* output;                                  // [num_pairs, num_columns]
+  const int* expert_map;                         // [num_mapped], or null: ids are numbers of experts
+  const char* bias;                              // [num_experts][rows of an expert] of Element, or null
+  const float* topk_weights;                     // [num_pairs] or null: multiplies what the activation gets
   i64 row_stride, expert_stride, weight_stride;  // in bytes
   u32 num_pairs, num_experts, num_mapped, words_per_id;
-  Divisor rows_shared;  // pairs that have one row: topk in the first, 1 in the sum
-  u32 depth, num_columns, topk;
+  Divisor rows_shared;  // pairs that have one row: topk in GEMM 1, 1 in GEMM 2
+  u32 depth, num_columns;
   u32 activation;      // an Activation
   u32 row_step;        // of the row of weights for the next column: 2 where gate and up rows alternate
   u32 up_offset;       // from the row of a gate to that of its up
+  u32 is_first;        // of the two products: it reads nothing before the kernel before it has ended
   i64 bias_stride;     // in elements, of an expert
   float alpha, limit;  // of kSwigluOai
-  float factor;        // sum: multiplies what the slots add up to
 };
 
-constexpr u32 kWarps = 8, kThreads = kWarps * kWarpSize, kStages = 4;
-constexpr u32 kStepBytes = 3072;  // kDepth elements of 16 rows of weights and of 8 pairs
-constexpr u32 kMaxPairs = 128, kGroupPairs = 8, kSumColumns = 16, kSegment = 1024;
+constexpr u32 kThreads = 128, kStages = 10, kTileWeights = 64, kMaxPairs = 128, kGroupPairs = 8;
+constexpr u32 kStageBytes = (kTileWeights + kGroupPairs) * kRowBytes;
 constexpr u32 kNobody = 0xffffffffu;
 
 struct Groups {
@@ -66,21 +63,17 @@ __device__ __forceinline__ u32 find_expert(const ExpertsDirectArgs& args, u32 pa
 }
 
 __device__ __forceinline__ void find_groups(const ExpertsDirectArgs& args, Groups& groups) {
-  const u32 pair = threadIdx.x;
-  if (pair < kMaxPairs) groups.expert_of[pair] = pair < args.num_pairs ? find_expert(args, pair) : kNobody;
+  static_assert(kThreads == kMaxPairs, "a thread for each pair");
+  const u32 pair = threadIdx.x, expert = pair < args.num_pairs ? find_expert(args, pair) : kNobody;
+  groups.expert_of[pair] = expert;
   __syncthreads();
-  bool leads = false;
-  u32 expert = kNobody, index = 0;
-  if (pair < kMaxPairs) {
-    expert = groups.expert_of[pair];
-    u32 rank = 0;
+  u32 rank = 0;
 #pragma unroll 4
-    for (u32 other = 0; other < pair; ++other) rank += groups.expert_of[other] == expert;
-    leads = expert != kNobody && rank % kGroupPairs == 0;
-    const u32 leaders = __ballot_sync(kFullWarp, leads);
-    index = __popc(leaders & lanes_below());
-    if (lane_id() == 0) groups.leaders[warp_id()] = __popc(leaders);
-  }
+  for (u32 other = 0; other < min_u32(pair, args.num_pairs); ++other) rank += groups.expert_of[other] == expert;
+  const bool leads = expert != kNobody && rank % kGroupPairs == 0;
+  const u32 leaders = __ballot_sync(kFullWarp, leads);
+  u32 index = __popc(leaders & lanes_below());
+  if (lane_id() == 0) groups.leaders[warp_id()] = __popc(leaders);
   __syncthreads();
   if (leads) {
 #pragma unroll 1
@@ -103,199 +96,160 @@ __device__ __forceinline__ void find_groups(const ExpertsDirectArgs& args, Group
   __syncthreads();
 }
 
-// A piece of work of a warp: 16 rows of the weights of a group, over some steps of the depth.
-struct Piece {
-  u32 group, first_column, segment, first_step, num_steps;
-};
-
-// All pieces, one after another: of the first product, to all warps of the grid in turn.
-struct Spread {
-  u32 at, stride, count, tiles, num_steps, columns;
-  __device__ __forceinline__ Spread(const ExpertsDirectArgs& args, const Groups& groups, u32 columns)
-      : at(warp_id() * gridDim.x + blockIdx.x),
-        stride(gridDim.x * kWarps),
-        tiles(ceil_div(args.num_columns, columns)),
-        num_steps(ceil_div(args.depth, kDepth)),
-        columns(columns) {
-    count = groups.count * tiles;
-  }
-  __device__ __forceinline__ bool is_end() const { return at >= count; }
-  __device__ __forceinline__ void next() { at += stride; }
-  __device__ __forceinline__ Piece piece() const {
-    const u32 group = at / tiles;
-    return {group, (at - group * tiles) * columns, 0, 0, num_steps};
-  }
-};
-
-// Of the sum: a block takes columns, its warps groups and segments in turn.
-struct InTurns {
-  u32 column, index, count, num_columns, num_steps;
-  __device__ __forceinline__ InTurns(const ExpertsDirectArgs& args, const Groups& groups, u32 segments)
-      : column(blockIdx.x * kSumColumns),
-        index(warp_id()),
-        count(groups.count * segments),
-        num_columns(args.num_columns),
-        num_steps(ceil_div(args.depth, kDepth)),
-        segments(segments) {}
-  u32 segments;
-  __device__ __forceinline__ bool is_end() const { return index >= count || column >= num_columns; }
-  __device__ __forceinline__ void next() {
-    index += kWarps;
-    if (index >= count) index = warp_id(), column += gridDim.x * kSumColumns;
-  }
-  __device__ __forceinline__ Piece piece() const {
-    const u32 group = index / segments, segment = index - group * segments, first = segment * (kSegment / kDepth);
-    return {group, column, segment, first, min_u32(kSegment / kDepth, num_steps - first)};
-  }
-};
-
-// What a warp has asked for: kStages steps, in order, across pieces. Eight lanes copy a step of a row.
-template <typename Tile, typename Pieces>
+// What a block has asked for: steps in order, from one tile to the next. Eight threads copy a step of a row.
+template <typename Tile>
 struct Stream {
-  static constexpr u32 kRowsAtOnce = kWarpSize / kChunks;
-  static constexpr u32 kMyWeights = 16 / kRowsAtOnce, kMyRows = kGroupPairs / kRowsAtOnce;
+  static constexpr u32 kRowsAtOnce = kThreads / kChunks, kMyWeights = kTileWeights / kRowsAtOnce;
   const ExpertsDirectArgs& args;
   const Groups& groups;
-  Pieces pieces;
-  const char *weights[kMyWeights], *rows[kMyRows];  // at the piece's first step; null: zeros
-  u32 step, num_steps, first_element, slot;
-  char* slots;
+  u32 num_tiles, num_steps;               // of a group, of a tile
+  u32 place, end, step;                   // all tiles of all groups, taken by the blocks in turn
+  const char *weights[kMyWeights], *row;  // null: zeros
+  char* stages;
+  u32 stage;
 
-  __device__ __forceinline__ Stream(const ExpertsDirectArgs& args, const Groups& groups, Pieces pieces, char* slots)
-      : args(args), groups(groups), pieces(pieces), slot(0), slots(slots) {
+  __device__ __forceinline__ Stream(const ExpertsDirectArgs& args, const Groups& groups, char* stages)
+      : args(args),
+        groups(groups),
+        num_tiles(ceil_div(args.num_columns, Tile::kColumns)),
+        num_steps(ceil_div(args.depth, kDepth)),
+        place(blockIdx.x),
+        end(groups.count * num_tiles),
+        stages(stages),
+        stage(0) {
     begin();
   }
 
+  __device__ __forceinline__ u32 group() const { return place / num_tiles; }
+  __device__ __forceinline__ u32 first_column() const { return place % num_tiles * Tile::kColumns; }
+
   __device__ __forceinline__ void begin() {
-    step = num_steps = 0;
-    if (pieces.is_end()) return;
-    const Piece piece = pieces.piece();
-    num_steps = piece.num_steps;
-    first_element = piece.first_step * kDepth + lane_id() % kChunks * 8;
-    const char* expert = args.weights + groups.experts[piece.group] * args.expert_stride + first_element * 2;
+    step = 0;
+    if (place >= end) return;
+    const u32 my_row = threadIdx.x / kChunks, offset = threadIdx.x % kChunks * 16;
+    const char* expert = args.weights + groups.experts[group()] * args.expert_stride + offset;
 #pragma unroll
     for (u32 i = 0; i < kMyWeights; ++i) {
-      const u32 r = i * kRowsAtOnce + lane_id() / kChunks;
-      const bool exists = piece.first_column + Tile::column(r) < args.num_columns;
-      weights[i] = exists ? expert + Tile::weight_row(args, piece.first_column, r) * args.weight_stride : nullptr;
+      const u32 r = my_row + i * kRowsAtOnce;
+      const bool exists = first_column() + Tile::column(r) < args.num_columns;
+      weights[i] = exists ? expert + Tile::weight_row(args, first_column(), r) * args.weight_stride : nullptr;
     }
-#pragma unroll
-    for (u32 i = 0; i < kMyRows; ++i) {
-      const u32 pair = groups.pairs[piece.group][i * kRowsAtOnce + lane_id() / kChunks];
-      rows[i] = nullptr;
-      if (pair != kNobody) rows[i] = args.rows + args.rows_shared.quotient(pair) * args.row_stride + first_element * 2;
-    }
+    const u32 pair = my_row < kGroupPairs ? groups.pairs[group()][my_row] : kNobody;
+    row = pair == kNobody ? nullptr : args.rows + args.rows_shared.quotient(pair) * args.row_stride + offset;
   }
 
   // The next step, of one of them or of both; without a commit_copies, which is due even where there is no step left.
   __device__ __forceinline__ void ask(bool for_weights, bool for_rows) {
-    if (step < num_steps) {
-      char* to = slots + slot * kStepBytes;
-      const u32 at = step * kRowBytes;
-      const bool is_within = first_element + step * kDepth < args.depth;
+    if (place < end) {
+      const u32 my_row = threadIdx.x / kChunks, my_chunk = threadIdx.x % kChunks, at = step * kRowBytes;
+      const bool is_within = step * kDepth + my_chunk * 8 < args.depth;
+      char* to = stages + stage * kStageBytes + chunk_offset(my_row, my_chunk);
       const auto copy = [&](u32 r, const char* from) {
         const bool exists = is_within && from != nullptr;
-        copy_async(to + chunk_offset(r + lane_id() / kChunks, lane_id() % kChunks), exists ? from + at : args.weights,
-                   exists);
+        copy_async(to + r * kRowBytes, exists ? from + at : args.weights, exists);
       };
 #pragma unroll
       for (u32 i = 0; i < kMyWeights; ++i) {
         if (for_weights) copy(i * kRowsAtOnce, weights[i]);
       }
-#pragma unroll
-      for (u32 i = 0; i < kMyRows; ++i) {
-        if (for_rows) copy(16 + i * kRowsAtOnce, rows[i]);
-      }
+      if (for_rows && my_row < kGroupPairs) copy(kTileWeights, row);
       if (++step == num_steps) {
-        pieces.next();
+        place += gridDim.x;
         begin();
       }
     }
-    if (++slot == kStages) slot = 0;
+    if (++stage == kStages) stage = 0;
   }
 };
 
-// The products of a piece: of row lane / 4 of the weights and pairs lane % 4 * 2 and the next, then of row lane / 4 + 8.
-template <typename Tile, typename Pieces>
-__device__ __forceinline__ void multiply(Stream<Tile, Pieces>& stream, u32 num_steps, u32& slot, float (&sums)[4]) {
-#pragma unroll
-  for (u32 i = 0; i < 4; ++i) sums[i] = 0;
+// Rows of pairs of experts that are not here.
+__device__ __forceinline__ void clear_unknown(const ExpertsDirectArgs& args, const Groups& groups) {
 #pragma unroll 1
-  for (u32 step = 0; step < num_steps; ++step) {
-    wait_copies<kStages - 1>();
-    __syncwarp();  // all lanes have waited for their part
-    const char* from = stream.slots + slot * kStepBytes;
-#pragma unroll
-    for (u32 k = 0; k < kChunks; k += 4) {
-      u32 pairs[4];
-      load_matrices(pairs, from + chunk_offset(16 + lane_id() % 8, k + lane_id() / 8));
-#pragma unroll
-      for (u32 half = 0; half < 2; ++half) {
-        u32 weights[4];
-        load_matrices(weights, from + chunk_offset(lane_id() % 16, k + half * 2 + lane_id() / 16));
-        multiply_add<typename Tile::Element>(sums, weights, pairs[half * 2], pairs[half * 2 + 1]);
-      }
-    }
-    if (++slot == kStages) slot = 0;
-    __syncwarp();  // all lanes are done with what is asked for anew
-    stream.ask(true, true);
-    commit_copies();
+  for (u32 pair = blockIdx.x; pair < args.num_pairs; pair += gridDim.x) {
+    if (groups.expert_of[pair] != kNobody) continue;
+    uint4* row = reinterpret_cast<uint4*>(args.output + (i64)pair * args.num_columns * 2);
+#pragma unroll 1
+    for (u32 i = threadIdx.x; i < args.num_columns / 8; i += kThreads) row[i] = make_uint4(0, 0, 0, 0);
   }
 }
-
-// 16 rows of weights, by one warp.
-template <typename ElementType, bool kGated>
-struct DirectTile : TileOf<ElementType, kGated, kGroupPairs, 16, kThreads> {};
 
 template <typename Tile>
 __device__ __forceinline__ void experts_direct(const ExpertsDirectArgs& args) {
   extern __shared__ uint4 memory[];
   __shared__ Groups groups;
   using Element = typename Tile::Element;
-  wait_for_kernel_before();
+  if (args.is_first) wait_for_kernel_before();
   let_next_kernel_begin();
-  find_groups(args, groups);
-  char* slots = reinterpret_cast<char*>(memory) + warp_id() * kStages * kStepBytes;
-  Spread pieces(args, groups, Tile::kColumns);
-  Stream<Tile, Spread> stream(args, groups, pieces, slots);
+  find_groups(args, groups);  // of ids that were there before the first product
+  char* stages = reinterpret_cast<char*>(memory);
+  Stream<Tile> stream(args, groups, stages), done = stream;
 #pragma unroll 1
-  for (u32 i = 0; i < kStages; ++i) {
-    stream.ask(true, true);
-    commit_copies();
+  for (u32 i = 0; i + 1 < kStages; ++i) {
+    stream.ask(true, args.is_first);
+    if (args.is_first) commit_copies();
   }
-  u32 slot = 0;
+  if (!args.is_first) {  // weights are there, rows will be
+    wait_for_kernel_before();
+    Stream<Tile> late = done;
 #pragma unroll 1
-  for (; !pieces.is_end(); pieces.next()) {
-    const Piece piece = pieces.piece();
-    float sums[4];
-    multiply(stream, piece.num_steps, slot, sums);
-    const u32 expert = groups.experts[piece.group], r = lane_id() / 4;
-    const typename Element::Bits* bias = reinterpret_cast<const typename Element::Bits*>(args.bias);
-    if (bias != nullptr) bias += expert * args.bias_stride;
+    for (u32 i = 0; i + 1 < kStages; ++i) {
+      late.ask(false, true);
+      commit_copies();
+    }
+    clear_unknown(args, groups);
+  }
+  const u32 my_weights = warp_id() * 16;
+#pragma unroll 1
+  for (; done.place < done.end; done.place += gridDim.x) {
+    float sums[4] = {};
+#pragma unroll 1
+    for (u32 step = 0; step < done.num_steps; ++step) {
+      wait_copies<kStages - 2>();
+      __syncthreads();  // all have waited for their part of this step, and are done with the one before
+      stream.ask(true, true);
+      commit_copies();
+      const char* stage = stages + done.stage * kStageBytes;
+      if (++done.stage == kStages) done.stage = 0;
 #pragma unroll
-    for (u32 half = 0; half < 2; ++half) {  // of the rows
-      if (bias != nullptr && piece.first_column + Tile::column(r + half * 8) < args.num_columns) {
-        const float value = Element::to_float(bias[Tile::weight_row(args, piece.first_column, r + half * 8)]);
+      for (u32 k = 0; k < kChunks; k += 4) {
+        u32 pairs[4];
+        load_matrices(pairs, stage + chunk_offset(kTileWeights + lane_id() % 8, k + lane_id() / 8));
+#pragma unroll
+        for (u32 half = 0; half < 2; ++half) {
+          u32 weights[4];
+          load_matrices(weights, stage + chunk_offset(my_weights + lane_id() % 16, k + half * 2 + lane_id() / 16));
+          multiply_add<Element>(sums, weights, pairs[half * 2], pairs[half * 2 + 1]);
+        }
+      }
+    }
+
+    // Of rows r and r + 8 of the weights, two pairs each.
+    const u32 group = done.group(), first_column = done.first_column(), r = my_weights + lane_id() / 4;
+    u32 pairs[2];
+#pragma unroll
+    for (u32 i = 0; i < 2; ++i) pairs[i] = groups.pairs[group][lane_id() % 4 * 2 + i];
+    if (args.bias != nullptr) {
+      const auto* bias =
+          reinterpret_cast<const typename Element::Bits*>(args.bias) + groups.experts[group] * args.bias_stride;
+#pragma unroll
+      for (u32 half = 0; half < 2; ++half) {
+        if (first_column + Tile::column(r + half * 8) >= args.num_columns) continue;
+        const float value = Element::to_float(bias[Tile::weight_row(args, first_column, r + half * 8)]);
         sums[half * 2] += value;
         sums[half * 2 + 1] += value;
       }
     }
-    u32 pairs[2];
 #pragma unroll
     for (u32 i = 0; i < 2; ++i) {
-      pairs[i] = groups.pairs[piece.group][lane_id() % 4 * 2 + i];
       if (args.topk_weights != nullptr && pairs[i] != kNobody) {
         const float weight = args.topk_weights[pairs[i]];
         sums[i] *= weight;
         sums[i + 2] *= weight;
       }
-    }
-#pragma unroll
-    for (u32 i = 0; i < 2; ++i) {
       if (Tile::kGated) {
-        sums[i] = args.activation == kSilu ? sums[i] * fast_sigmoid(sums[i]) * sums[i + 2]
-                                           : gated(args, sums[i], sums[i + 2]);
-      } else {
+        const bool is_silu = args.activation == kSilu;
+        sums[i] = is_silu ? sums[i] * fast_sigmoid(sums[i]) * sums[i + 2] : gated(args, sums[i], sums[i + 2]);
+      } else if (args.activation != kNone) {
         sums[i] = activated(args.activation, sums[i]);
         sums[i + 2] = activated(args.activation, sums[i + 2]);
       }
@@ -303,13 +257,13 @@ __device__ __forceinline__ void experts_direct(const ExpertsDirectArgs& args) {
     // Neighbouring rows are neighbouring columns of the output: lanes of even rows take the first pair, the others the
     // second, and write two columns.
     const bool is_odd = r % 2 != 0;
+    const u32 pair = is_odd ? pairs[1] : pairs[0];
 #pragma unroll
     for (u32 half = 0; half < (Tile::kGated ? 1 : 2); ++half) {
       const float first = sums[half * 2], second = sums[half * 2 + 1];
-      const float mine = is_odd ? second : first, given = is_odd ? first : second;
-      const float taken = __shfl_xor_sync(kFullWarp, given, 4);
-      const float values[2] = {is_odd ? taken : mine, is_odd ? mine : taken};
-      const u32 pair = is_odd ? pairs[1] : pairs[0], column = piece.first_column + Tile::column(r + half * 8) - is_odd;
+      const float taken = __shfl_xor_sync(kFullWarp, is_odd ? first : second, 4);
+      const float values[2] = {is_odd ? taken : first, is_odd ? second : taken};
+      const u32 column = first_column + Tile::column(r + half * 8) - is_odd;
       if (pair != kNobody && column < args.num_columns) {
         *reinterpret_cast<u32*>(args.output + ((i64)pair * args.num_columns + column) * 2) = Element::pack(values);
       }
@@ -318,98 +272,12 @@ __device__ __forceinline__ void experts_direct(const ExpertsDirectArgs& args) {
   wait_copies<0>();
 }
 
-template <typename Tile>
-__device__ __forceinline__ void experts_direct_sum(const ExpertsDirectArgs& args) {
-  extern __shared__ uint4 memory[];
-  __shared__ Groups groups;
-  using Element = typename Tile::Element;
-  const u32 segments = ceil_div(args.depth, kSegment), num_tokens = args.num_pairs / args.topk;
-  char* slots = reinterpret_cast<char*>(memory) + warp_id() * kStages * kStepBytes;
-  float* parts = reinterpret_cast<float*>(reinterpret_cast<char*>(memory) + kWarps * kStages * kStepBytes);
-  find_groups(args, groups);  // of ids that were there before the first product, as the weights were
-  InTurns pieces(args, groups, segments);
-  Stream<Tile, InTurns> stream(args, groups, pieces, slots);
-  Stream<Tile, InTurns> early = stream;  // weights are there, rows will be
-#pragma unroll 1
-  for (u32 i = 0; i < kStages; ++i) early.ask(true, false);
-  wait_for_kernel_before();
-  let_next_kernel_begin();
-#pragma unroll 1
-  for (u32 i = 0; i < kStages; ++i) {
-    stream.ask(false, true);
-    commit_copies();
+#define ENTRY(name, type, Element, kGated)                                              \
+  extern "C" __global__ void __launch_bounds__(kThreads)                                \
+      experts_direct_##name##_##type(const __grid_constant__ ExpertsDirectArgs args) {  \
+    experts_direct<TileOf<Element, kGated, kGroupPairs, kTileWeights, kThreads>>(args); \
   }
-  u32 slot = 0;
-  // What a block has of its columns alternates between two places, so that one barrier is enough.
-  bool is_second = false;
-#pragma unroll 1
-  for (u32 column = blockIdx.x * kSumColumns; column < args.num_columns; column += gridDim.x * kSumColumns) {
-    float* mine = parts + (is_second ? args.num_pairs * segments * kSumColumns : 0);
-    is_second = !is_second;
-#pragma unroll 1
-    for (; !pieces.is_end() && pieces.column == column; pieces.next()) {
-      const Piece piece = pieces.piece();
-      float sums[4];
-      multiply(stream, piece.num_steps, slot, sums);
-#pragma unroll
-      for (u32 i = 0; i < 4; ++i) {
-        const u32 pair = groups.pairs[piece.group][lane_id() % 4 * 2 + i % 2];
-        if (pair != kNobody)
-          mine[(pair * segments + piece.segment) * kSumColumns + lane_id() / 4 + i / 2 * 8] = sums[i];
-      }
-    }
-    __syncthreads();
-#pragma unroll 1
-    for (u32 i = threadIdx.x; i < num_tokens * kSumColumns / 2; i += kThreads) {
-      const u32 token = i / (kSumColumns / 2), c = i % (kSumColumns / 2) * 2;
-      if (column + c >= args.num_columns) continue;
-      float totals[2] = {0, 0};
-#pragma unroll 1
-      for (u32 pair = token * args.topk; pair < (token + 1) * args.topk; ++pair) {
-        const u32 expert = groups.expert_of[pair];
-        if (expert == kNobody) continue;
-        float values[2] = {0, 0};
-#pragma unroll 1
-        for (u32 s = 0; s < segments; ++s) {
-          values[0] += mine[(pair * segments + s) * kSumColumns + c];
-          values[1] += mine[(pair * segments + s) * kSumColumns + c + 1];
-        }
-        if (args.bias != nullptr) {
-          const auto* bias = reinterpret_cast<const typename Element::Bits*>(args.bias) + expert * args.bias_stride;
-          values[0] += Element::to_float(bias[column + c]);
-          values[1] += Element::to_float(bias[column + c + 1]);
-        }
-        if (args.topk_weights != nullptr) {
-          values[0] *= args.topk_weights[pair];
-          values[1] *= args.topk_weights[pair];
-        }
-        Element::unpack(Element::pack(values), values);
-        totals[0] = __fadd_rn(totals[0], values[0]);
-        totals[1] = __fadd_rn(totals[1], values[1]);
-      }
-      totals[0] = __fmul_rn(totals[0], args.factor);
-      totals[1] = __fmul_rn(totals[1], args.factor);
-      const i64 at = ((i64)token * args.num_columns + column + c) * 2;
-      if (args.shared != nullptr) {
-        float values[2];
-        Element::unpack(*reinterpret_cast<const u32*>(args.shared + at), values);
-        totals[0] = __fadd_rn(totals[0], values[0]);
-        totals[1] = __fadd_rn(totals[1], values[1]);
-      }
-      *reinterpret_cast<u32*>(args.output + at) = Element::pack(totals);
-    }
-  }
-  wait_copies<0>();
-}
-
-#define ENTRY(name, type, function, Element, kGated)                                   \
-  extern "C" __global__ void __launch_bounds__(kThreads, 2)                            \
-      experts_direct_##name##_##type(const __grid_constant__ ExpertsDirectArgs args) { \
-    function<DirectTile<Element, kGated>>(args);                                       \
-  }
-#define ENTRIES(type, Element)                       \
-  ENTRY(gated, type, experts_direct, Element, true)  \
-  ENTRY(plain, type, experts_direct, Element, false) \
-  ENTRY(sum, type, experts_direct_sum, Element, false)
-ENTRIES(bf16, BF16)
-ENTRIES(f16, F16)
+ENTRY(gated, bf16, BF16, true)
+ENTRY(gated, f16, F16, true)
+ENTRY(plain, bf16, BF16, false)
+ENTRY(plain, f16, F16, false)
