@@ -153,7 +153,7 @@ MUTANTS = [
     Mutant("no barrier before ranks are counted", DIRECT, "groups.expert_of[pair] = expert;\n  __syncthreads();", "groups.expert_of[pair] = expert;"),
     Mutant("no barrier before groups are numbered", DIRECT, "groups.leaders[warp_id()] = __popc(leaders);\n  __syncthreads();", "groups.leaders[warp_id()] = __popc(leaders);"),
     Mutant("what a group has no pair for is left as it is", DIRECT, "for (; count < kGroupPairs; ++count) groups.pairs", "for (; count + 1 < kGroupPairs; ++count) groups.pairs"),
-    Mutant("the upper word of an id is not looked at, direct", DIRECT, "words[args.words_per_id - 1] != 0 && args.words_per_id == 2", "false"),
+    Mutant("the upper word of an id is not looked at, direct", DIRECT, "words[args.words_per_id - 1] != 0 && args.words_per_id == 2", "false", "the sum leaves such slots out"),
     Mutant("an expert that a map invents is taken", DIRECT, "return expert < args.num_experts ? expert : kNobody;", "return expert;"),
     Mutant("chunks past the depth are read", DIRECT, "const bool is_within = step * kDepth + my_chunk * 8 < args.depth;", "const bool is_within = true;"),
     Mutant("rows of weights past the last are read", DIRECT, "const bool exists = first_column() + Tile::column(r) < args.num_columns;", "const bool exists = true;"),
