@@ -5,6 +5,7 @@ Errors name the argument, what was expected and what was given. No torch, no CuP
 
 from __future__ import annotations
 
+import math
 import numbers
 import operator
 from typing import Any
@@ -55,3 +56,9 @@ def check_choice(name: str, value: Any, choices: Any) -> None:
 def kind_of(value: Any) -> str:
     kind = type(value)
     return kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
+
+
+def check_fp32(name: str, value: float) -> None:
+    """Raises ValueError for a number that fp32 does not have; infinities and NaN it has."""
+    if math.isfinite(value) and abs(value) > FLOAT32_MAX:
+        raise ValueError(f"{name}: expected a number that fp32 has, got {value}")

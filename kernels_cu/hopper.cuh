@@ -66,6 +66,17 @@ struct Barrier {
         "r"(parity)
         : "memory");
   }
+  // The same, and what another block of the cluster has sent with it is there.
+  __device__ __forceinline__ void wait_for_cluster(u32 parity) {
+    asm volatile(
+        "{\n"
+        ".reg .pred done;\n"
+        "wait_%=: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+        "@!done bra wait_%=;\n"
+        "}" ::"r"(shared_address(this)),
+        "r"(parity)
+        : "memory");
+  }
 };
 
 // After `open`, before any other thread of the cluster uses it.

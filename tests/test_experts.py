@@ -187,6 +187,9 @@ WRONG: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
     ),
     "a bias": (ValueError, r"w1_bias: .* \[4, 48\]", {"w1_bias": _some(4, 24)}),
     "out": (ValueError, r"out: .* \[5, 16\]", {"out": _some(5, 8)}),
+    "a factor": (ValueError, "routed_scaling_factor: .* that fp32 has", {"routed_scaling_factor": 1e39}),
+    "no map": (ValueError, "expert_map: length: expected 1 to", {"expert_map": torch.zeros(0).int()}),
+    "a list": (TypeError, "workspace: expected a torch.Tensor, got list", {"workspace": [0]}),
     "a kernel": (ValueError, "kernel: expected one of 'direct'", {"kernel": "fast"}),
 }
 
@@ -363,6 +366,21 @@ def test_ids_whose_lower_halves_are_experts() -> None:
     with Emulator(A100, 80)() as device:
         results = [call(device.tensor, kernel=name) for name in ("direct", "mma_16")]
     assert all(close(result, call(lambda tensor: tensor)) for result in results)
+
+
+@needs_compiler
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_nan_stays(activation: str) -> None:
+    call = layer(ACTIVATIONS.index(activation) + 9 * 4, 5)  # a layer of that activation
+    assert call.options["activation"] == activation
+    call.tensors["hidden_states"][0, 3] = torch.nan
+    call.tensors["topk_ids"][0, 0] = 0
+    call.tensors.pop("expert_map", None)
+    expected = call(lambda tensor: tensor)
+    assert expected[0].isnan().all()
+    with Emulator(A100, 80)() as device:
+        for name in kernels_for(call, ["direct", "mma_16"]):
+            assert torch.equal(call(device.tensor, kernel=name).isnan(), expected.isnan()), name
 
 
 @needs_compiler

@@ -130,7 +130,7 @@ def test_threads_share_no_arguments(driver: Driver) -> None:
 
 
 def test_a_thread_without_a_context_gets_one(driver: Driver) -> None:
-    driver.refusals = [launch._INVALID_CONTEXT]
+    driver.refusals = [launch.INVALID_CONTEXT]
     bind(1, 2, device=3)(10, 20, 30, 40)
     assert driver.devices == [3]
     assert driver.given == [(10, 20, 30, 40, 1, 2)]

@@ -33,7 +33,7 @@ def _public_current_stream(device: int) -> int:
 # Single calls into torch's C++, 0.1 us where the public functions take 4 to 9.
 _current_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", _public_current_stream)
 _current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
-_INVALID_CONTEXT = 201  # CUresult
+INVALID_CONTEXT = 201  # CUresult
 
 
 class _Buffer(NamedTuple):
@@ -63,7 +63,7 @@ def bind(plan: LaunchPlan, device: int, num_pointers: int, constants: bytes) -> 
     from .._cupy import cupy
 
     launch_kernel, refused = cupy.cuda.driver.launchKernel, cupy.cuda.driver.CUDADriverError
-    if overlaps and modules.has_clusters(device):  # of the same devices, 9.0 and later
+    if overlaps and modules.can_overlap(device, unit):
         launch_kernel = _launch_overlapping
     given = num_pointers
     fixed: tuple[int, ...] = ()
@@ -87,7 +87,7 @@ def bind(plan: LaunchPlan, device: int, num_pointers: int, constants: bytes) -> 
         try:
             launch_kernel(function, grid, 1, 1, block, 1, 1, shared_bytes, stream, address, 0)
         except refused as error:
-            if error.status != _INVALID_CONTEXT:
+            if error.status != INVALID_CONTEXT:
                 raise KernelLaunchError(
                     f"{unit}/{entry} on device {device}, {grid} blocks: {error}"
                 ) from error

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import KernelLoadError, KernelNotPrebuiltError
 from ..images import lookup, sources
-from ..images.targets import runs_somehow
+from ..images.targets import number, runs_somehow
 from ..values import as_int
 
 log = logging.getLogger("cupy_moe")
@@ -91,6 +91,12 @@ def capability(device: int) -> tuple[int, int]:
     except cupy.cuda.runtime.CUDARuntimeError as error:
         raise KernelLoadError(f"device {device} cannot be used: {error}") from error
     return int(digits[:-1]), int(digits[-1])
+
+
+def can_overlap(device: int, unit: str) -> bool:
+    """Whether a loaded unit waits for the kernel before it where it is launched to overlap: on devices of 9.0
+    and later, where its image is for these, too."""
+    return capability(device) >= (9, 0) and number(_load(device, unit)[1].sidecar.target) >= 90
 
 
 def has_clusters(device: int) -> bool:

@@ -8,6 +8,7 @@ import struct
 from collections.abc import Callable
 
 from ..errors import KernelLaunchError
+from .launch import INVALID_CONTEXT
 from .structs import TENSOR_MAP_WORDS
 
 _TYPES = {"f16": 6, "bf16": 9}  # CUtensorMapDataType
@@ -24,12 +25,18 @@ def tensor_map(
     rank = len(sizes)
     memory = ctypes.create_string_buffer(8 * TENSOR_MAP_WORDS + 64)
     begin = -(-ctypes.addressof(memory) // 64) * 64
-    status = _encode()(
+    arguments = (
         begin, _TYPES[element], rank, address, (ctypes.c_uint64 * rank)(*sizes),
         (ctypes.c_uint64 * (rank - 1))(*strides), (ctypes.c_uint32 * rank)(*box),
         (ctypes.c_uint32 * rank)(*[1] * rank), _NO_INTERLEAVE, _SWIZZLE_128_BYTES, _PROMOTE_TO_128_BYTES,
         _ZEROS_OUTSIDE,
     )  # fmt: skip
+    status = _encode()(*arguments)
+    if status == INVALID_CONTEXT:  # a new thread has none before its first runtime call
+        from .._cupy import cupy
+
+        cupy.cuda.runtime.free(0)
+        status = _encode()(*arguments)
     if status:
         raise KernelLaunchError(
             f"the driver cannot map a tensor of {sizes}, strides {strides}: error {status}"

@@ -17,7 +17,7 @@ from ..dispatch.arrays import Array, DLPackArray
 from ..dispatch.operator import Operator, is_watched
 from ..dispatch.tensors import PlainTensor, address, check_layout, check_tensor, cuda_index, is_plain
 from ..plans.align import aligned_sizes
-from ..plans.base import ceil_div, divisor
+from ..plans.base import MAX_EXPERTS, ceil_div, divisor
 from ..plans.experts import (
     EXPERTS_KERNELS,
     MAX_LOCAL_EXPERTS,
@@ -26,10 +26,10 @@ from ..plans.experts import (
     ExpertsPlan,
     plan_experts,
 )
-from ..values import INT32_MAX, as_bool, as_float, as_int, check_choice, check_range
+from ..values import INT32_MAX, as_bool, as_float, as_int, check_choice, check_fp32, check_range
 from .align import MoEAlignment, moe_align_block_size
 from .gate import topk_softmax
-from .moe_sum import add_slots
+from .moe_sum import launch_sum, prepare_sum
 
 __all__ = ["experts_workspace_bytes", "fused_experts", "fused_moe"]
 
@@ -94,7 +94,7 @@ def fused_experts(
     w2_bias: DLPackArray | None = None,
     routed_scaling_factor: float = 1.0,
     shared_output: DLPackArray | None = None,
-    workspace: DLPackArray | None = None,
+    workspace: torch.Tensor | None = None,
     out: Array | None = None,
     kernel: str | None = None,
 ) -> Array:
@@ -150,7 +150,9 @@ def fused_experts(
     tensors = hidden_states, w1, w2, topk_weights, topk_ids
     optional = expert_map, w1_bias, w2_bias, shared_output, workspace, out
     if is_watched() or not all(map(is_plain, tensors)) or not all(t is None or is_plain(t) for t in optional):
-        # Without the workspace: what is traced finds one for itself.
+        if not (workspace is None or isinstance(workspace, torch.Tensor)):
+            raise TypeError(f"workspace: expected a torch.Tensor, got {type(workspace).__name__}")
+        # Without it: what is traced finds one for itself.
         return _operator(
             *tensors, activation, apply_router_weight_on_input, global_num_experts, expert_map, w1_bias,
             w2_bias, routed_scaling_factor, shared_output, out=out, kernel=kernel,
@@ -160,6 +162,7 @@ def fused_experts(
         check_choice("kernel", kernel, EXPERTS_KERNELS)
     on_input = as_bool("apply_router_weight_on_input", apply_router_weight_on_input)
     factor = as_float("routed_scaling_factor", routed_scaling_factor) or 0.0
+    check_fp32("routed_scaling_factor", factor)
     x: PlainTensor = _check_rows("hidden_states", hidden_states, 2)
     first: PlainTensor = _check_rows("w1", w1, 3)
     second: PlainTensor = _check_rows("w2", w2, 3)
@@ -184,6 +187,7 @@ def fused_experts(
     local: PlainTensor = expert_map
     if local is not None:
         total = local.numel() if total == -1 else total
+        check_range("expert_map: length", total, MAX_EXPERTS)
         check_tensor("expert_map", local, _INT32, (total,), device)
     elif total not in (-1, num_experts):
         raise ValueError(f"global_num_experts: expected {num_experts} without an expert_map, got {total}")
@@ -237,9 +241,11 @@ def fused_experts(
     bias1 = 0 if w1_bias is None else address("w1_bias", w1_bias)
     bias2 = 0 if w2_bias is None else address("w2_bias", w2_bias)
     mapped = 0 if local is None else address("expert_map", local)
-    for name, tensor in (("shared_output", shared), ("out", output)):
-        if tensor is not None:
-            address(name, tensor)
+    by_slot = memory[layout.outputs : layout.outputs + num_tokens * topk * hidden * 2].view(dtype)
+    summed = prepare_sum(
+        by_slot.view(num_tokens, topk, hidden), output, None, ids, local, factor, shared, experts
+    )
+    maps = [tensor_map(pointer, *tensor) for pointer, tensor in zip((gates, downs), call.maps, strict=False)]
     router1, router2 = (router, 0) if on_input else (0, router)
     inner, outer = base + layout.activations, base + layout.outputs
     if call.kernel == "direct":
@@ -253,15 +259,13 @@ def fused_experts(
         )
         moe_align_block_size(ids, call.block_size, experts, local, False, local is not None, out=aligned)
         blocks = base + layout.sorted, base + layout.blocks, base + layout.post_pad
-        if call.maps:
-            map1, map2 = tensor_map(gates, *call.maps[0]), tensor_map(downs, *call.maps[1])
-            call.first(*map1, *blocks, rows, inner, bias1, router1)
-            call.second(*map2, *blocks, inner, outer, bias2, router2)
+        if maps:
+            call.first(*maps[0], *blocks, rows, inner, bias1, router1)
+            call.second(*maps[1], *blocks, inner, outer, bias2, router2)
         else:
             call.first(*blocks, rows, gates, inner, bias1, router1)
             call.second(*blocks, inner, downs, outer, bias2, router2)
-    by_slot = memory[layout.outputs : layout.outputs + num_tokens * topk * hidden * 2].view(dtype)
-    add_slots(by_slot.view(num_tokens, topk, hidden), output, None, ids, local, factor, shared, experts)
+    launch_sum(summed[0], summed[1])
     return output
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +16,7 @@ from ..dispatch.operator import Operator, is_watched
 from ..dispatch.tensors import PlainTensor, address, check_layout, check_tensor, cuda_index, is_plain
 from ..plans.base import divisor
 from ..plans.moe_sum import plan_sum
-from ..values import FLOAT32_MAX, as_float
+from ..values import as_float, check_fp32
 
 __all__ = ["moe_sum"]
 
@@ -125,14 +124,20 @@ def moe_sum(
     if hidden > 1 and out_strides[1] != 1:
         raise ValueError(f"out: expected rows of neighbouring elements, got strides {list(out_strides)}")
     tensors = topk_weights, topk_ids, expert_map, factor, shared_output
-    if not add_slots(input, output, *tensors, _NO_MAP if expert_map is None else len(expert_map)):
+    call = prepare_sum(input, output, *tensors, _NO_MAP if expert_map is None else len(expert_map))
+    if call is None:
         result = cpu.moe_sum(input, *tensors)
         with torch.no_grad():
             return output.copy_(result)
+    launch_sum(*call)
     return output
 
 
-def add_slots(
+# The launches and where each begins, and what pointers they begin from.
+_Prepared = tuple[tuple[tuple[Launch, tuple[int, ...]], ...], tuple[int, ...]]
+
+
+def prepare_sum(
     input: PlainTensor,
     output: PlainTensor,
     topk_weights: PlainTensor | None,
@@ -141,9 +146,9 @@ def add_slots(
     factor: float,
     shared_output: PlainTensor | None,
     num_experts: int,
-) -> bool:
-    """The launches of `moe_sum`, of checked tensors, all but `input` contiguous; False on the CPU. Slots of
-    ids from `num_experts` on are not read."""
+) -> _Prepared | None:
+    """For `launch_sum`, of checked tensors, all but `input` contiguous; None on the CPU. Slots of ids from
+    `num_experts` on are not read. All that may be refused is refused here."""
     source, target = input.data_ptr(), output.data_ptr()
     weights = 0 if topk_weights is None else address("topk_weights", topk_weights)
     ids = 0 if topk_ids is None else address("topk_ids", topk_ids)
@@ -154,16 +159,20 @@ def add_slots(
         None if topk_ids is None else topk_ids.dtype, num_experts,
     )  # fmt: skip
     if call.launches is None:
-        return False
+        return None
     if not (source and target):
         address("input", input), address("out", output)
-    for launch, (input_offset, out_offset, shared_offset, weights_offset, ids_offset) in call.launches:
+    mapped = 0 if expert_map is None else address("expert_map", expert_map)
+    return call.launches, (source, target, shared, weights, ids, mapped)
+
+
+def launch_sum(launches: tuple[tuple[Launch, tuple[int, ...]], ...], pointers: tuple[int, ...]) -> None:
+    source, target, shared, weights, ids, mapped = pointers
+    for launch, (input_offset, out_offset, shared_offset, weights_offset, ids_offset) in launches:
         launch(
             source + input_offset, target + out_offset, shared and shared + shared_offset,
-            weights and weights + weights_offset, ids and ids + ids_offset,
-            0 if expert_map is None else address("expert_map", expert_map),
+            weights and weights + weights_offset, ids and ids + ids_offset, mapped,
         )  # fmt: skip
-    return True
 
 
 class _Call(NamedTuple):
@@ -189,8 +198,7 @@ def _prepare(
         raise TypeError(f"input: expected torch.float32, float16 or bfloat16, got {dtype}; cast it")
     if shape[0] > 1 and abs(out_strides[0]) < shape[2]:
         raise ValueError(f"out: expected rows that do not overlap, got strides {list(out_strides)}")
-    if math.isfinite(factor) and abs(factor) > FLOAT32_MAX:
-        raise ValueError(f"routed_scaling_factor: expected a number that fp32 has, got {factor}")
+    check_fp32("routed_scaling_factor", factor)
     index = cuda_index("input", device)
     if index is None:
         return _Call(None)

@@ -43,14 +43,14 @@ __device__ __noinline__ float activated(u32 activation, float x) {
     case kSilu: return x * sigmoid(x);
     case kGelu: return 0.5f * x * (1.0f + erff(x * 0.70710678118654752f));
     case kGeluTanh: return 0.5f * x * (1.0f + tanhf(0.79788456080286536f * (x + 0.044715f * x * x * x)));
-    case kRelu2: return x > 0 ? x * x : 0.0f;
+    case kRelu2: return x < 0 ? 0.0f : x * x;  // NaN stays
     default: return x;
   }
 }
 
 __device__ __noinline__ float swiglu_oai(float gate, float up, float alpha, float limit) {
-  gate = fminf(gate, limit);
-  up = fminf(fmaxf(up, -limit), limit);
+  gate = gate > limit ? limit : gate;  // NaN stays, as it would not with fminf
+  up = up > limit ? limit : up < -limit ? -limit : up;
   return (up + 1.0f) * gate * sigmoid(alpha * gate);
 }
 

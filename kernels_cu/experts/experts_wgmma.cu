@@ -154,7 +154,7 @@ struct RingTurn {
     if (++index == kRing) index = 0, parity ^= 1;
   }
   __device__ __forceinline__ u32 place(Shared& shared) const {
-    shared.placed[index].wait(parity);
+    shared.placed[index].wait_for_cluster(parity);
     return shared.taken[index];
   }
 };

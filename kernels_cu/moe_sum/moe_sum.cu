@@ -37,15 +37,14 @@ struct SumArgs {
 
 constexpr u32 kMaxThreads = 128;
 
-// 16 bytes at a time. Stores are marked as not to be read again (.cs), which leaves more of the L2 to loads.
+// 16 bytes at a time. Not as what stays the same for all of a kernel's life (.nc), as the kernel before may still write
+// when this one begins. Stores are marked as not to be read again (.cs), which leaves more of the L2 to loads.
 __device__ __forceinline__ uint4 load_vector(const char* address) {
 #if EMULATED
   return *reinterpret_cast<const uint4*>(address);
 #else
   uint4 v;
-  asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(address));
+  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(address));
   return v;
 #endif
 }

@@ -245,7 +245,7 @@ class Emulator:
                 module._prepare.cache_clear()
             patch.setattr(_cupy, "cupy", SimpleNamespace(cuda=SimpleNamespace(driver=driver)))
             patch.setattr(modules, "function", self._function)
-            patch.setattr(modules, "has_clusters", lambda device: False)  # so no launch overlaps another
+            patch.setattr(modules, "can_overlap", lambda device, unit: False)
             patch.setattr(launch, "_current_stream", lambda device: 0)
             patch.setattr(torch.cuda, "device_count", lambda: 1)
             yield self
