@@ -64,7 +64,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
     runtime = SimpleNamespace(setDevice=driver.devices.append)
     monkeypatch.setattr(_cupy, "cupy", SimpleNamespace(cuda=SimpleNamespace(driver=driver, runtime=runtime)))
     monkeypatch.setattr(modules, "function", lambda device, unit, entry: 4242)
-    monkeypatch.setattr(modules, "has_clusters", lambda device: False)
+    monkeypatch.setattr(modules, "can_overlap", lambda device, unit: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(launch, "_current_stream", lambda device: 99)
     monkeypatch.setattr(launch, "_pool", [])
@@ -229,7 +229,7 @@ def library(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> Iterator[Library
     library = Library(driver)
     libraries = {"libcuda.so.1": library}
     monkeypatch.setattr(launch, "ctypes", SimpleNamespace(**{**vars(ctypes), "CDLL": libraries.__getitem__}))
-    monkeypatch.setattr(modules, "has_clusters", lambda device: device != 1)
+    monkeypatch.setattr(modules, "can_overlap", lambda device, unit: (device, unit) != (1, "tiny"))
     launch._launch_ex.cache_clear()
     yield library
     launch._launch_ex.cache_clear()
@@ -250,10 +250,30 @@ def test_a_launch_that_overlaps_is_described_byte_for_byte(library: Library) -> 
 
 
 def test_only_plans_and_devices_that_can_overlap(library: Library) -> None:
-    overlapping(device=1)(10, 20, 30, 40)  # has no clusters
+    overlapping(device=1)(10, 20, 30, 40)
     bind(7, 8)(10, 20, 30, 40)
     assert library.launches == []
     assert [launched[0] for launched in library.driver.launches] == [4242, 4242]
+
+
+@pytest.mark.parametrize(
+    ("capability", "target", "can"),
+    [
+        ((9, 0), "sm_90", True),
+        ((9, 0), "sm_90a", True),
+        ((12, 1), "compute_90", True),
+        ((10, 0), "compute_80", False),  # compiled without a wait
+        ((8, 9), "sm_89", False),
+        ((7, 5), "sm_75", False),
+    ],
+)
+def test_what_can_overlap(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], target: str, can: bool
+) -> None:
+    loaded = None, SimpleNamespace(sidecar=SimpleNamespace(target=target))
+    monkeypatch.setattr(modules, "capability", lambda device: capability)
+    monkeypatch.setattr(modules, "_load", lambda device, unit: loaded)
+    assert modules.can_overlap(0, "tiny") == can
 
 
 def test_a_refused_launch_that_overlaps_names_the_kernel(library: Library) -> None:
@@ -264,7 +284,7 @@ def test_a_refused_launch_that_overlaps_names_the_kernel(library: Library) -> No
 
 
 def test_a_launch_that_overlaps_gets_a_context_too(library: Library) -> None:
-    library.driver.refusals = [launch._INVALID_CONTEXT]
+    library.driver.refusals = [launch.INVALID_CONTEXT]
     overlapping(device=3)(10, 20, 30, 40)
     assert library.driver.devices == [3]
     assert library.driver.given == [(10, 20, 30, 40, 7, 8)]

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
+from cupy_moe import _cupy
 from cupy_moe.cuda import tensor_map as module
+from cupy_moe.cuda.launch import INVALID_CONTEXT
 from cupy_moe.cuda.tensor_map import tensor_map
 from cupy_moe.errors import KernelLaunchError
 from cupy_moe.operators import experts as operator
@@ -23,7 +25,7 @@ WORDS = tuple(0x0101010101010101 * word for word in range(16))
 
 class Encoder:
     def __init__(self) -> None:
-        self.status = 0
+        self.statuses: list[int] = []  # CUresult of the next calls
         self.given: list[dict[str, Any]] = []
         self.cuTensorMapEncodeTiled = PROTOTYPE(self.encode)
 
@@ -46,7 +48,7 @@ class Encoder:
             }
         )
         (ctypes.c_uint64 * 16).from_address(map_address)[:] = list(WORDS)
-        return self.status
+        return self.statuses.pop(0) if self.statuses else 0
 
 
 @pytest.fixture
@@ -89,11 +91,20 @@ def test_maps_are_remembered_by_what_they_are_made_from(encoder: Encoder) -> Non
 
 
 def test_a_refusal_is_a_launch_error_and_not_remembered(encoder: Encoder) -> None:
-    encoder.status = 1
+    encoder.statuses = [1]
     with pytest.raises(KernelLaunchError, match=r"cannot map a tensor of \(72, 8, 2, 5, \d+\), .*: error 1$"):
         tensor_map(256, "bf16", SIZES, STRIDES, BOX)
-    encoder.status = 0
     assert tensor_map(256, "bf16", SIZES, STRIDES, BOX) == WORDS
+
+
+def test_a_thread_without_a_context_gets_one(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    freed: list[int] = []
+    runtime = SimpleNamespace(free=freed.append)
+    monkeypatch.setattr(_cupy, "cupy", SimpleNamespace(cuda=SimpleNamespace(runtime=runtime)))
+    encoder.statuses = [INVALID_CONTEXT]
+    assert tensor_map(256, "bf16", SIZES, STRIDES, BOX) == WORDS
+    assert freed == [0]
+    assert encoder.given[0] == encoder.given[1]
 
 
 # ---- the maps of the experts' weights
