@@ -245,6 +245,7 @@ def fused_experts(
     summed = prepare_sum(
         by_slot.view(num_tokens, topk, hidden), output, None, ids, local, factor, shared, experts
     )
+    assert summed is not None  # which it is on the CPU alone
     maps = [tensor_map(pointer, *tensor) for pointer, tensor in zip((gates, downs), call.maps, strict=False)]
     router1, router2 = (router, 0) if on_input else (0, router)
     inner, outer = base + layout.activations, base + layout.outputs

@@ -37,6 +37,7 @@ __device__ __forceinline__ void align_count(const AlignArgs& args) {
 
 template <typename Ids, bool kSharedTable>
 __device__ __forceinline__ void align_scatter(const AlignArgs& args) {
+  let_next_kernel_begin();
   extern __shared__ uint4 memory[];
   __shared__ u32 warp_sums[kWarpSize];
   const u32 num_experts = args.num_experts, stride = Table(nullptr, args).stride;

@@ -38,6 +38,7 @@ __device__ __forceinline__ void send_counts(Inbox& inbox, const u16* mine, u16* 
 
 template <typename Ids, u32 kCluster>
 __device__ __forceinline__ void align_shared(const AlignArgs& args) {
+  let_next_kernel_begin();
   // Blocks of large clusters have the most ids to write.
   constexpr bool kSorted = kCluster == 16;
   extern __shared__ uint4 memory[];

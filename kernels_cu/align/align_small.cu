@@ -43,6 +43,7 @@ __device__ __forceinline__ u32 group_sum(u32 value, u32 lanes) {
 
 template <typename Ids>
 __device__ __forceinline__ void align_small(const SmallArgs& args) {
+  let_next_kernel_begin();
   __shared__ uint4 buckets4[kMaxIds / 4], widths4[kMaxIds / 4];
   u32 *buckets = &buckets4[0].x, *widths = &widths4[0].x;
   const u32 n = args.num_ids, thread = threadIdx.x, lanes = args.lanes_per_id;

@@ -48,9 +48,10 @@ constexpr u32 kStageBytes = (kTileWeights + kGroupPairs) * kRowBytes;
 constexpr u32 kNobody = 0xffffffffu;
 
 struct Groups {
+  uint4 expert_of[kMaxPairs / 4];  // of a pair, or kNobody
   u32 count, leaders[kMaxPairs / kWarpSize];
-  u32 expert_of[kMaxPairs];  // of a pair, or kNobody
-  u32 experts[kMaxPairs];    // of a group
+  u32 index_of[kMaxPairs];  // of the group that a pair begins
+  u32 experts[kMaxPairs];   // of a group
   u32 pairs[kMaxPairs][kGroupPairs];
 };
 
@@ -62,37 +63,47 @@ __device__ __forceinline__ u32 find_expert(const ExpertsDirectArgs& args, u32 pa
   return expert < args.num_experts ? expert : kNobody;
 }
 
+// A thread for each pair: how many before it have its expert tells its place in a group, and which of them began that.
 __device__ __forceinline__ void find_groups(const ExpertsDirectArgs& args, Groups& groups) {
   static_assert(kThreads == kMaxPairs, "a thread for each pair");
   const u32 pair = threadIdx.x, expert = pair < args.num_pairs ? find_expert(args, pair) : kNobody;
-  groups.expert_of[pair] = expert;
+  u32* experts = &groups.expert_of[0].x;
+  experts[pair] = expert;
+#pragma unroll
+  for (u32 i = 0; i < kGroupPairs; ++i)
+    groups.pairs[i * (kMaxPairs / kGroupPairs) + pair / kGroupPairs][pair % kGroupPairs] = kNobody;
   __syncthreads();
-  u32 rank = 0;
-#pragma unroll 4
-  for (u32 other = 0; other < min_u32(pair, args.num_pairs); ++other) rank += groups.expert_of[other] == expert;
+  u32 rank = 0, leader = pair;  // of its group
+  const auto count = [&](u32 other, u32 its_expert) {
+    if (other >= pair || its_expert != expert) return;
+    if (rank % kGroupPairs == 0) leader = other;
+    ++rank;
+  };
+#pragma unroll 2
+  for (u32 four = 0; four < ceil_div(args.num_pairs, 4); ++four) {
+    const uint4 others = groups.expert_of[four];
+    count(four * 4, others.x);
+    count(four * 4 + 1, others.y);
+    count(four * 4 + 2, others.z);
+    count(four * 4 + 3, others.w);
+  }
   const bool leads = expert != kNobody && rank % kGroupPairs == 0;
   const u32 leaders = __ballot_sync(kFullWarp, leads);
-  u32 index = __popc(leaders & lanes_below());
   if (lane_id() == 0) groups.leaders[warp_id()] = __popc(leaders);
   __syncthreads();
-  if (leads) {
-#pragma unroll 1
-    for (u32 warp = 0; warp < warp_id(); ++warp) index += groups.leaders[warp];
-    groups.experts[index] = expert;
-    u32 count = 0;
-#pragma unroll 1
-    for (u32 other = pair; other < args.num_pairs && count < kGroupPairs; ++other) {
-      if (groups.expert_of[other] == expert) groups.pairs[index][count++] = other;
-    }
-#pragma unroll 1
-    for (; count < kGroupPairs; ++count) groups.pairs[index][count] = kNobody;
-  }
-  if (threadIdx.x == 0) {
-    u32 total = 0;
+  u32 index = __popc(leaders & lanes_below());
 #pragma unroll
-    for (u32 warp = 0; warp < kMaxPairs / kWarpSize; ++warp) total += groups.leaders[warp];
-    groups.count = total;
+  for (u32 warp = 0; warp < kMaxPairs / kWarpSize; ++warp) {
+    if (warp < warp_id()) index += groups.leaders[warp];
   }
+  if (leads) {
+    groups.index_of[pair] = index;
+    groups.experts[index] = expert;
+  }
+  if (threadIdx.x == kThreads - 1) groups.count = index + leads;
+  __syncthreads();
+  if (leads) leader = pair;
+  if (expert != kNobody) groups.pairs[groups.index_of[leader]][rank % kGroupPairs] = pair;
   __syncthreads();
 }
 
@@ -166,7 +177,7 @@ struct Stream {
 __device__ __forceinline__ void clear_unknown(const ExpertsDirectArgs& args, const Groups& groups) {
 #pragma unroll 1
   for (u32 pair = blockIdx.x; pair < args.num_pairs; pair += gridDim.x) {
-    if (groups.expert_of[pair] != kNobody) continue;
+    if ((&groups.expert_of[0].x)[pair] != kNobody) continue;
     uint4* row = reinterpret_cast<uint4*>(args.output + (i64)pair * args.num_columns * 2);
 #pragma unroll 1
     for (u32 i = threadIdx.x; i < args.num_columns / 8; i += kThreads) row[i] = make_uint4(0, 0, 0, 0);
