@@ -360,6 +360,21 @@ def test_emulated_direct_with_groups(pairs: int) -> None:
 
 
 @needs_compiler
+@pytest.mark.parametrize("row", [0, 24])
+def test_nan_of_gate_or_up_stays(row: int) -> None:
+    call = layer(0, tokens=2, topk=1, experts=2, hidden=16, inner=24)
+    call = call._replace(options={"activation": "swigluoai_uninterleave"})
+    call.tensors.pop("expert_map", None)
+    call.tensors["topk_ids"] = torch.tensor([[0], [1]])
+    call.tensors["w1"][1, row] = torch.nan
+    with Emulator(A100, 80)() as device:
+        results = [call(device.tensor, kernel=name) for name in ("direct", "mma_16")]
+    for result in (*results, call(lambda tensor: tensor)):
+        assert result.isnan().all(dim=1).tolist() == [False, True]
+        assert not result[0].isnan().any()
+
+
+@needs_compiler
 def test_ids_whose_lower_halves_are_experts() -> None:
     call = layer(3, tokens=4, topk=2, experts=3, hidden=24, inner=24)
     call.tensors["topk_ids"] = torch.tensor([[0, 1], [2**32, 2**33 + 1], [2, 2**63 - 2**32], [2**32 + 2, 0]])

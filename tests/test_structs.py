@@ -226,7 +226,7 @@ def struct_bytes(unit: str, name: str) -> int:
     barrier = re.search(r"struct Barrier \{(.*?);", FILES["hopper.cuh"], re.DOTALL)
     assert barrier
     assert barrier[1].split() == ["u64", "word"]
-    sizes, offset, alignment = {"u32": 4, "Barrier": 8}, 0, 1
+    sizes, offset, alignment = {"u32": 4, "uint4": 16, "Barrier": 8}, 0, 1
     for kind, field in fields_of(f"experts/{unit}.cu:{name}"):
         offset = base.round_up(offset, sizes[kind])
         alignment = max(alignment, sizes[kind])
