@@ -19,7 +19,7 @@ from cupy_moe import moe_align_block_size
 from cupy_moe.cuda import launch, modules
 from cupy_moe.cuda.limits import device_limits
 from cupy_moe.errors import KernelLaunchError
-from cupy_moe.operators import align, align_batched, gate
+from cupy_moe.operators import align, align_batched, experts, gate
 from cupy_moe.operators import moe_sum as moe_sum_operator
 from cupy_moe.plans.base import LaunchPlan
 
@@ -147,7 +147,7 @@ def test_a_refused_launch_names_the_kernel(driver: Driver) -> None:
 def test_all_that_is_remembered_of_calls_takes_less_than_20_mb(
     driver: Driver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (align, gate, moe_sum_operator):
+    for module in (align, gate, moe_sum_operator, experts):
         monkeypatch.setattr(module, "device_limits", lambda device: H200)
     cuda = torch.device("cuda", 0)
 
@@ -160,8 +160,12 @@ def test_all_that_is_remembered_of_calls_takes_less_than_20_mb(
         gate._prepare(i, 256, 256, torch.float32, cuda, True, options, False, torch.int32, None)
         rows = (i, 8, 4096), (32768, 4096, 1), (4096, 1), torch.float32
         moe_sum_operator._prepare(*rows, cuda, True, False, 1.0, None, 2**31)
+        strides = 2048, 1536 * 2048, 2048, 2048 * 768, 768
+        sizes = 100 + i, 8, 128, 2048, 768, strides, torch.bfloat16
+        experts._prepare(*sizes, cuda, "silu", torch.int32, 128, None)
 
-    caches = align._prepare, align_batched._prepare, gate._prepare, moe_sum_operator._prepare
+    operators = align, align_batched, gate, moe_sum_operator, experts
+    caches = [operator._prepare for operator in operators]
     for cache in caches:
         cache.cache_clear()
     tracemalloc.start()

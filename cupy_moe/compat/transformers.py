@@ -75,7 +75,7 @@ def _cannot(self: Any, hidden_states: torch.Tensor) -> str:
         return f"hidden states of {hidden_states.dtype} and weights of {weights.dtype}"
     if torch.is_grad_enabled() and (hidden_states.requires_grad or weights.requires_grad):
         return "gradients; call it under torch.no_grad()"
-    if self.has_post_expert_norm:
+    if getattr(self, "has_post_expert_norm", False):  # not in every version
         return "a norm behind the experts"
     if hidden_states.shape[-1] % 8 or weights.shape[1] % 8 or weights.shape[2] % 8:
         return "sizes that are no multiples of 8"

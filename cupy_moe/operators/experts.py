@@ -295,7 +295,7 @@ def fused_moe(
     ...           activation="relu2_no_mul")[0, :2].tolist()
     [1.0, 1.0]
 
-    Cost: five launches. Errors are those of the two. Semantics: vLLM's `fused_moe`.
+    Cost: one launch more. Errors are those of the two. Semantics: vLLM's `fused_moe`.
     """
     weights, ids = topk_softmax(gating_output, topk, renormalize)
     return fused_experts(hidden_states, w1, w2, weights, ids, **options)
