@@ -208,7 +208,7 @@ def fused_experts(
     strides = x.stride(0), *first.stride()[:2], *second.stride()[:2]
     call = _prepare(
         num_tokens, topk, num_experts, hidden, intermediate, strides, dtype, device, activation, ids.dtype,
-        experts, kernel,
+        experts, local is not None, kernel,
     )  # fmt: skip
     if call is None:
         result = cpu.fused_experts(
@@ -379,6 +379,7 @@ def _prepare(
     activation: str,
     id_type: torch.dtype,
     all_experts: int,
+    is_mapped: bool,
     kernel: str | None,
 ) -> _Call | None:
     """Checks all that follows from sizes. None: on the CPU."""
@@ -438,7 +439,7 @@ def _prepare(
         "activation": Activation.NONE,
         "row_step": 1,
         "up_offset": 0,
-        "clears_unknown": True,
+        "clears_unknown": is_mapped,  # a map may name experts that are not here
         "is_first": False,
         "bias_stride": hidden,
     }

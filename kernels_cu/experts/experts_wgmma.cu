@@ -185,9 +185,21 @@ __device__ __forceinline__ void load(const ExpertsWgmmaArgs& args, Shared& share
   const u32 first_place = blockIdx.x / 2, num_places = shared.num_places, num_clusters = gridDim.x / 2;
   Turn turn;
   RingTurn ring;
+  if (first_place >= num_places) {
+    if (!args.is_first) wait_for_kernel_before();  // the end of this one is that of the one before, too
+    return;
+  }
+  Work work(args, shared, first_place, num_tiles, rank);
+  u32 pairs[kMyRows];
+  const auto load_pairs = [&] {
+#pragma unroll
+    for (u32 i = 0; i < kMyRows; ++i) {
+      pairs[i] = (u32)args.sorted_token_ids[work.block * kTileRows + my_row + i * kRowsAtOnce];
+    }
+  };
+  load_pairs();
   u32 loaded = 0;  // steps whose weights are asked for already
-  if (threadIdx.x == 0 && first_place < num_places) {
-    const Work work(args, shared, first_place, num_tiles, rank);
+  if (threadIdx.x == 0) {
 #pragma unroll 1
     for (; loaded < kStages && loaded < num_steps; ++loaded) {
       load_weights<Tile::kGated>(args, shared, stages, work, rank, loaded, loaded);
@@ -198,20 +210,19 @@ __device__ __forceinline__ void load(const ExpertsWgmmaArgs& args, Shared& share
   u32* counter = args.counters + (args.is_first ? 0 : 1);
   const u32 counted = args.is_first ? shared.num_blocks * kTileRows : 0;
   const bool takes = threadIdx.x == 0 && rank == 0;
+  // Early enough in a tile, the next is told and looked up, so that memory is not left idle between the two.
+  const u32 tells_at = min_u32(2, num_steps - 1), looks_at = min_u32(6, num_steps - 1);
 #pragma unroll 1
-  while (true) {
-    const u32 place = ring.place(shared);
-    if (place >= num_places) break;
+  for (u32 place = first_place; place < num_places;) {
     u32 next = 0;
     if (takes) next = atomicAdd(counter, 1) - counted + num_clusters;
-    const Work work(args, shared, place, num_tiles, rank);
     // Padding comes last. It is not loaded: what is there is multiplied, but not written.
     const char* rows[kMyRows];
     u32 num_rows = 0;
 #pragma unroll
     for (u32 i = 0; i < kMyRows; ++i) {
-      const u32 r = my_row + i * kRowsAtOnce, pair = (u32)args.sorted_token_ids[work.block * kTileRows + r];
-      if (my_chunk == 0) shared.pairs[ring.index][r] = pair;
+      const u32 pair = pairs[i];
+      if (my_chunk == 0) shared.pairs[ring.index][my_row + i * kRowsAtOnce] = pair;
       if (pair < args.num_pairs) num_rows = i + 1;
       rows[i] = args.rows + args.rows_shared.quotient(min_u32(pair, args.num_pairs)) * args.row_stride + my_chunk * 16;
     }
@@ -222,6 +233,7 @@ __device__ __forceinline__ void load(const ExpertsWgmmaArgs& args, Shared& share
     asm volatile("bar.sync 1, 128;" ::: "memory");  // thread 0 arrives for all of them
     ring.next();
     if (threadIdx.x == 0) shared.placed[ring.index].expect_and_arrive(4);
+    Work now = work;
 #pragma unroll 1
     for (u32 step = 0; step < num_steps; ++step, turn.next()) {
       shared.empty[turn.stage].wait(turn.parity ^ 1);
@@ -229,7 +241,7 @@ __device__ __forceinline__ void load(const ExpertsWgmmaArgs& args, Shared& share
         if (loaded > 0) {
           --loaded;
         } else {
-          load_weights<Tile::kGated>(args, shared, stages, work, rank, turn.stage, step);
+          load_weights<Tile::kGated>(args, shared, stages, now, rank, turn.stage, step);
         }
         shared.full[turn.stage].arrive();
       }
@@ -240,9 +252,16 @@ __device__ __forceinline__ void load(const ExpertsWgmmaArgs& args, Shared& share
         copy_async_if(i < num_rows, to + i * kRowsAtOnce * kRowBytes, rows[i] + step * kRowBytes, is_within);
       }
       shared.full[turn.stage].arrive_with_copies();
-      if (takes && step == num_steps / 2) {
+      if (takes && step == tells_at) {
         shared.placed[ring.index].send(shared.taken + ring.index, 0, next);
         shared.placed[ring.index].send(shared.taken + ring.index, 1, next);
+      }
+      if (step == looks_at) {
+        place = ring.place(shared);
+        if (place < num_places) {
+          work = Work(args, shared, place, num_tiles, rank);
+          load_pairs();
+        }
       }
     }
   }
@@ -346,7 +365,7 @@ __device__ __forceinline__ void experts_wgmma(const ExpertsWgmmaArgs& args) {
     take_registers<224>();
     multiply<Tile>(args, shared, stages, num_steps);
   }
-  if (args.clears_unknown) clear_unknown<Tile>(args);
+  if (args.clears_unknown) clear_unknown<Tile>(args);  // nobody reads these rows before the sum
   // Until then, the other block may write to the shared memory of this one.
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
