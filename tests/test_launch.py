@@ -261,19 +261,22 @@ def test_only_plans_and_devices_that_can_overlap(library: Library) -> None:
 
 
 @pytest.mark.parametrize(
-    ("capability", "target", "can"),
+    ("capability", "target", "cuda", "can"),
     [
-        ((9, 0), "sm_90", True),
-        ((9, 0), "sm_90a", True),
-        ((12, 1), "compute_90", True),
-        ((10, 0), "compute_80", False),  # compiled without a wait
-        ((8, 9), "sm_89", False),
-        ((7, 5), "sm_75", False),
+        ((9, 0), "sm_90", 12_030, True),
+        ((9, 0), "sm_90", 12_020, False),  # graphs cannot capture it
+        ((9, 0), "sm_90a", 13_000, True),
+        ((12, 1), "compute_90", 12_090, True),
+        ((10, 0), "compute_80", 12_080, False),  # compiled without a wait
+        ((8, 9), "sm_89", 13_000, False),
+        ((7, 5), "sm_75", 13_000, False),
     ],
 )
 def test_what_can_overlap(
-    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], target: str, can: bool
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], target: str, cuda: int, can: bool
 ) -> None:
+    runtime = SimpleNamespace(driverGetVersion=lambda: cuda)
+    monkeypatch.setattr(_cupy, "cupy", SimpleNamespace(cuda=SimpleNamespace(runtime=runtime)))
     loaded = None, SimpleNamespace(sidecar=SimpleNamespace(target=target))
     monkeypatch.setattr(modules, "capability", lambda device: capability)
     monkeypatch.setattr(modules, "_load", lambda device, unit: loaded)

@@ -28,6 +28,7 @@ _PORTABLE_CLUSTER = 8
 _NO_BINARY_FOR_GPU, _UNSUPPORTED_PTX, _NOT_FOUND = 209, 222, 500  # CUresult
 _DAMAGED = {200, 218, 300}
 _CAPTURE = range(900, 908)
+_OVERLAP_IN_GRAPHS = 12_030  # CUDA 12.3
 
 
 def function(device: int, unit: str, entry: str) -> int:
@@ -94,9 +95,13 @@ def capability(device: int) -> tuple[int, int]:
 
 
 def can_overlap(device: int, unit: str) -> bool:
-    """Whether a loaded unit waits for the kernel before it where it is launched to overlap: on devices of 9.0
-    and later, where its image is for these, too."""
-    return capability(device) >= (9, 0) and number(_load(device, unit)[1].sidecar.target) >= 90
+    """Whether a unit may be launched to overlap with the kernel before it: on devices of 9.0 and later, where
+    its image is for these, too, and so waits; and with drivers of which graphs can capture such a launch."""
+    if capability(device) < (9, 0) or number(_load(device, unit)[1].sidecar.target) < 90:
+        return False
+    from .._cupy import cupy
+
+    return bool(cupy.cuda.runtime.driverGetVersion() >= _OVERLAP_IN_GRAPHS)
 
 
 def has_clusters(device: int) -> bool:
