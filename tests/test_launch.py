@@ -15,7 +15,7 @@ import pytest
 import torch
 from gpus import H200
 
-from cupy_moe import moe_align_block_size
+from cupy_moe import _cupy, moe_align_block_size
 from cupy_moe.cuda import launch, modules
 from cupy_moe.cuda.limits import device_limits
 from cupy_moe.errors import KernelLaunchError
@@ -58,8 +58,6 @@ class Driver:
 
 @pytest.fixture
 def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
-    from cupy_moe import _cupy
-
     driver = Driver()
     runtime = SimpleNamespace(setDevice=driver.devices.append)
     monkeypatch.setattr(_cupy, "cupy", SimpleNamespace(cuda=SimpleNamespace(driver=driver, runtime=runtime)))
