@@ -23,6 +23,8 @@ from cupy_moe.cpu import experts as cpu
 from cupy_moe.errors import ConfigError
 from cupy_moe.operators.experts import ACTIVATIONS, fused_experts
 
+ALPHA, _, LIMIT = cpu.SWIGLU["swigluoai"]
+
 vllm: Any = cupy_moe.compat.vllm
 sglang: Any = cupy_moe.compat.sglang
 FUSED_MOE = "vllm.model_executor.layers.fused_moe"
@@ -214,7 +216,7 @@ def test_both_of_vllm_give_what_fused_experts_gives(activation: str, dtype: torc
         )
         experts = engine.TritonExperts(quant)
         if activation == "swigluoai_uninterleave":  # the function has no limits to tell, and vLLM's fails
-            experts.gemm1_clamp_limit, experts.gemm1_alpha, experts.gemm1_beta = cpu.LIMIT, cpu.ALPHA, 1.0
+            experts.gemm1_clamp_limit, experts.gemm1_alpha, experts.gemm1_beta = LIMIT, ALPHA, 1.0
         else:
             result = engine.home.fused_experts(*x[:5], kind, False, total, mapped, quant)
             assert torch.equal(result, expected)
@@ -294,9 +296,9 @@ def test_limits_of_newer_vllm() -> None:
     """They are in an `activation_config`."""
     engine, x = cardboard_vllm(), layer("swigluoai_uninterleave")
     vllm.enable()
-    for alpha, is_ours in ((cpu.ALPHA, True), (1.0, False)):
+    for beta, is_ours in ((1.0, True), (0.5, False)):
         experts = engine.TritonExperts(Quant())
-        experts.activation_config = SimpleNamespace(clamp_limit=cpu.LIMIT, alpha=alpha, beta=1.0)
+        experts.activation_config = SimpleNamespace(clamp_limit=LIMIT, alpha=1.5, beta=beta)
         run_triton(experts, x, MoEActivation.SWIGLUOAI_UNINTERLEAVE)
         assert (experts.calls == []) is is_ours
 
@@ -355,7 +357,7 @@ def test_the_workspace_of_the_most_tokens_is_enough_for_fewer() -> None:
     for case in range(200):
         kind = MoEActivation(pick.choice(ACTIVATIONS))
         is_limited = kind is MoEActivation.SWIGLUOAI_UNINTERLEAVE
-        with_limits(experts, *((cpu.LIMIT, cpu.ALPHA, 1.0) if is_limited else (None, 1.0, 0.0)))
+        with_limits(experts, *((LIMIT, ALPHA, 1.0) if is_limited else (None, 1.0, 0.0)))
         inner, hidden, topk = pick.choice((8, 96, 768)), pick.choice((8, 256, 2048)), pick.choice((1, 2, 8))
         local = pick.choice((1, 8, 60, 256))
         total, most = local * pick.choice((1, 4)), pick.choice((1, 40, 513, 8192, 200_000))
@@ -458,10 +460,10 @@ ACTIVATIONS_OF_SGLANG: dict[str, dict[str, Any]] = {
         f"{name}_no_mul": {"activation": name, "is_gated": False}
         for name in ("silu", "gelu", "gelu_tanh", "relu2")
     },
-    "swigluoai": {"gemm1_alpha": cpu.ALPHA, "gemm1_clamp_limit": cpu.LIMIT},
+    "swigluoai": {"gemm1_alpha": ALPHA, "gemm1_clamp_limit": LIMIT},
     "swigluoai_uninterleave": {
-        "gemm1_alpha": cpu.ALPHA,
-        "gemm1_clamp_limit": cpu.LIMIT,
+        "gemm1_alpha": ALPHA,
+        "gemm1_clamp_limit": LIMIT,
         "gate_up_interleaved": False,
     },
 }
@@ -506,7 +508,7 @@ def test_in_place_sglang_gets_its_hidden_states_back() -> None:
         ({"activation": "situ"}, {}),
         ({"swiglu_limit": 10}, {}),
         ({"gemm1_clamp_limit": 7.0}, {}),
-        ({"gemm1_alpha": 1.0, "gemm1_clamp_limit": 7.0}, {}),
+        ({"gemm1_alpha": 1.0}, {}),
         ({"no_combine": True}, {}),
         *[({}, {flag: True}) for flag in sglang._LEFT if flag != "use_mxfp8"],
     ],

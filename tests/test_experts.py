@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -101,6 +102,8 @@ def layer(seed: int, most_tokens: int = 40, **given: Any) -> Layer:
         "apply_router_weight_on_input": pick.random() < 0.3,
         "routed_scaling_factor": pick.choice((1.0, 2.5)),
     }
+    if activation in cpu.SWIGLU and pick.random() < 0.4:
+        options |= {"swiglu_alpha": pick.choice((None, 1.2)), "swiglu_limit": pick.choice((0.3, 2))}
     return Layer(tensors, options)
 
 
@@ -130,7 +133,8 @@ def exact(call: Layer) -> torch.Tensor:
             on_input = call.options["apply_router_weight_on_input"]
             inner = w1[expert] @ x[token]
             inner = inner + t["w1_bias"][expert] if "w1_bias" in t else inner
-            inner = cpu.activate(call.options["activation"], inner * weight if on_input else inner)
+            numbers = call.options.get("swiglu_alpha"), call.options.get("swiglu_limit")
+            inner = cpu.activate(call.options["activation"], inner * weight if on_input else inner, *numbers)
             output = w2[expert] @ inner
             output = output + t["w2_bias"][expert] if "w2_bias" in t else output
             result[token] += output if on_input else output * weight
@@ -142,6 +146,23 @@ def test_the_cpu_against_float64() -> None:
     for seed in range(60):
         call = layer(seed)
         assert close(call(lambda tensor: tensor), exact(call)), seed
+
+
+def test_gates_and_ups_are_clamped() -> None:
+    values = torch.tensor([-9.0, 0.5, 9.0, torch.nan, 9.0, -9.0, 0.5, 1.0])  # gates, then ups
+
+    def activated(*numbers: float | None, name: str = "swigluoai_uninterleave") -> list[float]:
+        return cpu.activate(name, values, *numbers).nan_to_num(99).tolist()
+
+    def sigmoid(x: float) -> float:
+        return 1 / (1 + math.exp(-x))
+
+    assert activated() == pytest.approx(
+        [-9 * sigmoid(-9 * 1.702) * 8, 0.5 * sigmoid(0.851) * -6, 7 * sigmoid(7 * 1.702) * 1.5, 99]
+    )
+    expected = [-9 * sigmoid(-18) * 2, 0.5 * sigmoid(1) * -2, 2 * sigmoid(4) * 0.5, 99]
+    assert activated(2.0, 2.0, name="silu") == pytest.approx(expected)
+    assert activated(name="silu")[0] == pytest.approx(-9 * sigmoid(-9) * 9)
 
 
 def test_fused_moe_is_both() -> None:
@@ -187,6 +208,13 @@ WRONG: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
     ),
     "a bias": (ValueError, r"w1_bias: .* \[4, 48\]", {"w1_bias": _some(4, 24)}),
     "out": (ValueError, r"out: .* \[5, 16\]", {"out": _some(5, 8)}),
+    "gelu's alpha": (
+        ValueError,
+        "swiglu_limit: 'gelu' has none",
+        {"activation": "gelu", "swiglu_alpha": 1.0},
+    ),
+    "a limit": (ValueError, "swiglu_limit: expected 0 or more, got -1", {"swiglu_limit": -1.0}),
+    "an alpha": (TypeError, "swiglu_alpha: expected a float", {"swiglu_alpha": "1"}),
     "a factor": (ValueError, "routed_scaling_factor: .* that fp32 has", {"routed_scaling_factor": 1e39}),
     "no map": (ValueError, "expert_map: length: expected 1 to", {"expert_map": torch.zeros(0).int()}),
     "a list": (TypeError, "workspace: expected a torch.Tensor, got list", {"workspace": [0]}),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import signal
 import struct
 import threading
@@ -160,7 +161,7 @@ def test_all_that_is_remembered_of_calls_takes_less_than_20_mb(
         moe_sum_operator._prepare(*rows, cuda, True, False, 1.0, None, 2**31)
         strides = 2048, 1536 * 2048, 2048, 2048 * 768, 768
         sizes = 100 + i, 8, 128, 2048, 768, strides, torch.bfloat16
-        experts._prepare(*sizes, cuda, "silu", torch.int32, 128, False, None)
+        experts._prepare(*sizes, cuda, "silu", torch.int32, 128, False, (1.0, 0.0, math.inf), None)
 
     operators = align, align_batched, gate, moe_sum_operator, experts
     caches = [operator._prepare for operator in operators]

@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 
-from ..cpu.experts import ALPHA, LIMIT
 from ..dispatch.operator import is_watched
 from ..dispatch.tensors import is_plain
 from ..operators.align import moe_align_block_size as _align
@@ -273,8 +272,9 @@ def _experts(
 ) -> torch.Tensor:
     """By a MoeRunnerConfig. Raises TypeError and ValueError for what `cupy_moe.fused_experts` does not do."""
     activation = config.activation if config.is_gated else f"{config.activation}_no_mul"
-    limits = config.gemm1_alpha, config.gemm1_clamp_limit, config.swiglu_limit
-    if activation == "silu" and limits == (ALPHA, LIMIT, None):
+    alpha, limit = config.gemm1_alpha, config.gemm1_clamp_limit
+    limits = alpha, limit, config.swiglu_limit
+    if activation == "silu" and limits[2] is None and None not in (alpha, limit):
         activation = "swigluoai" if config.gate_up_interleaved else "swigluoai_uninterleave"
     elif limits != (None, None, None):
         raise ValueError(f"the activation {activation}, with an alpha and limits of {limits}")
@@ -287,7 +287,7 @@ def _experts(
     return _fused_experts(
         hidden_states, w1, w2, topk_weights.float(), topk_ids, activation,
         config.apply_router_weight_on_input, w1_bias=w1_bias, w2_bias=w2_bias,
-        routed_scaling_factor=1.0 if factor is None else factor,
+        routed_scaling_factor=1.0 if factor is None else factor, swiglu_alpha=alpha, swiglu_limit=limit,
         out=hidden_states if config.inplace else None,
     )  # fmt: skip
 

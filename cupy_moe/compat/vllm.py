@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from ..cpu.experts import ALPHA, GATED, LIMIT
+from ..cpu.experts import GATED
 from ..operators.align import moe_align_block_size as _align
 from ..operators.align_batched import batched_moe_align_block_size as _align_batched
 from ..operators.experts import ACTIVATIONS, experts_workspace_bytes
@@ -198,10 +198,10 @@ def fused_experts(
     """As in vllm.model_executor.layers.fused_moe.fused_moe. `original` is vLLM's own, which runs instead
     where this would raise TypeError or ValueError."""
     with unless_refused(original):
-        name = _check_experts(activation, quant_config)
+        name, numbers = _check_experts(activation, quant_config)
         return _fused_experts(
             hidden_states, w1, w2, topk_weights.float(), topk_ids, name, apply_router_weight_on_input,
-            **_options(w1, global_num_experts, expert_map, quant_config),
+            **numbers, **_options(w1, global_num_experts, expert_map, quant_config),
         )  # fmt: skip
     if isinstance(activation, str):  # vLLM has no strings here
         from vllm.model_executor.layers.fused_moe.activation import MoEActivation
@@ -235,13 +235,13 @@ def triton_experts_apply(
 ) -> None:
     """As `TritonExperts.apply`. All lies in `workspace2`: vLLM's `output` is the head of `workspace13`."""
     with unless_refused(original):
-        name = _check_triton_experts(self, activation)
+        name, numbers = _check_triton_experts(self, activation)
         weights = topk_weights.float()
         if apply_router_weight_on_input:  # here, this says that vLLM's `prepare` has multiplied them in
             weights = torch.ones_like(weights)
         _fused_experts(
             hidden_states, w1, w2, weights, topk_ids, name, workspace=workspace2.view(-1).view(torch.uint8),
-            out=output, **_options(w1, global_num_experts, expert_map, self.quant_config),
+            out=output, **numbers, **_options(w1, global_num_experts, expert_map, self.quant_config),
         )  # fmt: skip
         return
     original(
@@ -273,7 +273,7 @@ def triton_experts_workspace_shapes(
         self, M, N, K, topk, global_num_experts, local_num_experts, expert_tokens_meta, activation
     )
     try:
-        name = _check_triton_experts(self, activation)
+        name, _ = _check_triton_experts(self, activation)
     except ValueError:
         return first, second, output
     num_experts = max(global_num_experts, local_num_experts)
@@ -282,8 +282,8 @@ def triton_experts_workspace_shapes(
     return first, max(second, ours, key=math.prod), output
 
 
-def _check_triton_experts(self: Any, activation: Any) -> str:
-    """The activation's name. Raises ValueError for what `fused_experts` has none of."""
+def _check_triton_experts(self: Any, activation: Any) -> tuple[str, dict[str, Any]]:
+    """As `_check_experts`."""
     if type(self).__name__ != "TritonExperts":
         raise ValueError("a class that inherits from it, and may change a part of it")
     if self._lora_context is not None:
@@ -297,18 +297,24 @@ def _check_triton_experts(self: Any, activation: Any) -> str:
     return _check_experts(activation, self.quant_config, limits)
 
 
-def _check_experts(activation: Any, quant_config: Any, limits: tuple[Any, ...] = (None, 1.0, 0.0)) -> str:
-    """The activation's name. Raises ValueError for others than those of `cupy_moe.fused_experts`, and for
-    quantised experts. `limits` are vLLM's clamp, alpha and beta, by which two of the activations go."""
+def _check_experts(
+    activation: Any, quant_config: Any, limits: tuple[Any, ...] = (None, 1.0, 0.0)
+) -> tuple[str, dict[str, Any]]:
+    """The activation's name and numbers. Raises ValueError for others than those of
+    `cupy_moe.fused_experts`, and for quantised experts. `limits` are vLLM's clamp, alpha and beta, by which
+    two of the activations go."""
     name = str(getattr(activation, "value", activation))
-    wanted = {"silu": (None, *limits[1:]), "swigluoai_uninterleave": (LIMIT, ALPHA, 1.0)}
-    if name not in ACTIVATIONS or wanted.get(name, limits) != limits:
+    limit, alpha, beta = limits
+    is_limited = name == "swigluoai_uninterleave"
+    fits = limit is not None and beta == 1 if is_limited else limit is None or name != "silu"
+    if name not in ACTIVATIONS or not fits:
         raise ValueError(f"the activation {name}, with a limit, alpha and beta of {limits}")
+    numbers = {"swiglu_alpha": alpha, "swiglu_limit": limit} if is_limited else {}
     if quant_config and (quant_config.quant_dtype or quant_config.weight_quant_dtype):
         raise ValueError("quantised experts")
     if getattr(sys.modules.get("vllm.envs"), "VLLM_BATCH_INVARIANT", False):
         raise ValueError("VLLM_BATCH_INVARIANT")
-    return name
+    return name, numbers
 
 
 def _options(

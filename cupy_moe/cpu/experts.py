@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch.nn.functional import gelu, sigmoid, silu
 
@@ -9,10 +11,14 @@ from . import moe_sum as cpu_sum
 
 GATED = ("silu", "gelu", "gelu_tanh", "swigluoai", "swigluoai_uninterleave")
 PLAIN = ("silu_no_mul", "gelu_no_mul", "gelu_tanh_no_mul", "relu2_no_mul")
-ALPHA, LIMIT = 1.702, 7.0  # of swigluoai
+# Of gates and ups: (up + beta) * gate * sigmoid(alpha * gate), both clamped by limit, the gate from above.
+SWIGLU = {"silu": (1.0, 0.0, math.inf), "swigluoai": (1.702, 1.0, 7.0)}  # alpha, beta, limit
+SWIGLU["swigluoai_uninterleave"] = SWIGLU["swigluoai"]
 
 
-def activate(activation: str, values: torch.Tensor) -> torch.Tensor:
+def activate(
+    activation: str, values: torch.Tensor, alpha: float | None = None, limit: float | None = None
+) -> torch.Tensor:
     """[.., 2 * I] -> [.., I], gates first, or alternating with ups in swigluoai; [.., I] without a gate."""
     name = activation.removesuffix("_no_mul")
     if activation in PLAIN:
@@ -21,10 +27,18 @@ def activate(activation: str, values: torch.Tensor) -> torch.Tensor:
         gate, up = values[..., ::2], values[..., 1::2]
     else:
         gate, up = values.chunk(2, dim=-1)
-    if activation.startswith("swigluoai"):
-        gate, up = gate.clamp(max=LIMIT), up.clamp(-LIMIT, LIMIT)
-        return (up + 1) * gate * sigmoid(ALPHA * gate)
+    numbers = swiglu_numbers(activation, alpha, limit)
+    if numbers != SWIGLU["silu"]:
+        alpha, beta, limit = numbers
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+        return (up + beta) * gate * sigmoid(alpha * gate)
     return _function(name, gate) * up
+
+
+def swiglu_numbers(activation: str, alpha: float | None, limit: float | None) -> tuple[float, float, float]:
+    """alpha, beta and limit, those of silu where an activation has none; what is not given is its own."""
+    own_alpha, beta, own_limit = SWIGLU.get(activation, SWIGLU["silu"])
+    return own_alpha if alpha is None else alpha, beta, own_limit if limit is None else limit
 
 
 def _function(name: str, values: torch.Tensor) -> torch.Tensor:
@@ -49,6 +63,8 @@ def fused_experts(
     w2_bias: torch.Tensor | None = None,
     routed_scaling_factor: float = 1.0,
     shared_output: torch.Tensor | None = None,
+    swiglu_alpha: float | None = None,
+    swiglu_limit: float | None = None,
 ) -> torch.Tensor:
     """As `cupy_moe.fused_experts`; what each product gives is rounded once, and arguments are not checked."""
     num_tokens, topk = topk_ids.shape
@@ -64,7 +80,7 @@ def fused_experts(
             values = values + w1_bias[expert].float()
         if apply_router_weight_on_input:
             values = values * weights[pairs]
-        values = activate(activation, values).to(hidden_states.dtype)
+        values = activate(activation, values, swiglu_alpha, swiglu_limit).to(hidden_states.dtype)
         result = values.float() @ w2[expert].float().T
         if w2_bias is not None:
             result = result + w2_bias[expert].float()

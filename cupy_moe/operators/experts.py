@@ -38,14 +38,14 @@ _MMA_ARGS = ArgumentStruct(
     "sorted_token_ids expert_ids num_tokens_post_pad rows weights output bias topk_weights",
     "i64 row_stride, expert_stride, weight_stride; u32 num_pairs, num_experts; Divisor group_tiles,"
     " rows_shared; u32 depth, num_columns, activation, row_step, up_offset, clears_unknown, group_blocks;"
-    " i64 bias_stride; float alpha, limit",
+    " i64 bias_stride; float alpha, beta, limit",
 )
 _WGMMA_ARGS = ArgumentStruct(
     "experts/experts_wgmma.cu:ExpertsWgmmaArgs",
     "sorted_token_ids expert_ids counters rows output bias topk_weights",
     "i64 row_stride, bias_stride; u32 num_pairs, num_experts, num_blocks; Divisor rows_shared; u32 depth,"
     " num_columns, activation, row_step, up_offset, group_pairs, clears_unknown, is_first; float alpha,"
-    " limit",
+    " beta, limit",
     tensor_map="weights",
 )
 _DIRECT_ARGS = ArgumentStruct(
@@ -53,12 +53,12 @@ _DIRECT_ARGS = ArgumentStruct(
     "topk_ids rows weights output expert_map bias topk_weights",
     "i64 row_stride, expert_stride, weight_stride; u32 num_pairs, num_experts, num_mapped, words_per_id;"
     " Divisor rows_shared; u32 depth, num_columns, activation, row_step, up_offset, is_first; i64"
-    " bias_stride; float alpha, limit",
+    " bias_stride; float alpha, beta, limit",
 )
 
 
 class Activation(enum.IntEnum):
-    NONE, SILU, GELU, GELU_TANH, RELU2, SWIGLU_OAI = range(6)
+    NONE, SILU, GELU, GELU_TANH, RELU2, SWIGLU = range(6)
 
 
 _ACTIVATIONS = {
@@ -66,13 +66,14 @@ _ACTIVATIONS = {
     "gelu": Activation.GELU,
     "gelu_tanh": Activation.GELU_TANH,
     "relu2": Activation.RELU2,
-    "swigluoai": Activation.SWIGLU_OAI,
-    "swigluoai_uninterleave": Activation.SWIGLU_OAI,
+    "swigluoai": Activation.SWIGLU,
+    "swigluoai_uninterleave": Activation.SWIGLU,
 }
 ACTIVATIONS = (*cpu.GATED, *cpu.PLAIN)
 _ELEMENTS = {torch.bfloat16: "bf16", torch.float16: "f16"}
 _ID_TYPES = (torch.int32, torch.int64, torch.uint32)
 _FLOAT, _INT32 = (torch.float32,), (torch.int32,)
+_SILU = cpu.SWIGLU["silu"]
 _BOX_DEPTH = ROW_BYTES // 2
 _ALIGNMENT = 256  # bytes, of what lies in the workspace
 # Of the two intermediates together; more tokens go in parts, one after another.
@@ -94,6 +95,8 @@ def fused_experts(
     w2_bias: DLPackArray | None = None,
     routed_scaling_factor: float = 1.0,
     shared_output: DLPackArray | None = None,
+    swiglu_alpha: float | None = None,
+    swiglu_limit: float | None = None,
     workspace: torch.Tensor | None = None,
     out: Array | None = None,
     kernel: str | None = None,
@@ -115,6 +118,7 @@ def fused_experts(
     w2_bias                 [E, H]      as hidden_states
     routed_scaling_factor                                  multiplies the sum, but not `shared_output`
     shared_output           [T, H]      as hidden_states   added at the end
+    swiglu_alpha, swiglu_limit                             see below
     workspace               [n]         uint8              n: `experts_workspace_bytes`; else allocated
     out                     [T, H]      as hidden_states   written instead of allocated; contiguous; may be
                                                            `hidden_states`
@@ -124,8 +128,13 @@ def fused_experts(
     gets zeros, plus `shared_output`.
 
     Activations are "silu", "gelu" and "gelu_tanh" of the gate, times the up; "swigluoai", whose gate and up
-    rows alternate, and "swigluoai_uninterleave", with the limits of gpt-oss; and, without a gate,
-    "silu_no_mul", "gelu_no_mul", "gelu_tanh_no_mul" and "relu2_no_mul".
+    rows alternate, and "swigluoai_uninterleave", those of gpt-oss; and, without a gate, "silu_no_mul",
+    "gelu_no_mul", "gelu_tanh_no_mul" and "relu2_no_mul". silu and both swigluoai are
+
+        gate * sigmoid(swiglu_alpha * gate) * (up + beta)
+
+    of a gate of at most `swiglu_limit` and an up within it: 1 and none in silu, 1.702 and 7 in swigluoai,
+    where no others are given; beta is 0 and 1.
 
     Products are accumulated in fp32. What the activation gives is rounded once, what GEMM 2 gives, times the
     router weight, once; the sum is that of `moe_sum`. The result is the same to the last bit at every call,
@@ -155,7 +164,7 @@ def fused_experts(
         # Without it: what is traced finds one for itself.
         return _operator(
             *tensors, activation, apply_router_weight_on_input, global_num_experts, expert_map, w1_bias,
-            w2_bias, routed_scaling_factor, shared_output, out=out, kernel=kernel,
+            w2_bias, routed_scaling_factor, shared_output, swiglu_alpha, swiglu_limit, out=out, kernel=kernel,
         )  # fmt: skip
     check_choice("activation", activation, ACTIVATIONS)
     if kernel is not None:
@@ -163,6 +172,7 @@ def fused_experts(
     on_input = as_bool("apply_router_weight_on_input", apply_router_weight_on_input)
     factor = as_float("routed_scaling_factor", routed_scaling_factor) or 0.0
     check_fp32("routed_scaling_factor", factor)
+    swiglu = _swiglu(activation, swiglu_alpha, swiglu_limit)
     x: PlainTensor = _check_rows("hidden_states", hidden_states, 2)
     first: PlainTensor = _check_rows("w1", w1, 3)
     second: PlainTensor = _check_rows("w2", w2, 3)
@@ -208,12 +218,13 @@ def fused_experts(
     strides = x.stride(0), *first.stride()[:2], *second.stride()[:2]
     call = _prepare(
         num_tokens, topk, num_experts, hidden, intermediate, strides, dtype, device, activation, ids.dtype,
-        experts, local is not None, kernel,
+        experts, local is not None, swiglu, kernel,
     )  # fmt: skip
     if call is None:
         result = cpu.fused_experts(
-            x, first, second, weights, ids, activation, on_input, local, biases[0], biases[1], factor, shared
-        )
+            x, first, second, weights, ids, activation, on_input, local, biases[0], biases[1], factor, shared,
+            swiglu_alpha, swiglu_limit,
+        )  # fmt: skip
         with torch.no_grad():
             return output.copy_(result)
     if num_tokens == 0:
@@ -224,6 +235,7 @@ def fused_experts(
             fused_experts(
                 x[part], first, second, weights[part], ids[part], activation, on_input, global_num_experts,
                 local, w1_bias=w1_bias, w2_bias=w2_bias, routed_scaling_factor=factor, workspace=workspace,
+                swiglu_alpha=swiglu_alpha, swiglu_limit=swiglu_limit,
                 shared_output=None if shared is None else shared[part], out=output[part], kernel=call.kernel,
             )  # fmt: skip
         return output
@@ -380,6 +392,7 @@ def _prepare(
     id_type: torch.dtype,
     all_experts: int,
     is_mapped: bool,
+    swiglu: tuple[float, float, float],
     kernel: str | None,
 ) -> _Call | None:
     """Checks all that follows from sizes. None: on the CPU."""
@@ -410,8 +423,9 @@ def _prepare(
         "words_per_id": id_type.itemsize // 4,
         "group_blocks": plan.group_blocks,
         "group_pairs": plan.group_blocks,
-        "alpha": cpu.ALPHA,
-        "limit": cpu.LIMIT,
+        "alpha": swiglu[0],
+        "beta": swiglu[1],
+        "limit": swiglu[2],
     }
     first = {
         "row_stride": 2 * x_stride,
@@ -421,7 +435,9 @@ def _prepare(
         "rows_shared": divisor(topk),
         "depth": hidden,
         "num_columns": intermediate,
-        "activation": _ACTIVATIONS[activation.removesuffix("_no_mul")],
+        "activation": Activation.SWIGLU
+        if swiglu != _SILU
+        else _ACTIVATIONS[activation.removesuffix("_no_mul")],
         "row_step": 2 if alternate else 1,
         "up_offset": 1 if alternate else intermediate,
         "clears_unknown": False,
@@ -472,6 +488,23 @@ def _map_gated(element: str, experts: int, columns: int, depth: int, expert: int
     return element, (depth, 8, 2, columns // 8, experts), strides, (_BOX_DEPTH, 8, 2, WGMMA_BOX_ROWS // 16, 1)
 
 
+def _swiglu(activation: str, alpha: Any, limit: Any) -> tuple[float, float, float]:
+    """alpha, beta and limit; those of silu for activations that have none."""
+    if alpha is None and limit is None:
+        return cpu.SWIGLU.get(activation, _SILU)
+    if activation not in cpu.SWIGLU:
+        raise ValueError(f"swiglu_alpha, swiglu_limit: {activation!r} has none")
+    numbers = [
+        None if n is None else as_float(name, n)
+        for name, n in (("swiglu_alpha", alpha), ("swiglu_limit", limit))
+    ]
+    for name, number in zip(("swiglu_alpha", "swiglu_limit"), numbers, strict=True):
+        check_fp32(name, number or 0.0)
+    if numbers[1] is not None and not numbers[1] >= 0:
+        raise ValueError(f"swiglu_limit: expected 0 or more, got {limit}")
+    return cpu.swiglu_numbers(activation, *numbers)
+
+
 def _check_workspace(memory: PlainTensor, size: int, device: torch.device) -> None:
     check_layout("workspace", memory)
     if memory.dtype != torch.uint8 or memory.device != device or memory.dim() != 1:
@@ -511,7 +544,8 @@ _operator = Operator(
     "Tensor hidden_states, Tensor w1, Tensor w2, Tensor topk_weights, Tensor topk_ids,"
     " str activation='silu', bool apply_router_weight_on_input=False, SymInt global_num_experts=-1,"
     " Tensor? expert_map=None, *, Tensor? w1_bias=None, Tensor? w2_bias=None,"
-    " float routed_scaling_factor=1.0, Tensor? shared_output=None",
+    " float routed_scaling_factor=1.0, Tensor? shared_output=None, float? swiglu_alpha=None,"
+    " float? swiglu_limit=None",
     None,
     fused_experts,
     _fake,

@@ -9,7 +9,7 @@
 #pragma once
 #include "convert.cuh"
 
-enum Activation : u32 { kNone, kSilu, kGelu, kGeluTanh, kRelu2, kSwigluOai };
+enum Activation : u32 { kNone, kSilu, kGelu, kGeluTanh, kRelu2, kSwiglu };
 
 // What every block reads comes first, as the first look at a line of 64 bytes of the arguments takes 200 cycles.
 struct ExpertsArgs {
@@ -31,8 +31,8 @@ struct ExpertsArgs {
   u32 up_offset;       // from the row of a gate to that of its up
   u32 clears_unknown;  // pairs of experts that are not here get rows of zeros
   u32 group_blocks;
-  i64 bias_stride;     // in elements, of an expert
-  float alpha, limit;  // of kSwigluOai
+  i64 bias_stride;           // in elements, of an expert
+  float alpha, beta, limit;  // of kSwiglu
 };
 
 __device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
@@ -48,10 +48,11 @@ __device__ __noinline__ float activated(u32 activation, float x) {
   }
 }
 
-__device__ __noinline__ float swiglu_oai(float gate, float up, float alpha, float limit) {
+// Both clamped, the gate only from above.
+__device__ __noinline__ float swiglu(float gate, float up, float alpha, float beta, float limit) {
   gate = gate > limit ? limit : gate;  // NaN stays, as it would not with fminf
   up = up > limit ? limit : up < -limit ? -limit : up;
-  return (up + 1.0f) * gate * sigmoid(alpha * gate);
+  return (up + beta) * gate * sigmoid(alpha * gate);
 }
 
 // 1 / (1 + e^-x) within 1e-6, by the special function unit: results are rounded to 8 or 11 bits.
@@ -68,7 +69,7 @@ __device__ __forceinline__ float fast_sigmoid(float x) {
 
 template <typename Args>
 __device__ __forceinline__ float gated(const Args& args, float gate, float up) {
-  if (args.activation == kSwigluOai) return swiglu_oai(gate, up, args.alpha, args.limit);
+  if (args.activation == kSwiglu) return swiglu(gate, up, args.alpha, args.beta, args.limit);
   return activated(args.activation, gate) * up;
 }
 

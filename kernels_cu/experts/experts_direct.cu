@@ -35,12 +35,12 @@ struct ExpertsDirectArgs {
   u32 num_pairs, num_experts, num_mapped, words_per_id;
   Divisor rows_shared;  // pairs that have one row: topk in GEMM 1, 1 in GEMM 2
   u32 depth, num_columns;
-  u32 activation;      // an Activation
-  u32 row_step;        // of the row of weights for the next column: 2 where gate and up rows alternate
-  u32 up_offset;       // from the row of a gate to that of its up
-  u32 is_first;        // of the two products: it reads nothing before the kernel before it has ended
-  i64 bias_stride;     // in elements, of an expert
-  float alpha, limit;  // of kSwigluOai
+  u32 activation;            // an Activation
+  u32 row_step;              // of the row of weights for the next column: 2 where gate and up rows alternate
+  u32 up_offset;             // from the row of a gate to that of its up
+  u32 is_first;              // of the two products: it reads nothing before the kernel before it has ended
+  i64 bias_stride;           // in elements, of an expert
+  float alpha, beta, limit;  // of kSwiglu
 };
 
 constexpr u32 kThreads = 128, kStages = 10, kTileWeights = 64, kMaxPairs = 128, kGroupPairs = 8;

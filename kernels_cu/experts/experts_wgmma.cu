@@ -41,7 +41,7 @@ struct ExpertsWgmmaArgs {
   u32 group_pairs;     // blocks of pairs, two by two, that share what is read of the weights
   u32 clears_unknown;  // pairs of experts that are not here get rows of zeros
   u32 is_first;        // of the two products: the kernel before it is align; else it is one that has waited for align
-  float alpha, limit;  // of kSwigluOai
+  float alpha, beta, limit;  // of kSwiglu
 };
 
 constexpr u32 kTileRows = 128, kWeightRows = 256, kBoxRows = 128, kStages = 4, kThreads = 384, kLoaders = 128;
