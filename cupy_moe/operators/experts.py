@@ -522,6 +522,8 @@ def _check_rows(name: str, tensor: PlainTensor, dims: int) -> PlainTensor:
     check_layout(name, tensor)
     if tensor.dim() != dims:
         raise ValueError(f"{name}: expected {dims} dimensions, got {list(tensor.shape)}")
+    if tensor.is_contiguous() and tensor.shape[-1] % 8 == 0 and address(name, tensor) % 16 == 0:
+        return tensor  # as what follows would find, in a third of the time
     strides = tensor.stride()
     is_dense = tensor.numel() == 0 or strides[-1] == 1 or tensor.shape[-1] == 1
     others = [s for s, n in zip(strides[:-1], tensor.shape, strict=False) if n > 1]
