@@ -17,12 +17,14 @@ import pytest
 import torch
 from benchmark import __main__ as bench
 from benchmark import base, discover, experts, measure, peers, report, timing
+from benchmark import transformers as models
 from benchmark.align import Align, AlignCase, sweep
 from benchmark.align_batched import AlignBatched, BatchedCase
 from benchmark.base import Bound
 from benchmark.experts import Experts, LayerCase
 from benchmark.gate import NUM_GROUPS, TOPK_GROUP, GateCase, Grouped, Sigmoid, Softmax
 from benchmark.moe_sum import Sum, SumCase
+from benchmark.transformers import Model, ModelCase
 from click.testing import CliRunner, Result
 
 import cupy_moe
@@ -33,7 +35,9 @@ ENVIRONMENT = {
     "nvrtc": "13.0.88", "cupy_moe": "0.1.0", "peers": {"vllm": "0.26.0", "sglang": ""}, "date": "2030-01-02",
 }  # fmt: skip
 US = {"cupy_moe": 2.0, "vllm": 5.0, "sglang": 4.0}
+MODEL_US = {"cupy_moe": 2000.0, "eager": 9000.0, "grouped_mm": 5000.0}
 SMALL = LayerCase("small", 3)
+SMALL_MODEL = ModelCase("small", 3, 1, "calls")
 
 
 OPERATORS = {operator.section: operator for operator in bench.OPERATORS}
@@ -47,6 +51,8 @@ def made_up_result() -> dict[str, Any]:
     def row(operator: base.Operator, case: Any, kinds: tuple[str, ...]) -> dict[str, Any]:
         scale = case.num_ids**0.5 if isinstance(case, AlignCase) else 1
         us = {name: us * scale for name, us in US.items() if name == "cupy_moe" or name in operator.theirs}
+        if isinstance(case, ModelCase):
+            us = MODEL_US
         if not isinstance(case, LayerCase):
             return {**case._asdict(), "us": dict.fromkeys(kinds, us)}
         floor = experts.floor_us(case._asdict())
@@ -103,6 +109,9 @@ def made_up_times(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(experts.MODELS, "small", (4, 2, 64, 32))
     monkeypatch.setattr(OPERATORS["experts"], "cases", (SMALL,))
     monkeypatch.setattr(experts, "HOST", SMALL)
+    monkeypatch.setattr(OPERATORS["transformers"], "cases", (SMALL_MODEL,))
+    monkeypatch.setattr(models, "LAYERS", 2)
+    monkeypatch.setattr(models, "CONTEXT", 8)
     monkeypatch.setattr(
         OPERATORS["align"], "cases", (AlignCase(4, 2, 8, 16, 2.0), AlignCase(65536, 2, 8, 64, 4.0))
     )
@@ -111,12 +120,14 @@ def made_up_times(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_whole_run(made_up_times: None, tmp_path: Path) -> None:
     result = run("--out", str(tmp_path / "r.json"), "--seed", "3", "--kernels")
     assert result.exit_code == 0, result.output
-    checks = sum(len(operator.cases) * len(operator.checked) for operator in bench.OPERATORS)
+    here = {operator: operator.contenders(operator.libraries()) for operator in bench.OPERATORS}
+    checks = sum(len(op.cases) * len(op.checked) * len(contenders) for op, contenders in here.items())
     assert f"{checks} results checked" in result.output
     assert "NVIDIA Imaginary 9000" in result.output
     written = json.loads((tmp_path / "r.json").read_text())
     assert (written["format"], written["seed"]) == (bench.FORMAT, 3)
-    assert {"environment", "floor", "kernels", *bench.SECTIONS} <= written.keys()
+    sections = {section for operator, able in here.items() if able for section in operator.sections()}
+    assert {"environment", "floor", "kernels", *sections} <= written.keys()
     small, large = written["align"]
     us = {"cupy_moe": 3.0}
     assert small["us"] == {"uniform": {**us, "torch": 700.0}, "skewed": us, "all_to_one": us}
@@ -238,6 +249,102 @@ def test_calls_of_a_graph_have_other_routings(made_up_times: None, monkeypatch: 
     monkeypatch.setattr(experts, "DENSE_TOKENS", SMALL.tokens)
     (product,) = operator.references(SMALL, turns[0]).values()
     assert product().shape == (3 * 2, 2 * 32)  # type: ignore[attr-defined]
+
+
+@pytest.fixture
+def model(made_up_times: None, monkeypatch: pytest.MonkeyPatch) -> Model:
+    """With graphs that are calls."""
+    pytest.importorskip("transformers", minversion="5")
+
+    def capture(calls: Any, length: int) -> Any:
+        return SimpleNamespace(replay=lambda: [call() for call in calls]), length
+
+    monkeypatch.setattr(timing, "capture", capture)
+    operator: Model = OPERATORS["transformers"]  # type: ignore[assignment]
+    return operator
+
+
+def test_models_of_transformers(model: Model, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    prompt = SMALL_MODEL._replace(batch=1, tokens=70)
+    monkeypatch.setattr(model, "cases", (SMALL_MODEL, SMALL_MODEL._replace(run="graph"), prompt))
+    fused, calls = models.compat.fused_experts, []
+
+    def counted(*arguments: Any, **options: Any) -> torch.Tensor:
+        calls.append(len(arguments[0]))
+        return fused(*arguments, **options)
+
+    monkeypatch.setattr(models.compat, "fused_experts", counted)
+    implementations = models.compat._interface()
+    batched = implementations["batched_mm"]
+
+    def short_of_memory(experts: Any, hidden: torch.Tensor, *routing: torch.Tensor) -> Any:
+        if len(hidden) == prompt.tokens:
+            raise torch.OutOfMemoryError("too much")
+        return batched(experts, hidden, *routing)
+
+    monkeypatch.setitem(implementations, "batched_mm", short_of_memory)
+    out = tmp_path / "r.json"
+    done = run("--only", "transformers", "--out", str(out))
+    assert done.exit_code == 0, done.output
+    assert "10 results checked" in done.output
+    assert "left out: eager for ModelCase(model='small', batch=3, tokens=1, run='graph'" in done.output
+    assert "OutOfMemoryError: too much" in done.output
+    written = json.loads(out.read_text())
+    assert list(written["environment"]["peers"]) == ["transformers"]
+    assert [list(row["us"]["random"]) for row in written["transformers"]] == [
+        ["cupy_moe", "eager", "grouped_mm", "batched_mm"],
+        ["cupy_moe", "grouped_mm", "batched_mm"],
+        ["cupy_moe", "eager", "grouped_mm"],
+    ]
+    assert calls.count(3) >= 4 * models.LAYERS
+    assert calls.count(70) >= 2 * models.LAYERS
+    (table,) = report.tables(model, written)
+    assert table.rows[0] == ["3 x 1", "calls", *["4286"] * 4, "1.00 x"]
+
+
+def test_models_share_their_weights_and_leave_the_cache(model: Model) -> None:
+    inputs = model.inputs(SMALL_MODEL, "random", 0)
+    ours, eager = (models.with_experts(inputs.model, name) for name in ("cupy_moe", "eager"))
+    assert ours.config._experts_implementation == "cupy_moe"
+    assert eager.config._experts_implementation == "eager"
+    pairs = zip(ours.parameters(), eager.parameters(), strict=True)
+    assert all(one is other for one, other in pairs)
+    call = models.call_of(eager, inputs.ids, inputs.cache)
+    assert torch.equal(call()[0], call()[0])
+    assert inputs.cache.get_seq_length() == models.CONTEXT
+
+
+def test_wrong_logits_are_noticed() -> None:
+    want = torch.randn(1, 100, 32)
+    noise = torch.randn(want.shape)
+
+    def wrong(of: torch.Tensor, logits: torch.Tensor) -> str:
+        return Model().wrong("cupy_moe", SMALL_MODEL, (logits,), of)
+
+    assert wrong(want, want + 0.005 * noise) == ""
+    assert wrong(want, want + 0.05 * noise) == "logits"  # of many tokens, half have to be closer
+    assert wrong(want[:, :8], (want + 0.05 * noise)[:, :8]) == ""
+    assert wrong(want[:, :8], want[:, 1:9]) == wrong(want, want.roll(1, 1)) == "logits"
+    one = want.clone()
+    one[0, 7] = float("nan")
+    assert wrong(want, one) == "logits"
+
+
+def test_tokens_of_models_in_a_second() -> None:
+    (table,) = report.tables(OPERATORS["transformers"], made_up_result())
+    assert table.title.endswith("bf16, tokens/s")
+    assert table.header == ["batch x tokens", "run as", "cupy_moe", "eager", "grouped_mm", "faster"]
+    assert table.rows[1] == ["8 x 1", "calls", "4000", "889", "1600", "2.50 x"]
+    assert table.rows[-1] == ["1 x 4096", "calls", "2048000", "455111", "819200", "2.50 x"]
+
+
+def test_without_transformers_its_section_is_left_out(
+    made_up_times: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "transformers.integrations.moe", None)
+    done = run("--only", "transformers")
+    assert done.exit_code == 0, done.output
+    assert "left out: transformers: there is no library to run it with" in done.output
 
 
 def test_a_wrong_result_fails_the_run(made_up_times: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -469,7 +576,8 @@ def test_readme_has_the_telling_cases_and_the_page_has_all() -> None:
     part = readme[readme.index(report.BEGIN) : readme.index(report.END)]
     for operator in bench.OPERATORS:
         assert f"\n## {operator.function}\n" in page
-        assert part.count(f"\n| `{operator.function}` |") == len(operator.telling) > 0
+        assert part.count(f"\n| `{operator.function}` |") == len(operator.telling)
+        assert operator.telling or operator.section == "transformers"
     assert "| `moe_sum` | 64 tokens, 8 x 7168 each, bf16 | 2.00 | 4.00 | 2.00 x |" in readme
 
 
@@ -583,7 +691,7 @@ def test_what_is_bound_is_what_is_called(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize(
     ("operator", "peer"),
-    [(op, peer) for op in bench.OPERATORS if op.section != "experts" for peer in op.theirs],
+    [(op, peer) for op in bench.OPERATORS for peer in op.theirs if peer in US and op.section != "experts"],
     ids=lambda value: getattr(value, "function", value),
 )
 def test_peers_are_called_by_their_name(
@@ -622,7 +730,7 @@ def test_batched_align_is_compared_to_the_last_element(monkeypatch: pytest.Monke
 def test_every_function_of_every_operator_module_has_a_benchmark() -> None:
     families = [path.stem for path in (ROOT / "cupy_moe/operators").glob("*.py") if path.stem != "__init__"]
     assert families
-    assert discover() == [op for f in sorted(families) for op in of_family(f)]
+    assert discover() == [op for f in sorted([*families, "transformers"]) for op in of_family(f)]
     for family in families:
         module = importlib.import_module(f"cupy_moe.operators.{family}")
         public = {name for name in module.__all__ if inspect.isfunction(getattr(module, name))}

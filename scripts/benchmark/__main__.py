@@ -109,12 +109,17 @@ def run(
     seed: int | None, replays: int,
 ) -> dict[str, Any]:  # fmt: skip
     seed = secrets.randbelow(2**31) if seed is None else seed
+    used = [op for op in OPERATORS if {*op.sections()} & {*sections} or (kernels and op.kernels)]
+    for operator in used:
+        found = {**found, **operator.libraries()}
     names, failures = list(found), measure.Failures()
     result: dict[str, Any] = {"format": FORMAT, "environment": environment(found), "seed": seed}
     click.echo(f"peers: {', '.join(names) or 'none found'}; --seed {seed}")
 
-    used = [op for op in OPERATORS if {*op.sections()} & {*sections} or (kernels and op.kernels)]
-    used = [_narrowed(operator, cases) for operator in used]
+    for operator in used:
+        if not operator.contenders(names):
+            click.echo(f"left out: {operator.section}: there is no library to run it with")
+    used = [_narrowed(operator, cases) for operator in used if operator.contenders(names)]
     try:
         click.echo(f"{measure.check(used, names, seed, failures)} results checked, all right")
         result["floor"] = timing.floor_us(replays)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import peers
+from . import peers, timing
 from .timing import Call
 
 # A case's fields, "us": kind of inputs -> contender -> microseconds, and "errors", if measured: contender ->
@@ -88,6 +88,7 @@ class Operator(ABC):
     pictures: Sequence[Picture] = ()
 
     title: str  # of its table
+    unit = "us of GPU time"  # of the figures in it
     columns: Mapping[str, Sequence[str]]  # heading -> fields of the case
     more_columns: Mapping[str, Callable[[Row], str]] = {}
     note = ""  # on what cannot be seen from its tables
@@ -113,6 +114,14 @@ class Operator(ABC):
         """Inputs that the calls of a graph take in turn, `inputs` first."""
         return [inputs]
 
+    def time_us(self, calls: Mapping[str, Sequence[Call]], replays: int) -> dict[str, float]:
+        """Time of a call of each contender, which take turns."""
+        return timing.gpu_us(calls, replays)
+
+    def figure(self, row: Row, us: float) -> float:
+        """What the table has of such a time."""
+        return us
+
     def references(self, case: Any, inputs: Any) -> Mapping[str, Call]:
         """What else is timed beside the contenders: something smaller, whose results nobody compares."""
         return {}
@@ -124,6 +133,10 @@ class Operator(ABC):
     def is_timed_cold(self, case: Any) -> bool:
         """Whether the case is timed with a cold L2, too; its inputs have to be one tensor, a row a token."""
         return False
+
+    def libraries(self) -> dict[str, str]:
+        """Libraries besides the peers that it is measured with, if they are here, and their versions."""
+        return {}
 
     def contenders(self, found: Iterable[str]) -> list[str]:
         """We, and those of the peers found whose version has such a function."""

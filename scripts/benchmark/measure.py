@@ -104,7 +104,9 @@ def time_cases(
                     bound[name] = [operator.bind(name, case, turn) for turn in turns]
             references = operator.references(case, inputs)
             calls = {name: [b.call for b in bounds] for name, bounds in bound.items()}
-            times = timing.gpu_us({**calls, **{name: [call] for name, call in references.items()}}, replays)
+            times = operator.time_us(
+                {**calls, **{name: [call] for name, call in references.items()}}, replays
+            )
             expected = operator.expected(case, turns[-1])
             for name, bounds in bound.items():  # what replays leave has to be right as well
                 with failures.leaving_out(operator, case, name):

@@ -66,6 +66,7 @@ def beside_floor(
             return math.nan
         return 100 * floor_us(row) / us if as_share else us
 
+    peers = result["environment"]["peers"]
     values = list(dict.fromkeys(row[panel] for row in rows))
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     panels = figure.subplots(1, len(values), sharex=True, sharey=True, squeeze=False).flat
@@ -77,7 +78,7 @@ def beside_floor(
         lines = [
             *axes.plot(sizes, [plotted(row, us[OURS]) for row, us in pairs], ".-",
                        color=STYLES[OURS][0], linewidth=STYLES[OURS][1], zorder=3, label=OURS),
-            *axes.plot(sizes, [plotted(row, best_other(us, result)) for row, us in pairs], ".-",
+            *axes.plot(sizes, [plotted(row, best_other(us, peers)) for row, us in pairs], ".-",
                        label="best other library", **BEST_OTHER),
             *axes.plot(sizes, [plotted(row, floor_us(row)) for row in mine], ":", label="roofline", **GREY),
         ]  # fmt: skip

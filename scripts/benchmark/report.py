@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from .base import COLD, OURS, TORCH, Host, Operator, Row
@@ -42,11 +42,11 @@ def tables(operator: Operator, result: dict[str, Any]) -> list[Table]:
     """A table for each section of the operator that the result has, but for the sweep, which is a picture."""
     found = []
     if rows := result.get(operator.section):
-        found.append(_times(operator, rows, result))
+        found.append(_times(operator, rows))
         if cold := [row for row in rows if COLD in row["us"]]:
-            found.append(_compared("The same with a cold L2", operator, cold, COLD, result))
+            found.append(_compared("The same with a cold L2", operator, cold, COLD))
         if erring := [row for row in rows if "errors" in row]:
-            found.append(_errors(operator, erring, result))
+            found.append(_errors(operator, erring))
     if operator.kernels and (rows := result.get(operator.kernels.section)):
         found.append(_kernels(operator, rows))
     if operator.host and (us := result.get(operator.host.section)):
@@ -54,10 +54,10 @@ def tables(operator: Operator, result: dict[str, Any]) -> list[Table]:
     return found
 
 
-def _times(operator: Operator, rows: list[Row], result: dict[str, Any]) -> Table:
+def _times(operator: Operator, rows: list[Row]) -> Table:
     """Ours, the others, how much faster than the best peer; the target, and other inputs, where known."""
     usual, *others = (kind for kind in rows[0]["us"] if kind != COLD)
-    table = _compared(f"{operator.title}, us of GPU time", operator, rows, usual, result)
+    table = _compared(f"{operator.title}, {operator.unit}", operator, rows, usual)
     targets = any(row.get("target_us") for row in rows)
     table.header.extend([*["target", "met"] * targets, *(kind.replace("_", " ") for kind in others)])
     table.header.extend(operator.more_columns)
@@ -70,20 +70,21 @@ def _times(operator: Operator, rows: list[Row], result: dict[str, Any]) -> Table
     return table
 
 
-def _compared(title: str, operator: Operator, rows: list[Row], kind: str, result: dict[str, Any]) -> Table:
-    names = [name for name in (*_peers(result), TORCH) if any(name in row["us"][kind] for row in rows)]
+def _compared(title: str, operator: Operator, rows: list[Row], kind: str) -> Table:
+    names = [name for name in (*operator.theirs, TORCH) if any(name in row["us"][kind] for row in rows)]
     lines = []
     for row in rows:
         us = row["us"][kind]
-        faster = _ratio(best_other(us, result), us[OURS])
-        lines.append([*_shape(operator, row), *_us_cells(us, [OURS, *names]), faster])
+        faster = _ratio(best_other(us, operator.theirs), us[OURS])
+        figures = {name: operator.figure(row, value) for name, value in us.items()}
+        lines.append([*_shape(operator, row), *_us_cells(figures, [OURS, *names]), faster])
     return Table(
         title, [*operator.columns, OURS, *(NAMES.get(name, name) for name in names), "faster"], lines
     )
 
 
-def _errors(operator: Operator, rows: list[Row], result: dict[str, Any]) -> Table:
-    names = [n for n in (OURS, *_peers(result)) if any(n in row["errors"] for row in rows)]
+def _errors(operator: Operator, rows: list[Row]) -> Table:
+    names = [n for n in (OURS, *operator.theirs) if any(n in row["errors"] for row in rows)]
     measures = list(rows[0]["errors"][OURS])
     lines = []
     for row in rows:
@@ -125,12 +126,8 @@ def _shape(operator: Operator, row: Row) -> list[str]:
     return [" x ".join(str(row[field]) for field in fields) for fields in operator.columns.values()]
 
 
-def _peers(result: dict[str, Any]) -> list[str]:
-    return list(result["environment"]["peers"])
-
-
-def best_other(us: dict[str, float], result: dict[str, Any]) -> float | None:
-    return min((us[peer] for peer in _peers(result) if peer in us), default=None)
+def best_other(us: dict[str, float], others: Iterable[str]) -> float | None:
+    return min((us[name] for name in others if name in us), default=None)
 
 
 def _ratio(us: float | None, to: float | None) -> str:
@@ -206,7 +203,7 @@ def readme_section(operators: Sequence[Operator], result: dict[str, Any], pictur
         for row in result.get(operator.section, ()):
             if any(_is_of(row, case) for case in operator.telling):
                 us = next(iter(row["us"].values()))
-                best = best_other(us, result)
+                best = best_other(us, operator.theirs)
                 cells = [f"`{operator.function}`", operator.size.format_map(row), _us(us[OURS]), _us(best)]
                 lines.append([*cells, _ratio(best, us[OURS])])
     table = Table("", ["operator", "size", f"{OURS}, us", "best other, us", "faster"], lines, 2)

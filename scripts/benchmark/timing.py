@@ -25,7 +25,7 @@ def gpu_us(contenders: Mapping[str, Sequence[Call]], replays: int) -> dict[str, 
     """Time of a call of each contender; several calls differ in their inputs, and are made in turn."""
     slowest_us = max(eager_us(calls[0], 1) for calls in contenders.values())
     length = min(CALLS_PER_GRAPH, int(GRAPH_US / slowest_us))
-    graphs = {name: _capture(calls, length) for name, calls in contenders.items()}
+    graphs = {name: capture(calls, length) for name, calls in contenders.items()}
     longest_us = slowest_us * max(num_calls for _, num_calls in graphs.values())
     rounds = min(replays, max(MIN_ROUNDS, int(CONTENDER_US / longest_us)))
     times: dict[str, list[float]] = {name: [] for name in graphs}
@@ -42,7 +42,7 @@ def gpu_us(contenders: Mapping[str, Sequence[Call]], replays: int) -> dict[str, 
     return {name: statistics.median(values[WARMUP_ROUNDS:]) for name, values in times.items()}
 
 
-def _capture(calls: Sequence[Call], length: int) -> tuple[torch.cuda.CUDAGraph, int]:
+def capture(calls: Sequence[Call], length: int) -> tuple[torch.cuda.CUDAGraph, int]:
     """A graph of the calls, repeated until there are `length` of them or more, and how many there are."""
     repeated = list(calls) * max(1, -(-length // len(calls)))
     for call in calls:
@@ -51,9 +51,11 @@ def _capture(calls: Sequence[Call], length: int) -> tuple[torch.cuda.CUDAGraph, 
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):  # not torch.cuda.graph(), which collects garbage at each capture
         graph.capture_begin()
-        for call in repeated:
-            call()
-        graph.capture_end()
+        try:
+            for call in repeated:
+                call()
+        finally:
+            graph.capture_end()
     return graph, len(repeated)
 
 
