@@ -219,7 +219,7 @@ __device__ __forceinline__ void load(const ExpertsWgmmaArgs& args, Shared& share
       shared.experts[ring.index] = work.expert;
       shared.first_columns[ring.index] = work.tile * Tile::kColumns;
     }
-    asm volatile("bar.sync 1, 128;" ::: "memory");  // thread 0 arrives for all of them
+    sync_some<1, kLoaders>();  // thread 0 arrives for all of them
     ring.next();
     if (threadIdx.x == 0) shared.placed[ring.index].expect_and_arrive(4);
 #pragma unroll 1
@@ -337,7 +337,7 @@ __device__ __forceinline__ void experts_wgmma(const ExpertsWgmmaArgs& args) {
   if (args.is_first && blockIdx.x == 0 && threadIdx.x == 0) args.counters[1] = 0;
   count_tiles(args, shared, num_tiles);
   // The barriers of both blocks are open.
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+  sync_cluster();
   const u32 num_steps = ceil_div(args.depth, kDepth);
   if (threadIdx.x < kLoaders) {
     give_back_registers<56>();
@@ -348,7 +348,7 @@ __device__ __forceinline__ void experts_wgmma(const ExpertsWgmmaArgs& args) {
   }
   if (args.clears_unknown) clear_unknown<Tile>(args);
   // Until then, the other block may write to the shared memory of this one.
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+  sync_cluster();
 }
 
 #define ENTRY(name, type, Element, kGated)                                            \
