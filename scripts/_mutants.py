@@ -54,6 +54,7 @@ GATE, WARP, WIDE = "kernels_cu/gate/gate.cuh", "kernels_cu/gate/gate_warp.cu", "
 SUM, COMMON, CONVERT = "kernels_cu/moe_sum/moe_sum.cu", "kernels_cu/common.cuh", "kernels_cu/convert.cuh"
 EXPERTS, MMA = "kernels_cu/experts/experts.cuh", "kernels_cu/experts/experts_mma.cu"
 DIRECT, WGMMA = "kernels_cu/experts/experts_direct.cu", "kernels_cu/experts/experts_wgmma.cu"
+HOPPER = "kernels_cu/hopper.cuh"
 PLAN, PLAN_GATE, PLAN_SUM = "cupy_moe/plans/align.py", "cupy_moe/plans/gate.py", "cupy_moe/plans/moe_sum.py"
 PLAN_EXPERTS = "cupy_moe/plans/experts.py"
 LAUNCH, MAP = "cupy_moe/cuda/launch.py", "cupy_moe/cuda/tensor_map.py"
@@ -174,7 +175,54 @@ MUTANTS = [
     Mutant("odd lanes write a column to the right", DIRECT, "Tile::column(r + half * 8) - is_odd;", "Tile::column(r + half * 8);"),
     Mutant("odd lanes write their columns the other way round", DIRECT, "{is_odd ? taken : first, is_odd ? second : taken}", "{is_odd ? second : first, taken}"),
     Mutant("lanes get what they have themselves", DIRECT, "__shfl_xor_sync(kFullWarp, is_odd ? first : second, 4)", "__shfl_xor_sync(kFullWarp, is_odd ? second : first, 4)"),
-    # launches and what surrounds wgmma, which no machine here runs
+    # wgmma
+    Mutant("stages are taken for empty a lap early", WGMMA, "shared.empty[turn.stage].wait(turn.parity ^ 1);", "if (loaded > 0) shared.empty[turn.stage].wait(turn.parity ^ 1);"),
+    Mutant("the parity of empty stages is that of full ones", WGMMA, "shared.empty[turn.stage].wait(turn.parity ^ 1);", "shared.empty[turn.stage].wait(turn.parity);"),
+    Mutant("the parity of stages does not change", WGMMA, "if (++stage == kStages) stage = 0, parity ^= 1;", "if (++stage == kStages) stage = 0;"),
+    Mutant("stages are multiplied before they are full", WGMMA, "        shared.full[turn.stage].wait(turn.parity);\n        const char* stage =", "        const char* stage ="),
+    Mutant("stages are released before products have read them", WGMMA, "if (step > 0) release(stage_before);\n        stage_before = turn.stage;\n      }\n      wait_products<0>();\n      release(stage_before);", "release(turn.stage);\n      }\n      wait_products<0>();"),
+    Mutant("two groups of products may be on their way", WGMMA, "wait_products<1>();", "wait_products<2>();"),
+    Mutant("sums are written before the last products are there", WGMMA, "      wait_products<0>();\n", ""),
+    Mutant("stages are released to the own block alone", WGMMA, "shared.empty[stage].arrive_in(lane_id());", "shared.empty[stage].arrive();"),
+    Mutant("stages are released by the warps of one block", WGMMA, "shared.empty[s].open(2 * 8);", "shared.empty[s].open(8);"),
+    Mutant("warpgroups without rows release nothing", WGMMA, "        release(turn.stage);\n      }\n    }", "      }\n    }"),
+    Mutant("the upper half is skipped where it has rows", WGMMA, "shared.pairs[ring.index][group_row] < args.num_pairs &&", "shared.pairs[ring.index][64 - group_row] < args.num_pairs &&"),
+    Mutant("a box begins a row of weights further", WGMMA, "(work.tile * 2 + box) * (kBoxRows / 8);", "(work.tile * 2 + box) * (kBoxRows / 8) + 1;"),
+    Mutant("both boxes are the first", WGMMA, "(work.tile * 2 + box) * (kBoxRows / 8);", "work.tile * 2 * (kBoxRows / 8);"),
+    Mutant("the weights of expert 0", WGMMA, "kGated ? eights / 2 : 0, work.expert};", "kGated ? eights / 2 : 0, 0};"),
+    Mutant("each block sends the other half", WGMMA, "} else if (box == rank) {\n      copy_box_to_both(to + box", "} else if (box == rank) {\n      copy_box_to_both(to + (box ^ 1)"),
+    Mutant("both blocks send the first half", WGMMA, "} else if (box == rank) {", "} else if (box == 0) {"),
+    Mutant("halves are sent where nothing is shared", WGMMA, "if (!work.is_shared) {", "if (false) {"),
+    Mutant("a single block counts as shared", WGMMA, "      block = begin + 2 * twos;", "      is_shared = true;\n      block = begin + 2 * twos;"),
+    Mutant("half of the bytes are expected", WGMMA, "barrier.expect(2 * kBoxBytes);", "barrier.expect(kBoxBytes);"),
+    Mutant("bytes are expected of one box more", WGMMA, "barrier.expect(2 * kBoxBytes);", "barrier.expect(3 * kBoxBytes);"),
+    Mutant("what is loaded ahead is loaded again", WGMMA, "          --loaded;\n", "          --loaded;\n          load_weights<Tile::kGated>(args, shared, stages, work, rank, turn.stage, step);\n"),
+    Mutant("copies do not arrive", WGMMA, "      shared.full[turn.stage].arrive_with_copies();\n", "      shared.full[turn.stage].arrive();\n"),
+    Mutant("a ring that is too short", WGMMA, "constexpr u32 kRing = 8;", "constexpr u32 kRing = 2;"),
+    Mutant("the counter begins elsewhere", WGMMA, "- counted + num_clusters;", "- counted + num_clusters + 1;"),
+    Mutant("clusters begin with the same places as others", WGMMA, "- counted + num_clusters;", "- counted;", "they write the same"),
+    Mutant("the counter of the second product is not cleared", WGMMA, "args.counters[1] = 0;", "args.counters[1] = 1;"),
+    Mutant("the other block gets no place", WGMMA, "        shared.placed[ring.index].send(shared.taken + ring.index, 1, next);\n", ""),
+    Mutant("a place is not waited for as what another block has sent", WGMMA, "shared.placed[index].wait_for_cluster(parity);", "shared.placed[index].wait(parity);"),
+    Mutant("a place is not waited for", WGMMA, "    shared.placed[index].wait_for_cluster(parity);\n", ""),
+    Mutant("pairs are written after they are said to be there", WGMMA, "    sync_some<1, kLoaders>();  // thread 0 arrives for all of them\n", "", "copies arrive after them, too; that their arrival releases nothing else is not emulated"),
+    Mutant("barriers are open in the own block alone", WGMMA, "  // The barriers of both blocks are open.\n  sync_cluster();", ""),
+    Mutant("blocks end while others write to them", WGMMA, "  // Until then, the other block may write to the shared memory of this one.\n  sync_cluster();", ""),
+    Mutant("barriers are opened without a fence", WGMMA, "    fence_open_barriers();\n", ""),
+    Mutant("products are begun without a fence", WGMMA, "        begin_products();\n", ""),
+    Mutant("the first products are added to what registers held", WGMMA, "(sums, a, b, step);", "(sums, a, b, 1);"),
+    Mutant("the same 16 elements of rows four times", WGMMA, "(sums, a + k * 2, b + k * 2, 1);", "(sums, a, b + k * 2, 1);"),
+    Mutant("stages lie as the driver gives them", WGMMA, "(misaligned ? 1024 - misaligned : 0)", "0"),
+    Mutant("rows are stored as if not swizzled", WGMMA, "turn.stage * kStageBytes + chunk_offset(my_row, my_chunk);", "turn.stage * kStageBytes + my_row * kRowBytes + my_chunk * 16;"),
+    Mutant("elements of rows past the depth are read", WGMMA, "const bool is_within = step * kDepth + my_chunk * 8 < args.depth;", "const bool is_within = true;"),
+    Mutant("the last rows of a thread are not loaded", WGMMA, "if (pair < args.num_pairs) num_rows = i + 1;", "if (pair < args.num_pairs) num_rows = i;"),
+    Mutant("groups of pairs take no account of the last one's size", WGMMA, "size = min_u32(args.group_pairs, twos - first);", "size = args.group_pairs;"),
+    Mutant("an expert with an odd number of tiles has a place less", WGMMA, "ceil_div(num_tiles, 2) : 0", "num_tiles / 2 : 0"),
+    Mutant("the table of experts is read while it is made", WGMMA, "  if (threadIdx.x == 0) shared.num_places = total;\n  __syncthreads();", "  if (threadIdx.x == 0) shared.num_places = total;"),
+    Mutant("the end of an expert is not found", WGMMA, "shared.ends[expert] = b + 1;", "shared.ends[expert] = b;"),
+    Mutant("rows of unknown experts are left as they are, wgmma", WGMMA, "  if (args.clears_unknown) clear_unknown<Tile>(args);\n", ""),
+    Mutant("boxes have gates and ups the other way round", "cupy_moe/operators/experts.py", "(depth, 8, 2, columns // 8, experts), strides,", "(depth, 8, 2, columns // 8, experts), (strides[0], strides[2], strides[1], strides[3]),"),
+    # launches
     Mutant("a kernel does not wait for the one before", SUM, "  wait_for_kernel_before();\n", ""),
     Mutant("the next kernel may begin before this one has waited", DIRECT, "  if (args.is_first) wait_for_kernel_before();\n  let_next_kernel_begin();", "  let_next_kernel_begin();\n  if (args.is_first) wait_for_kernel_before();"),
     Mutant("wgmma's struct has no room for what follows pairs", PLAN_EXPERTS, "WGMMA_RING * (WGMMA_ROWS + 5)", "WGMMA_RING * WGMMA_ROWS"),

@@ -266,7 +266,7 @@ def test_wgmma_is_consistent_in_itself() -> None:
     )
     others = sizes["kThreads"] - sizes["kLoaders"]
     assert sizes["kLoaders"] * int(given) + others * int(taken) <= 65_536
-    assert f"bar.sync 1, {sizes['kLoaders']};" in FILES["experts/experts_wgmma.cu"]
+    assert "sync_some<1, kLoaders>();" in FILES["experts/experts_wgmma.cu"]
 
 
 def test_direct_has_the_shared_memory_that_it_lays_out() -> None:
