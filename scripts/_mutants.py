@@ -186,6 +186,7 @@ MUTANTS = [
     Mutant("stages are released to the own block alone", WGMMA, "shared.empty[stage].arrive_in(lane_id());", "shared.empty[stage].arrive();"),
     Mutant("stages are released by the warps of one block", WGMMA, "shared.empty[s].open(2 * 8);", "shared.empty[s].open(8);"),
     Mutant("warpgroups without rows release nothing", WGMMA, "        release(turn.stage);\n      }\n    }", "      }\n    }"),
+    Mutant("lanes are not together where two of them release", WGMMA, "        __syncwarp();  // two lanes", "        // two lanes"),
     Mutant("the upper half is skipped where it has rows", WGMMA, "shared.pairs[ring.index][group_row] < args.num_pairs &&", "shared.pairs[ring.index][64 - group_row] < args.num_pairs &&"),
     Mutant("a box begins a row of weights further", WGMMA, "(work.tile * 2 + box) * (kBoxRows / 8);", "(work.tile * 2 + box) * (kBoxRows / 8) + 1;"),
     Mutant("both boxes are the first", WGMMA, "(work.tile * 2 + box) * (kBoxRows / 8);", "work.tile * 2 * (kBoxRows / 8);"),

@@ -289,6 +289,7 @@ __device__ __forceinline__ void multiply(const ExpertsWgmmaArgs& args, Shared& s
 #pragma unroll 1
       for (u32 step = 0; step < num_steps; ++step, turn.next()) {
         shared.full[turn.stage].wait(turn.parity);
+        __syncwarp();  // two lanes release, and the others may not have seen the phase end
         release(turn.stage);
       }
     }

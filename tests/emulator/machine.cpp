@@ -205,7 +205,6 @@ struct Phases {
   int64_t mail = -2;           // the last phase in which another block has sent something
   bool is_fenced = false;      // so that other blocks and copies may use it
   std::vector<int64_t> known;  // by each thread: phases that it has waited for
-  std::vector<int64_t> seen;   // by warp, as its lanes wait together: phases that one of them has seen to end
 };
 
 struct Block {
@@ -422,9 +421,7 @@ void settle(Block& block, size_t where) {
   phases.pending = phases.arrivals;
   ++block.epoch;
   for (Thread& thread : block.threads) {
-    if (thread.state != kAtPhase || thread.waits_for != where) continue;
-    phases.seen[thread.index / kWarp] = phases.ended;
-    wake(thread);
+    if (thread.state == kAtPhase && thread.waits_for == where) wake(thread);
   }
 }
 
@@ -985,7 +982,6 @@ void barrier_open(void* barrier, unsigned arrivals) {
   if (phases.arrivals > 0 || arrivals == 0) fail("opens a barrier once more, or for nobody");
   phases.arrivals = phases.pending = arrivals;
   phases.known.assign(launch->block, 0);
-  phases.seen.assign(block.warps.size(), 0);
 }
 
 void fence_open_barriers() {
@@ -1031,16 +1027,16 @@ void barrier_wait(void* barrier, unsigned parity, bool of_cluster, int line) {
   const size_t where = opened(barrier, block);
   Phases& phases = block.phases[where];
   give_way_at_times();
-  int64_t &known = phases.known[current->index], &seen = phases.seen[current->index / kWarp];
+  int64_t& known = phases.known[current->index];
   const int64_t phase = known % 2 == parity ? known : known - 1;  // threads wait for one after another, or once more
   if (phases.ended <= phase) {
     current->waits_for = where;
     wait_as(kAtPhase, line);
-  } else if (phases.ended > phase + 1 && seen <= phase) {
+  }
+  if (phases.ended > phase + 1) {
     fail("waits for phase %lld of a barrier, after which another has ended", (long long)phase);
   }
   known = phase + 1;
-  seen = std::max(seen, known);
   if (phases.mail == phase && !of_cluster) fail("waits for what another block has sent as if it were its own");
   current->has_fenced = false;
 }
