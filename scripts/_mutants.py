@@ -199,7 +199,7 @@ MUTANTS = [
     Mutant("bytes are expected of one box more", WGMMA, "barrier.expect(2 * kBoxBytes);", "barrier.expect(3 * kBoxBytes);"),
     Mutant("what is loaded ahead is loaded again", WGMMA, "          --loaded;\n", "          --loaded;\n          load_weights<Tile::kGated>(args, shared, stages, work, rank, turn.stage, step);\n"),
     Mutant("copies do not arrive", WGMMA, "      shared.full[turn.stage].arrive_with_copies();\n", "      shared.full[turn.stage].arrive();\n"),
-    Mutant("a ring that is too short", WGMMA, "constexpr u32 kRing = 8;", "constexpr u32 kRing = 2;"),
+    Mutant("a ring that is too short", WGMMA, "constexpr u32 kRing = 8;", "constexpr u32 kRing = 5;"),
     Mutant("the counter begins elsewhere", WGMMA, "- counted + num_clusters;", "- counted + num_clusters + 1;"),
     Mutant("clusters begin with the same places as others", WGMMA, "- counted + num_clusters;", "- counted;", "they write the same"),
     Mutant("the counter of the second product is not cleared", WGMMA, "args.counters[1] = 0;", "args.counters[1] = 1;"),

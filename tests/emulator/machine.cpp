@@ -233,7 +233,7 @@ struct Event {
   bool arrives, is_mail;
   unsigned bytes;
   std::vector<Copy> copies;
-  unsigned word = 0;              // that is sent
+  unsigned word = 0;               // that is sent
   Buffer to = {nullptr, nullptr};  // from the lowest to the highest byte that it writes
 };
 
