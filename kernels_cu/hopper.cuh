@@ -3,7 +3,13 @@
 #pragma once
 #include "convert.cuh"
 
-__device__ __forceinline__ u32 shared_address(const void* shared) { return (u32)__cvta_generic_to_shared(shared); }
+__device__ __forceinline__ u32 shared_address(const void* shared) {
+#if EMULATED
+  return emulator::shared_address(shared);
+#else
+  return (u32)__cvta_generic_to_shared(shared);
+#endif
+}
 
 // ---- barriers -------------------------------------------------------------------------------------------------------
 
@@ -12,25 +18,49 @@ struct Barrier {
   u64 word;
 
   __device__ __forceinline__ void open(u32 arrivals) {
+#if EMULATED
+    emulator::barrier_open(this, arrivals);
+#else
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(this)), "r"(arrivals) : "memory");
+#endif
   }
   __device__ __forceinline__ void expect(u32 num_bytes) {
+#if EMULATED
+    emulator::barrier_expect(this, num_bytes);
+#else
     asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(shared_address(this)), "r"(num_bytes)
                  : "memory");
+#endif
   }
   __device__ __forceinline__ void expect_and_arrive(u32 num_bytes) {
+#if EMULATED
+    emulator::barrier_expect(this, num_bytes);
+    emulator::barrier_arrive(this);
+#else
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(this)), "r"(num_bytes)
                  : "memory");
+#endif
   }
   __device__ __forceinline__ void arrive() {
+#if EMULATED
+    emulator::barrier_arrive(this);
+#else
     asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];" ::"r"(shared_address(this)) : "memory");
+#endif
   }
   // Some time later, when the copies that the thread has asked for with cp.async are there.
   __device__ __forceinline__ void arrive_with_copies() {
+#if EMULATED
+    emulator::barrier_arrive_with_copies(this);
+#else
     asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(this)) : "memory");
+#endif
   }
   // At the same barrier of another block of the cluster.
   __device__ __forceinline__ void arrive_in(u32 rank) {
+#if EMULATED
+    emulator::barrier_arrive_in(this, rank);
+#else
     asm volatile(
         "{\n"
         ".reg .b32 there;\n"
@@ -39,9 +69,13 @@ struct Barrier {
         "}" ::"r"(shared_address(this)),
         "r"(rank)
         : "memory");
+#endif
   }
   // A word for the block `rank` of the cluster, to where `mine` is in this block; it counts 4 bytes at the same barrier.
   __device__ __forceinline__ void send(u32* mine, u32 rank, u32 value) {
+#if EMULATED
+    emulator::barrier_send(this, mine, rank, value);
+#else
     u32 to, counter;
     asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(to) : "r"(shared_address(mine)), "r"(rank));
     asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(counter) : "r"(shared_address(this)), "r"(rank));
@@ -54,9 +88,13 @@ struct Barrier {
                  "r"(counter)
                  : "memory");
 #endif
+#endif
   }
   // Until the phase of this parity has ended; that before the first has the parity 1.
   __device__ __forceinline__ void wait(u32 parity) {
+#if EMULATED
+    emulator::barrier_wait(this, parity, false, __LINE__);
+#else
     asm volatile(
         "{\n"
         ".reg .pred done;\n"
@@ -65,9 +103,13 @@ struct Barrier {
         "}" ::"r"(shared_address(this)),
         "r"(parity)
         : "memory");
+#endif
   }
   // The same, and what another block of the cluster has sent with it is there.
   __device__ __forceinline__ void wait_for_cluster(u32 parity) {
+#if EMULATED
+    emulator::barrier_wait(this, parity, true, __LINE__);
+#else
     asm volatile(
         "{\n"
         ".reg .pred done;\n"
@@ -76,16 +118,44 @@ struct Barrier {
         "}" ::"r"(shared_address(this)),
         "r"(parity)
         : "memory");
+#endif
   }
 };
 
 // After `open`, before any other thread of the cluster uses it.
 __device__ __forceinline__ void fence_open_barriers() {
+#if EMULATED
+  emulator::fence_open_barriers();
+#else
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
+}
+
+// By all threads of a cluster; what they have written before is then there for all.
+__device__ __forceinline__ void sync_cluster() {
+#if EMULATED
+  emulator::cluster_arrive(__LINE__);
+  emulator::cluster_wait(__LINE__);
+#else
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+
+// By the first kThreads threads of a block, or another kThreads with another barrier; 0 is that of __syncthreads.
+template <u32 kBarrier, u32 kThreads>
+__device__ __forceinline__ void sync_some() {
+#if EMULATED
+  emulator::named_barrier(kBarrier, kThreads, __LINE__);
+#else
+  asm volatile("bar.sync %0, %1;" ::"n"(kBarrier), "n"(kThreads) : "memory");
+#endif
 }
 
 // As copy_async, or nothing at all; a branch would take more than the copy.
 __device__ __forceinline__ void copy_async_if(bool condition, void* shared, const void* global, bool exists) {
+#if EMULATED
+  if (condition) emulator::copy_async(shared, global, exists);
+#else
   asm volatile(
       "{\n"
       ".reg .pred condition;\n"
@@ -94,6 +164,7 @@ __device__ __forceinline__ void copy_async_if(bool condition, void* shared, cons
       "}" ::"r"(shared_address(shared)),
       "l"(global), "r"(exists ? 16 : 0), "r"((u32)condition)
       : "memory");
+#endif
 }
 
 // ---- copies ---------------------------------------------------------------------------------------------------------
@@ -104,26 +175,36 @@ struct alignas(64) TensorMap {
 };
 
 __device__ __forceinline__ void prefetch_map(const TensorMap& map) {
+#if !EMULATED
   asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+#endif
 }
 
 // A box of a tensor of 5 dimensions, to shared memory; its bytes count at the barrier.
 __device__ __forceinline__ void copy_box(void* shared, const TensorMap& map, Barrier& barrier, const u32 (&at)[5]) {
+#if EMULATED
+  emulator::copy_box(shared, map.words, &barrier, at, false);
+#else
   asm volatile(
       "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6, "
       "%7}], [%2];" ::"r"(shared_address(shared)),
       "l"(&map), "r"(shared_address(&barrier)), "r"(at[0]), "r"(at[1]), "r"(at[2]), "r"(at[3]), "r"(at[4])
       : "memory");
+#endif
 }
 
 // The same to both blocks of a cluster of two, at the same place and barrier of each.
 __device__ __forceinline__ void copy_box_to_both(void* shared, const TensorMap& map, Barrier& barrier,
                                                  const u32 (&at)[5]) {
+#if EMULATED
+  emulator::copy_box(shared, map.words, &barrier, at, true);
+#else
   asm volatile(
       "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, "
       "{%3, %4, %5, %6, %7}], [%2], %8;" ::"r"(shared_address(shared)),
       "l"(&map), "r"(shared_address(&barrier)), "r"(at[0]), "r"(at[1]), "r"(at[2]), "r"(at[3]), "r"(at[4]), "h"((u16)3)
       : "memory");
+#endif
 }
 
 // ---- wgmma ----------------------------------------------------------------------------------------------------------
@@ -131,21 +212,39 @@ __device__ __forceinline__ void copy_box_to_both(void* shared, const TensorMap& 
 // Registers of a thread, from the pool that the block was launched with; by all threads of a warpgroup.
 template <u32 kRegisters>
 __device__ __forceinline__ void give_back_registers() {
+#if !EMULATED
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+#endif
 }
 template <u32 kRegisters>
 __device__ __forceinline__ void take_registers() {
+#if !EMULATED
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+#endif
 }
 
 // What cp.async has written is there for wgmma, too.
 __device__ __forceinline__ void begin_products() {
+#if EMULATED
+  emulator::begin_products();
+#else
   asm volatile("fence.proxy.async.shared::cta;\nwgmma.fence.sync.aligned;" ::: "memory");
+#endif
 }
-__device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void commit_products() {
+#if EMULATED
+  emulator::commit_products(__LINE__);
+#else
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+#endif
+}
 template <u32 kGroups>
 __device__ __forceinline__ void wait_products() {
+#if EMULATED
+  emulator::wait_products(kGroups, __LINE__);
+#else
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kGroups) : "memory");
+#endif
 }
 
 #define SUMS_4(i) "+f"(sums[i][0]), "+f"(sums[i][1]), "+f"(sums[i][2]), "+f"(sums[i][3])
@@ -161,6 +260,16 @@ constexpr u32 kDescribed = 1u << 16, kDescribedUpper = 1u << 30 | 64;
 template <typename Element>
 __device__ __forceinline__ void multiply_256(float (&sums)[32][4], u32 a, u32 b, u32 adds);
 
+#if EMULATED
+template <>
+inline void multiply_256<BF16>(float (&sums)[32][4], u32 a, u32 b, u32 adds) {
+  emulator::multiply_256(sums[0], a, b, adds, BF16::to_float, __LINE__);
+}
+template <>
+inline void multiply_256<F16>(float (&sums)[32][4], u32 a, u32 b, u32 adds) {
+  emulator::multiply_256(sums[0], a, b, adds, F16::to_float, __LINE__);
+}
+#else
 #define MULTIPLY_256(Element, type)                                                                          \
   template <>                                                                                                \
   __device__ __forceinline__ void multiply_256<Element>(float (&sums)[32][4], u32 a, u32 b, u32 adds) {      \
@@ -188,3 +297,4 @@ __device__ __forceinline__ void multiply_256(float (&sums)[32][4], u32 a, u32 b,
   }
 MULTIPLY_256(BF16, "bf16")
 MULTIPLY_256(F16, "f16")
+#endif

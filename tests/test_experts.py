@@ -12,7 +12,7 @@ import pytest
 import torch
 from cache_helpers import Everything
 from emulator import Emulator
-from gpus import A100, B200, GPUS, H200, RTX4090, T4
+from gpus import A100, B200, GPUS, H200, RTX4090, T4, Clusters
 from operator_cases import Case
 
 import cupy_moe
@@ -385,6 +385,69 @@ def test_emulated_direct_with_groups(pairs: int) -> None:
         with Emulator(FEW_SMS, 80, pairs)() as device:
             result = call(device.tensor, kernel="direct")
         assert close(result, call(lambda tensor: tensor)), experts
+
+
+# So that clusters have several places, and some blocks of a launch none.
+FEW_CLUSTERS = {of_2: H200._replace(max_clusters=Clusters(of_2=of_2)) for of_2 in (1, 2, 3)}
+
+
+def emulated_wgmma(call: Layer, seed: int) -> bool:
+    """Whether the results are as specified."""
+    with Emulator(FEW_CLUSTERS[1 + seed % 3], 90, seed)() as device:
+        result = call(device.tensor, kernel="wgmma")
+    assert len([entry for entry in device.launched if entry.startswith("experts_wgmma")]) == 2
+    return close(result, call(lambda tensor: tensor))
+
+
+def of_experts(call: Layer, counts: list[int]) -> Layer:
+    """The same layer, with as many tokens of each expert as said."""
+    ids = [expert for expert, count in enumerate(counts) for _ in range(count)]
+    random.Random(len(ids)).shuffle(ids)
+    call.tensors["topk_ids"] = torch.tensor(ids, dtype=torch.int32)[:, None]
+    return call._replace(tensors={n: t for n, t in call.tensors.items() if n != "expert_map"})
+
+
+@needs_compiler
+@pytest.mark.parametrize("first", [0, 9])
+def test_emulated_wgmma(first: int) -> None:
+    for seed in range(first, first + 9):
+        pick = random.Random(seed)
+        hidden, inner = pick.choice((8, 72, 264, 520)), pick.choice((8, 120, 136, 264))
+        tokens, topk = pick.choice(((1, 1), (40, 3), (150, 2), (300, 2)))
+        experts = pick.choice((1, 2, 5))
+        call = layer(seed, tokens=tokens, topk=topk, experts=experts, hidden=hidden, inner=inner)
+        if pick.random() < 0.3:  # most pairs of one expert
+            ids = call.tensors["topk_ids"]
+            ids[torch.rand(ids.shape) < 0.8] = 0
+        assert emulated_wgmma(call, seed), seed
+
+
+@needs_compiler
+@pytest.mark.parametrize("steps", [1, 3, 4, 5, 9])  # of stages there are 4
+def test_emulated_wgmma_with_as_many_steps_as_stages(steps: int) -> None:
+    for seed, left_out in enumerate((0, 8, 56)):
+        call = layer(seed, tokens=230, topk=1, experts=2, hidden=steps * 64 - left_out, inner=72)
+        assert emulated_wgmma(of_experts(call, [165, 65]), seed), seed
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "counts",
+    [[1], [64, 65], [127, 0, 129], [128, 1, 256], [257, 383, 3], [385, 513], [0, 0, 700, 130]],
+    ids=str,
+)
+def test_emulated_wgmma_with_blocks_of_experts(counts: list[int]) -> None:
+    """Two blocks of pairs at once, or one and two tiles of columns: of 1, 2 and 3 and more."""
+    for seed, columns in enumerate((120, 136, 264, 264, 392, 520)):
+        call = layer(seed, tokens=sum(counts), topk=1, experts=len(counts), hidden=8, inner=columns)
+        assert emulated_wgmma(of_experts(call, counts), seed), seed
+
+
+@needs_compiler
+@pytest.mark.parametrize("blocks", [16, 17, 18, 35])  # 8 twos of them are a group
+def test_emulated_wgmma_with_groups(blocks: int) -> None:
+    call = layer(blocks, tokens=blocks * 128 - 5, topk=1, experts=1, hidden=264, inner=8)
+    assert emulated_wgmma(of_experts(call, [blocks * 128 - 5]), blocks)
 
 
 @needs_compiler

@@ -230,7 +230,7 @@ __device__ __forceinline__ void load(const ExpertsWgmmaArgs& args, Shared& share
       shared.experts[ring.index] = work.expert;
       shared.first_columns[ring.index] = work.tile * Tile::kColumns;
     }
-    asm volatile("bar.sync 1, 128;" ::: "memory");  // thread 0 arrives for all of them
+    sync_some<1, kLoaders>();  // thread 0 arrives for all of them
     ring.next();
     if (threadIdx.x == 0) shared.placed[ring.index].expect_and_arrive(4);
     Work now = work;
@@ -308,6 +308,7 @@ __device__ __forceinline__ void multiply(const ExpertsWgmmaArgs& args, Shared& s
 #pragma unroll 1
       for (u32 step = 0; step < num_steps; ++step, turn.next()) {
         shared.full[turn.stage].wait(turn.parity);
+        __syncwarp();  // two lanes release, and the others may not have seen the phase end
         release(turn.stage);
       }
     }
@@ -356,7 +357,7 @@ __device__ __forceinline__ void experts_wgmma(const ExpertsWgmmaArgs& args) {
   if (args.is_first && blockIdx.x == 0 && threadIdx.x == 0) args.counters[1] = 0;
   count_tiles(args, shared, num_tiles);
   // The barriers of both blocks are open.
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+  sync_cluster();
   const u32 num_steps = ceil_div(args.depth, kDepth);
   if (threadIdx.x < kLoaders) {
     give_back_registers<56>();
@@ -367,7 +368,7 @@ __device__ __forceinline__ void experts_wgmma(const ExpertsWgmmaArgs& args) {
   }
   if (args.clears_unknown) clear_unknown<Tile>(args);  // nobody reads these rows before the sum
   // Until then, the other block may write to the shared memory of this one.
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+  sync_cluster();
 }
 
 #define ENTRY(name, type, Element, kGated)                                            \

@@ -33,7 +33,20 @@ inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 
 namespace emulator {
-enum Collective : int { kShuffle, kShuffleUp, kShuffleXor, kBallot, kMatch, kAdd, kMax, kGather, kWarpBarrier };
+enum Collective : int {
+  kShuffle,
+  kShuffleUp,
+  kShuffleXor,
+  kBallot,
+  kMatch,
+  kAdd,
+  kMax,
+  kGather,
+  kWarpBarrier,
+  kMultiply,
+  kCommitProducts,
+  kWaitProducts
+};
 
 uint3 thread_index();
 uint3 block_index();
@@ -53,6 +66,23 @@ void commit_copies();
 void wait_copies(unsigned num_groups);
 void load_matrices(unsigned* words, const void* row, int line);
 void multiply_add(float* sums, const unsigned* a, unsigned b0, unsigned b1, float (*to_float)(unsigned short), int line);
+
+// Of Hopper, as hopper.cuh has them.
+unsigned shared_address(const void* shared);
+void barrier_open(void* barrier, unsigned arrivals);
+void fence_open_barriers();
+void barrier_expect(void* barrier, unsigned num_bytes);
+void barrier_arrive(void* barrier);
+void barrier_arrive_in(void* barrier, unsigned rank);
+void barrier_arrive_with_copies(void* barrier);
+void barrier_send(void* barrier, void* mine, unsigned rank, unsigned value);
+void barrier_wait(void* barrier, unsigned parity, bool of_cluster, int line);
+void named_barrier(unsigned id, unsigned num_threads, int line);
+void copy_box(void* shared, const unsigned long long* map, void* barrier, const unsigned* at, bool to_both);
+void begin_products();
+void multiply_256(float* sums, unsigned a, unsigned b, unsigned adds, float (*to_float)(unsigned short), int line);
+void commit_products(int line);
+void wait_products(unsigned num_groups, int line);
 
 template <typename T>
 uint64_t to_bits(T value) {

@@ -10,7 +10,14 @@
 //   - two accesses of different threads to a byte of shared memory, one of them a write, with nothing between them
 //     that orders them: no barrier of the block, and of the warp only within one;
 //   - barriers, votes and shuffles that not all threads reach, or at different lines; blocks that wait for ever;
-//   - messages to blocks of the cluster that have not opened their inbox, or have ended.
+//   - messages to blocks of the cluster that have not opened their inbox, or have ended;
+//   - barriers of Hopper (mbarrier) that are used before they are open, at which more arrive than they are opened for,
+//     which count more bytes than were announced, or of which a thread waits for a phase before the last;
+//   - copies into what products still read, products of what copies have yet to bring, and those without a fence.
+//
+// Copies (cp.async, boxes, st.async) are made some time after they are asked for, the latest when nothing else can run,
+// and products (wgmma) when they are waited for. What mbarriers and named barriers order is not followed from thread to
+// thread: the end of a phase counts as a barrier of the block, so that of races around them only some are found.
 //
 // The first finding ends the launch.
 #include <link.h>
@@ -22,6 +29,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <random>
@@ -127,14 +135,16 @@ struct Stacks {
 
 struct Block;
 
-enum State { kReady, kAtBarrier, kAtCollective, kAtClusterBarrier, kAtInbox, kDone };
+enum State { kReady, kAtBarrier, kAtCollective, kAtClusterBarrier, kAtInbox, kAtNamedBarrier, kAtPhase, kDone };
 const char* const kStates[] = {"ready", "at __syncthreads", "at a warp's vote, shuffle or barrier",
-                               "at the cluster's barrier", "at its inbox", "done"};
+                               "at the cluster's barrier", "at its inbox", "at a named barrier",
+                               "at an mbarrier", "done"};
 
 struct Copy {
   char* to;
   const char* from;
   bool exists;
+  unsigned size = 16;
 };
 
 struct Thread {
@@ -148,7 +158,18 @@ struct Thread {
   bool has_mail = false;         // has waited for what others send
   std::vector<std::vector<Copy>> copies{1};  // asked for, by group; the last group is open
   unsigned cluster_arrivals = 0;
+  size_t waits_for = 0;     // the named barrier, or where the mbarrier lies
+  bool has_fenced = false;  // since it waited, for its products
 };
+
+// Of wgmma: 1/16 of the addresses of its operands, and the sums of the lanes of a warp.
+struct Product {
+  unsigned a, b;
+  bool adds;
+  float (*to_float)(unsigned short);
+  float* sums[kWarp];
+};
+constexpr unsigned kRowBytes = 128, kRowsA = 64, kRowsB = 256;  // of operands
 
 struct Warp {
   int kind = 0, line = 0;
@@ -157,11 +178,14 @@ struct Warp {
   unsigned arguments[kWarp];
   std::vector<unsigned> gathered, words[kWarp];
   uint64_t epoch = 1;  // of its barriers, and of the block's
+  std::vector<std::vector<Product>> products{1};  // asked for, by group; the last group is open
+  std::vector<unsigned> multiplied;               // operands of all
+  float (*to_float)(unsigned short) = nullptr;
 };
 
 // What is remembered of the last access of a kind to a byte: whose, and when in barriers. 0: none.
 using Record = uint64_t;
-constexpr unsigned kOfWarp = 0x4000, kOfMany = 0x7ffe, kRemote = 0x7fff;
+constexpr unsigned kOfWarp = 0x4000, kCopied = 0x7ffd, kOfMany = 0x7ffe, kRemote = 0x7fff;
 Record record(unsigned who, uint64_t epoch, uint64_t warp_epoch) {
   return uint64_t(who + 1) << 48 | (epoch & 0xffffff) << 24 | (warp_epoch & 0xffffff);
 }
@@ -172,6 +196,15 @@ uint64_t warp_epoch_of(Record r) { return r & 0xffffff; }
 struct Inbox {
   bool is_open = false;
   int64_t expected = -1, received = 0;
+};
+
+// An mbarrier. `tx` are bytes that were announced less those that came.
+struct Phases {
+  unsigned arrivals = 0, pending = 0;  // of a phase
+  int64_t tx = 0, ended = 0;
+  int64_t mail = -2;           // the last phase in which another block has sent something
+  bool is_fenced = false;      // so that other blocks and copies may use it
+  std::vector<int64_t> known;  // by each thread: phases that it has waited for
 };
 
 struct Block {
@@ -187,7 +220,21 @@ struct Block {
   std::vector<Record> writes, reads, atomics;
   const void* inbox_address = nullptr;
   Inbox inbox;
+  std::map<size_t, Phases> phases;  // by where the barrier lies
+  unsigned at_named_barrier[16] = {};
   std::condition_variable turn;
+};
+
+// Something that a thread has asked for, in the shared memory of a block; after it, it arrives there or bytes count.
+struct Event {
+  Block* block;
+  size_t barrier;
+  const Thread* thread;
+  bool arrives, is_mail;
+  unsigned bytes;
+  std::vector<Copy> copies;
+  unsigned word = 0;               // that is sent
+  Buffer to = {nullptr, nullptr};  // from the lowest to the highest byte that it writes
 };
 
 struct Launch {
@@ -198,6 +245,8 @@ struct Launch {
   std::vector<Buffer> buffers;
   std::mt19937_64 random;
   std::vector<std::unique_ptr<Block>> blocks;  // of the cluster that runs
+  std::vector<std::unique_ptr<Event>> events;  // that are to come
+  unsigned patience = 1, address = 0;          // with events; of the dynamic shared memory
   uint64_t arrivals = 0;                       // at the cluster's barrier
   size_t shared_size = 0;
   std::mutex baton;
@@ -245,6 +294,15 @@ template <typename... Values>
   leave_for_good();
 }
 
+// As fail; also for what happens while no thread runs.
+template <typename... Values>
+void refuse(const Block& block, const char* format, Values... values) {
+  if (current != nullptr) fail(format, values...);
+  char text[400];
+  snprintf(text, sizeof text, format, values...);
+  found("block %u: %s", block.index, text);
+}
+
 void wake(Thread& thread) {
   thread.state = kReady;
   thread.block->ready.push_back(thread.index);
@@ -266,7 +324,7 @@ bool is_before(Record r, const Thread& me) {
   const unsigned other = who(r);
   if (other == kRemote) return me.has_mail;
   if (other == me.index || epoch_of(r) < (me.block->epoch & 0xffffff)) return true;
-  if (other == kOfMany) return false;
+  if (other == kOfMany || other == kCopied) return false;
   const unsigned warp = other & kOfWarp ? other & ~kOfWarp : other / kWarp;
   return warp == me.index / kWarp && warp_epoch_of(r) < (me.block->warps[warp].epoch & 0xffffff);
 }
@@ -274,6 +332,7 @@ bool is_before(Record r, const Thread& me) {
 const char* name_of(Record r, char* text, size_t size) {
   if (who(r) == kRemote) snprintf(text, size, "another block of the cluster");
   else if (who(r) == kOfMany) snprintf(text, size, "threads of several warps");
+  else if (who(r) == kCopied) snprintf(text, size, "a copy");
   else if (who(r) & kOfWarp) snprintf(text, size, "threads of warp %u", who(r) & ~kOfWarp);
   else snprintf(text, size, "thread %u", who(r));
   return text;
@@ -351,6 +410,152 @@ void check_access(const void* pointer, size_t size, Access access) {
   fail("%s %zu bytes outside of all buffers", kAccesses[access], size);
 }
 
+// ---- what happens some time later -----------------------------------------------------------------------------------
+
+// Ends the phase, where all is there.
+void settle(Block& block, size_t where) {
+  Phases& phases = block.phases[where];
+  if (phases.pending > 0 || phases.tx > 0) return;
+  if (phases.tx < 0) return refuse(block, "a barrier counts %lld bytes more than announced", -(long long)phases.tx);
+  ++phases.ended;
+  phases.pending = phases.arrivals;
+  ++block.epoch;
+  for (Thread& thread : block.threads) {
+    if (thread.state == kAtPhase && thread.waits_for == where) wake(thread);
+  }
+}
+
+void arrive(Block& block, size_t where) {
+  Phases& phases = block.phases[where];
+  if (phases.pending == 0) return refuse(block, "more arrive at a barrier than the %u it has", phases.arrivals);
+  --phases.pending;
+  settle(block, where);
+}
+
+void ask_for(std::unique_ptr<Event> event) {
+  Buffer& to = event->to;
+  for (const Copy& copy : event->copies) {
+    to.begin = to.begin == nullptr ? copy.to : std::min<const char*>(to.begin, copy.to);
+    to.end = std::max<const char*>(to.end, copy.to + copy.size);
+  }
+  launch->events.push_back(std::move(event));
+}
+
+bool overlap(const Buffer& a, const Buffer& b) { return a.begin < b.end && b.begin < a.end; }
+
+// An operand, from the row of 128 bytes where it begins.
+Buffer operand(const Block& block, unsigned sixteenths, unsigned rows) {
+  const char* begin = block.dynamic + ptrdiff_t(sixteenths * 16 / kRowBytes * kRowBytes) - launch->address;
+  return {begin, begin + rows * kRowBytes};
+}
+
+void deliver() {
+  auto& events = launch->events;
+  unsigned chosen = below(unsigned(events.size()));
+  for (unsigned i = 0; i < chosen; ++i) {  // copies of a thread that it arrives with: in order
+    if (events[i]->arrives && events[chosen]->arrives && events[i]->thread == events[chosen]->thread) chosen = i;
+  }
+  const std::unique_ptr<Event> event = std::move(events[chosen]);
+  events.erase(events.begin() + chosen);
+  Block& block = *event->block;
+  for (const Warp& warp : block.warps) {
+    for (const auto& group : warp.products) {
+      for (const Product& product : group) {
+        const Buffer a = operand(block, product.a, kRowsA), b = operand(block, product.b, kRowsB);
+        if (!overlap(a, event->to) && !overlap(b, event->to)) continue;
+        return refuse(block, "a copy of thread %u of block %u writes what products have yet to read",
+                      event->thread->index, event->thread->block->index);
+      }
+    }
+  }
+  const Record mine = record(kCopied, block.epoch, 0);
+  char name[64];
+  for (const Copy& copy : event->copies) {
+    const size_t begin = copy.to - block.shared;
+    for (size_t byte = begin; byte < begin + copy.size; ++byte) {
+      for (Record r : {block.writes[byte], block.reads[byte], block.atomics[byte]}) {
+        if (r != 0 && who(r) != kRemote && epoch_of(r) >= (block.epoch & 0xffffff)) {
+          return refuse(block, "race: a copy of thread %u of block %u writes a byte of shared memory, %zd from the "
+                        "dynamic part on, that %s has used since the last barrier", event->thread->index,
+                        event->thread->block->index, copy.to - block.dynamic, name_of(r, name, sizeof name));
+        }
+      }
+      block.writes[byte] = mine;
+    }
+    if (copy.exists) memcpy(copy.to, copy.from, copy.size);
+    else memset(copy.to, 0, copy.size);
+  }
+  if (event->arrives) return arrive(block, event->barrier);
+  Phases& phases = block.phases[event->barrier];
+  if (event->is_mail) phases.mail = phases.ended;
+  phases.tx -= event->bytes;
+  settle(block, event->barrier);
+}
+
+// All lanes of a warp multiply the same operands, and after them the other warps of their warpgroup.
+void begin_product(Warp& warp) {
+  const Block& block = *current->block;
+  const unsigned arguments = warp.arguments[0];
+  Product product = {arguments & 0x3fff, arguments >> 14 & 0x3fff, (arguments >> 28) != 0, warp.to_float, {}};
+  for (unsigned lane = 0; lane < kWarp; ++lane) {
+    if (warp.arguments[lane] != arguments) fail("multiplies other operands than lane 0 of its warp");
+    product.sums[lane] = reinterpret_cast<float*>(warp.values[lane]);
+  }
+  const Buffer a = operand(block, product.a, kRowsA), b = operand(block, product.b, kRowsB);
+  const Buffer all = {block.dynamic, block.dynamic + launch->shared_bytes};
+  if (!is_within(all, a.begin, a.end - a.begin) || !is_within(all, b.begin, b.end - b.begin)) {
+    fail("multiplies what is outside of shared memory");
+  }
+  for (const auto& event : launch->events) {
+    if (overlap(a, event->to) || overlap(b, event->to)) fail("multiplies what a copy has yet to bring");
+  }
+  const size_t number = warp.multiplied.size(), first = (&warp - block.warps.data()) / 4 * 4;
+  warp.multiplied.push_back(arguments);
+  for (size_t i = first; i < first + 4; ++i) {
+    const auto& theirs = block.warps[i].multiplied;
+    if (theirs.size() > number && theirs[number] != arguments) fail("multiplies other operands than its warpgroup");
+  }
+  warp.products.back().push_back(product);
+}
+
+// An element of an operand, whose rows are swizzled by their addresses.
+unsigned short element(const Block& block, unsigned sixteenths, unsigned row, unsigned k) {
+  unsigned address = sixteenths * 16 + row * kRowBytes + k * 2;
+  address ^= (address / kRowBytes % 8) * 16;
+  unsigned short bits;
+  memcpy(&bits, block.dynamic + ptrdiff_t(address) - launch->address, sizeof bits);
+  return bits;
+}
+
+// 16 rows of a product: those of the warp.
+void multiply(const Block& block, const Warp& warp, const Product& product) {
+  constexpr unsigned kRows = 16, kK = 16;
+  static float b[kK][kRowsB], sums[kRowsB];
+  for (unsigned n = 0; n < kRowsB; ++n) {
+    for (unsigned k = 0; k < kK; ++k) b[k][n] = product.to_float(element(block, product.b, n, k));
+  }
+  const unsigned first_row = unsigned(&warp - block.warps.data()) % 4 * kRows;
+  for (unsigned row = 0; row < kRows; ++row) {
+    // As of mma.sync: lane and place of the sum of each column.
+    const auto sum = [&](unsigned n) -> float& {
+      return product.sums[row % 8 * 4 + n % 8 / 2][n / 8 * 4 + row / 8 * 2 + n % 2];
+    };
+    for (unsigned n = 0; n < kRowsB; ++n) sums[n] = product.adds ? sum(n) : 0.0f;
+    for (unsigned k = 0; k < kK; ++k) {
+      const float a = product.to_float(element(block, product.a, first_row + row, k));
+      for (unsigned n = 0; n < kRowsB; ++n) sums[n] += a * b[k][n];
+    }
+    for (unsigned n = 0; n < kRowsB; ++n) sum(n) = sums[n];
+  }
+}
+
+void end_products(Warp& warp, unsigned num_groups) {
+  while (warp.products.size() > num_groups + 1) {
+    for (const Product& product : warp.products.front()) multiply(*current->block, warp, product);
+    warp.products.erase(warp.products.begin());
+  }
+}
+
 // ---- running ------------------------------------------------------------------------------------------------------
 
 void thread_main() {
@@ -359,8 +564,18 @@ void thread_main() {
   if (block.at_barrier > 0) {
     fail("ends while others wait for it at the barrier of line %d", block.barrier_line);
   }
+  const Warp& warp = block.warps[current->index / kWarp];
+  if (warp.products.size() > 1 || !warp.products[0].empty()) fail("ends before its products");
   current->state = kDone;
-  --block.live;
+  if (--block.live == 0) {
+    for (const auto& event : launch->events) {
+      if (event->block == &block) fail("ends before copies of thread %u to its block", event->thread->index);
+    }
+    for (const Warp& other : block.warps) {
+      const Warp& first = block.warps[(&other - block.warps.data()) / 4 * 4];
+      if (other.multiplied.size() != first.multiplied.size()) fail("a warp has multiplied without its warpgroup");
+    }
+  }
   leave_for_good();
 }
 
@@ -452,9 +667,16 @@ void describe_deadlock() {
 void pass(Block& self, std::unique_lock<std::mutex>& lock) {
   std::vector<Block*> able;
   bool all_done = true;
-  for (const auto& block : launch->blocks) {
-    all_done = all_done && block->is_done;
-    if (!block->is_done && (!block->has_started || !block->ready.empty())) able.push_back(block.get());
+  const auto look = [&] {
+    for (const auto& block : launch->blocks) {
+      all_done = all_done && block->is_done;
+      if (!block->is_done && (!block->has_started || !block->ready.empty())) able.push_back(block.get());
+    }
+  };
+  look();
+  while (able.empty() && !launch->events.empty() && !launch->failed) {
+    deliver();
+    look();
   }
   if (able.empty() && !all_done) describe_deadlock();
   if (launch->failed || all_done) {
@@ -474,6 +696,10 @@ void run(Block& block) {
   if (launch->failed) return;
   start(block);
   while (block.live > 0 && !launch->failed) {
+    if (!launch->events.empty() && below(launch->patience) == 0) {
+      deliver();
+      continue;
+    }
     if (block.ready.empty() || (launch->cluster > 1 && below(256) == 0)) {
       pass(block, lock);
       continue;
@@ -563,6 +789,9 @@ uint64_t collective(Collective kind, unsigned mask, uint64_t value, unsigned arg
     if (i != lane) wake(other);
   }
   if (kind == kWarpBarrier) ++warp.epoch;
+  if (kind == kMultiply) begin_product(warp);
+  if (kind == kCommitProducts) warp.products.emplace_back();
+  if (kind == kWaitProducts) end_products(warp, argument);
   warp.arrived = 0;
   return self.result;
 }
@@ -718,6 +947,175 @@ void multiply_add(float* sums, const unsigned* a, unsigned b0, unsigned b1, floa
   }
 }
 
+unsigned shared_address(const void* shared) {
+  return unsigned(static_cast<const char*>(shared) - current->block->dynamic + launch->address);
+}
+
+// Where a barrier lies, the same in all blocks of the cluster; it has to be open in `block`.
+static size_t opened(const void* barrier, const Block& block, bool has_to_be_fenced = false) {
+  const size_t where = static_cast<const char*>(barrier) - current->block->shared;
+  const auto found = block.phases.find(where);
+  if (found == block.phases.end()) fail("uses a barrier of block %u that is not open", block.index);
+  if (has_to_be_fenced && !found->second.is_fenced) fail("uses a barrier of block %u without a fence", block.index);
+  return where;
+}
+
+static Block& block_of_cluster(unsigned rank) {
+  if (rank >= launch->blocks.size()) fail("asks for block %u of a cluster of %zu", rank, launch->blocks.size());
+  Block& block = *launch->blocks[rank];
+  if (launch->arrivals < uint64_t(launch->cluster) * launch->block) fail("asks for block %u before all run", rank);
+  if (block.live == 0) fail("asks for block %u, which has ended", rank);
+  return block;
+}
+
+static void give_way_at_times() {
+  if (below(8) != 0) return;
+  wake(*current);
+  give_way();
+}
+
+void barrier_open(void* barrier, unsigned arrivals) {
+  Block& block = *current->block;
+  const char* place = static_cast<char*>(barrier);
+  if (place < block.dynamic || place + 8 > block.dynamic + launch->shared_bytes) fail("opens no shared memory");
+  Phases& phases = block.phases[place - block.shared];
+  if (phases.arrivals > 0 || arrivals == 0) fail("opens a barrier once more, or for nobody");
+  phases.arrivals = phases.pending = arrivals;
+  phases.known.assign(launch->block, 0);
+}
+
+void fence_open_barriers() {
+  for (auto& [where, phases] : current->block->phases) phases.is_fenced = true;
+}
+
+void barrier_expect(void* barrier, unsigned num_bytes) {
+  current->block->phases[opened(barrier, *current->block)].tx += num_bytes;
+}
+
+void barrier_arrive(void* barrier) {
+  arrive(*current->block, opened(barrier, *current->block));
+  give_way_at_times();
+}
+
+void barrier_arrive_in(void* barrier, unsigned rank) {
+  Block& block = block_of_cluster(rank);
+  arrive(block, opened(barrier, block, true));
+  give_way_at_times();
+}
+
+void barrier_arrive_with_copies(void* barrier) {
+  Block& block = *current->block;
+  auto event = std::make_unique<Event>(Event{&block, opened(barrier, block), current, true, false, 0, {}});
+  for (const auto& group : current->copies) event->copies.insert(event->copies.end(), group.begin(), group.end());
+  current->copies.assign(1, {});
+  ask_for(std::move(event));
+}
+
+void barrier_send(void* barrier, void* mine, unsigned rank, unsigned value) {
+  Block& block = block_of_cluster(rank);
+  const ptrdiff_t offset = static_cast<char*>(mine) - current->block->dynamic;
+  if (offset < 0 || offset + 4 > launch->shared_bytes) fail("sends to byte %zd of shared memory", offset);
+  const bool is_mail = &block != current->block;
+  const size_t where = opened(barrier, block, true);
+  auto event = std::make_unique<Event>(Event{&block, where, current, false, is_mail, 4, {}, value});
+  event->copies.push_back({block.dynamic + offset, reinterpret_cast<const char*>(&event->word), true, 4});
+  ask_for(std::move(event));
+}
+
+void barrier_wait(void* barrier, unsigned parity, bool of_cluster, int line) {
+  Block& block = *current->block;
+  const size_t where = opened(barrier, block);
+  Phases& phases = block.phases[where];
+  give_way_at_times();
+  int64_t& known = phases.known[current->index];
+  const int64_t phase = known % 2 == parity ? known : known - 1;  // threads wait for one after another, or once more
+  if (phases.ended <= phase) {
+    current->waits_for = where;
+    wait_as(kAtPhase, line);
+  }
+  if (phases.ended > phase + 1) {
+    fail("waits for phase %lld of a barrier, after which another has ended", (long long)phase);
+  }
+  known = phase + 1;
+  if (phases.mail == phase && !of_cluster) fail("waits for what another block has sent as if it were its own");
+  current->has_fenced = false;
+}
+
+void named_barrier(unsigned id, unsigned num_threads, int line) {
+  Block& block = *current->block;
+  if (++block.at_named_barrier[id] < num_threads) {
+    current->waits_for = id;
+    wait_as(kAtNamedBarrier, line);
+    return;
+  }
+  block.at_named_barrier[id] = 0;
+  ++block.epoch;
+  for (Thread& thread : block.threads) {
+    if (thread.state == kAtNamedBarrier && thread.waits_for == id) wake(thread);
+  }
+}
+
+// As the host packs it for us.
+struct Map {
+  unsigned long long address, sizes[5], strides[4], box[5], swizzle;
+};
+
+void copy_box(void* shared, const unsigned long long* map, void* barrier, const unsigned* at, bool to_both) {
+  const Map& of = *reinterpret_cast<const Map*>(map);
+  const Block& self = *current->block;
+  const unsigned to = shared_address(shared);
+  const uint64_t rows = of.box[1] * of.box[2] * of.box[3] * of.box[4], bytes = rows * kRowBytes;
+  if (of.box[0] * 2 != kRowBytes || of.sizes[0] % 8 != 0) fail("copies a box that is not emulated");
+  if (to % kRowBytes != 0) fail("copies a box to a place that is no multiple of 128");
+  const ptrdiff_t offset = static_cast<char*>(shared) - self.dynamic;
+  if (offset < 0 || offset + bytes > launch->shared_bytes) fail("copies a box to outside of shared memory");
+  std::vector<Copy> copies;
+  for (unsigned row = 0; row < rows; ++row) {
+    uint64_t rest = row;
+    const char* from = reinterpret_cast<const char*>(of.address);
+    bool is_within = true;
+    for (unsigned d = 1; d < 5; rest /= of.box[d], ++d) {
+      const uint64_t index = at[d] + rest % of.box[d];
+      is_within = is_within && index < of.sizes[d];
+      from += index * of.strides[d - 1];
+    }
+    for (unsigned chunk = 0; chunk < kRowBytes / 16; ++chunk) {
+      const uint64_t first = at[0] + chunk * 8;
+      const bool exists = is_within && first < of.sizes[0];
+      if (exists) check_access(from + first * 2, 16, kRead);
+      unsigned place = row * kRowBytes + chunk * 16;
+      if (of.swizzle) place = ((to + place) ^ ((to + place) / kRowBytes % 8 * 16)) - to;
+      copies.push_back({static_cast<char*>(shared) + place, exists ? from + first * 2 : nullptr, exists});
+    }
+  }
+  for (unsigned rank = 0; rank < launch->blocks.size(); ++rank) {
+    if (!to_both && rank != self.rank) continue;
+    Block& block = to_both ? block_of_cluster(rank) : *current->block;
+    const size_t where = opened(barrier, block, true);
+    auto event = std::make_unique<Event>(Event{&block, where, current, false, false, unsigned(bytes), copies});
+    for (Copy& copy : event->copies) copy.to += block.shared - self.shared;
+    ask_for(std::move(event));
+  }
+}
+
+void begin_products() { current->has_fenced = true; }
+
+void multiply_256(float* sums, unsigned a, unsigned b, unsigned adds, float (*to_float)(unsigned short), int line) {
+  if (!current->has_fenced) fail("multiplies without a fence");
+  my_warp().to_float = to_float;
+  const unsigned arguments = (adds != 0) << 28 | b << 14 | a;
+  collective(kMultiply, 0xffffffffu, reinterpret_cast<uintptr_t>(sums), arguments, line);
+}
+
+void commit_products(int line) {
+  collective(kCommitProducts, 0xffffffffu, 0, 0, line);
+  current->has_fenced = false;
+}
+
+void wait_products(unsigned num_groups, int line) {
+  collective(kWaitProducts, 0xffffffffu, 0, num_groups, line);
+}
+
 void inbox_wait(const void* inbox, int line) {
   Block& block = *current->block;
   if (!block.inbox.is_open) fail("waits for an inbox that is not open, line %d", line);
@@ -759,6 +1157,8 @@ const char* emulator_launch(void (*entry)(const void*), const void* arguments, s
   now.argument_bytes = argument_bytes;
   now.grid = grid, now.block = block, now.shared_bytes = shared_bytes, now.cluster = cluster;
   now.random.seed(seed);
+  now.patience = 1u << (1 + seed % 3 * 4);
+  now.address = seed % 4 == 0 ? 1024 : unsigned(seed % 64 * 16);
   now.buffers.assign(buffers, buffers + num_buffers);
   launch = &now;
   std::vector<unsigned> clusters(grid / cluster);
@@ -766,6 +1166,7 @@ const char* emulator_launch(void (*entry)(const void*), const void* arguments, s
   std::shuffle(clusters.begin(), clusters.end(), now.random);
   for (unsigned index : clusters) {
     now.blocks.clear();
+    now.events.clear();
     now.arrivals = 0;
     for (unsigned rank = 0; rank < cluster; ++rank) {
       now.blocks.push_back(std::make_unique<Block>());
