@@ -182,14 +182,15 @@ __device__ __forceinline__ void load(const ExpertsWgmmaArgs& args, Shared& share
                                      u32 num_steps, u32 rank) {
   constexpr u32 kRowsAtOnce = kLoaders / kChunks, kMyRows = kTileRows / kRowsAtOnce;
   const u32 my_chunk = threadIdx.x % kChunks, my_row = threadIdx.x / kChunks;
-  const u32 first_place = blockIdx.x / 2, num_places = shared.num_places, num_clusters = gridDim.x / 2;
+  const u32 num_places = shared.num_places, num_clusters = gridDim.x / 2;
   Turn turn;
   RingTurn ring;
-  if (first_place >= num_places) {
+  u32 place = ring.place(shared);
+  if (place >= num_places) {
     if (!args.is_first) wait_for_kernel_before();  // the end of this one is that of the one before, too
     return;
   }
-  Work work(args, shared, first_place, num_tiles, rank);
+  Work work(args, shared, place, num_tiles, rank);
   u32 pairs[kMyRows];
   const auto load_pairs = [&] {
 #pragma unroll
@@ -213,7 +214,7 @@ __device__ __forceinline__ void load(const ExpertsWgmmaArgs& args, Shared& share
   // Early enough in a tile, the next is told and looked up, so that memory is not left idle between the two.
   const u32 tells_at = min_u32(2, num_steps - 1), looks_at = min_u32(6, num_steps - 1);
 #pragma unroll 1
-  for (u32 place = first_place; place < num_places;) {
+  while (place < num_places) {
     u32 next = 0;
     if (takes) next = atomicAdd(counter, 1) - counted + num_clusters;
     // Padding comes last. It is not loaded: what is there is multiplied, but not written.
