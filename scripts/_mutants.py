@@ -221,7 +221,7 @@ MUTANTS = [
     Mutant("an expert with an odd number of tiles has a place less", WGMMA, "ceil_div(num_tiles, 2) : 0", "num_tiles / 2 : 0"),
     Mutant("the table of experts is read while it is made", WGMMA, "  if (threadIdx.x == 0) shared.num_places = total;\n  __syncthreads();", "  if (threadIdx.x == 0) shared.num_places = total;"),
     Mutant("the end of an expert is not found", WGMMA, "shared.ends[expert] = b + 1;", "shared.ends[expert] = b;"),
-    Mutant("rows of unknown experts are left as they are, wgmma", WGMMA, "  if (args.clears_unknown) clear_unknown<Tile>(args);\n", ""),
+    Mutant("rows of unknown experts are left as they are, wgmma", WGMMA, "  if (args.clears_unknown) clear_unknown<Tile>(args);", ""),
     Mutant("boxes have gates and ups the other way round", "cupy_moe/operators/experts.py", "(depth, 8, 2, columns // 8, experts), strides,", "(depth, 8, 2, columns // 8, experts), (strides[0], strides[2], strides[1], strides[3]),"),
     # launches
     Mutant("a kernel does not wait for the one before", SUM, "  wait_for_kernel_before();\n", ""),
@@ -231,7 +231,8 @@ MUTANTS = [
     Mutant("groups take more than is left for them", DIRECT, "  u32 pairs[kMaxPairs][kGroupPairs];", "  u32 pairs[kMaxPairs][kGroupPairs + 3];"),
     Mutant("a launch attribute where another belongs", LAUNCH, '"@I4xi60x", 6, 1', '"@I4xi60x", 5, 1'),
     Mutant("overlapping on devices that do not know it", LAUNCH, "if overlaps and modules.can_overlap(device, unit):", "if overlaps:"),
-    Mutant("overlapping where an image does not wait", "cupy_moe/cuda/modules.py", "and number(_load(device, unit)[1].sidecar.target) >= 90", ""),
+    Mutant("overlapping where graphs cannot capture it", "cupy_moe/cuda/modules.py", ">= _OVERLAP_IN_GRAPHS", ">= 0"),
+    Mutant("overlapping where an image does not wait", "cupy_moe/cuda/modules.py", " or number(_load(device, unit)[1].sidecar.target) < 90", ""),
     Mutant("sums are read through the read-only cache", SUM, "ld.global.v4.u32", "ld.global.nc.v4.u32"),
     Mutant("a refused launch is not noticed", LAUNCH, "    if status:\n        from", "    if status < 0:\n        from"),
     Mutant("strides of a tensor map are those of the box", MAP, "(ctypes.c_uint64 * (rank - 1))(*strides)", "(ctypes.c_uint64 * (rank - 1))(*box[1:])"),
