@@ -12,8 +12,11 @@ from . import moe_sum as cpu_sum
 GATED = ("silu", "gelu", "gelu_tanh", "swigluoai", "swigluoai_uninterleave")
 PLAIN = ("silu_no_mul", "gelu_no_mul", "gelu_tanh_no_mul", "relu2_no_mul")
 # Of gates and ups: (up + beta) * gate * sigmoid(alpha * gate), both clamped by limit, the gate from above.
-SWIGLU = {"silu": (1.0, 0.0, math.inf), "swigluoai": (1.702, 1.0, 7.0)}  # alpha, beta, limit
-SWIGLU["swigluoai_uninterleave"] = SWIGLU["swigluoai"]
+SWIGLU = {  # alpha, beta, limit
+    "silu": (1.0, 0.0, math.inf),
+    "swigluoai": (1.702, 1.0, 7.0),
+    "swigluoai_uninterleave": (1.702, 1.0, 7.0),
+}
 
 
 def activate(

@@ -255,7 +255,7 @@ def fused_experts(
     mapped = 0 if local is None else address("expert_map", local)
     by_slot = memory[layout.outputs : layout.outputs + num_tokens * topk * hidden * 2].view(dtype)
     summed = prepare_sum(
-        by_slot.view(num_tokens, topk, hidden), output, None, ids, local, factor, shared, experts
+        by_slot.view(num_tokens, topk, hidden), output, None, ids, local, factor, shared, experts, True
     )
     assert summed is not None  # which it is on the CPU alone
     maps = [tensor_map(pointer, *tensor) for pointer, tensor in zip((gates, downs), call.maps, strict=False)]
@@ -494,15 +494,15 @@ def _swiglu(activation: str, alpha: Any, limit: Any) -> tuple[float, float, floa
         return cpu.SWIGLU.get(activation, _SILU)
     if activation not in cpu.SWIGLU:
         raise ValueError(f"swiglu_alpha, swiglu_limit: {activation!r} has none")
-    numbers = [
-        None if n is None else as_float(name, n)
-        for name, n in (("swiglu_alpha", alpha), ("swiglu_limit", limit))
-    ]
-    for name, number in zip(("swiglu_alpha", "swiglu_limit"), numbers, strict=True):
-        check_fp32(name, number or 0.0)
-    if numbers[1] is not None and not numbers[1] >= 0:
-        raise ValueError(f"swiglu_limit: expected 0 or more, got {limit}")
-    return cpu.swiglu_numbers(activation, *numbers)
+    if alpha is not None:
+        alpha = as_float("swiglu_alpha", alpha)
+        check_fp32("swiglu_alpha", alpha)
+    if limit is not None:
+        limit = as_float("swiglu_limit", limit)
+        check_fp32("swiglu_limit", limit)
+        if not limit >= 0:
+            raise ValueError(f"swiglu_limit: expected 0 or more, got {limit}")
+    return cpu.swiglu_numbers(activation, alpha, limit)
 
 
 def _check_workspace(memory: PlainTensor, size: int, device: torch.device) -> None:

@@ -31,6 +31,7 @@ def plan_sum(
     vectors: bool,
     extended: bool,
     limits: DeviceLimits,
+    overlaps: bool = False,
 ) -> SumPlan:
     """One launch for as many tokens as it can take.
 
@@ -47,7 +48,6 @@ def plan_sum(
     sizes = (4, 2) if light else (8, 4, 2)
     exact = [slots for slots in sizes if topk % slots == 0 and topk <= 2 * slots]
     kind = "any" if not vectors else "ext" if extended else str(exact[0]) if exact else "n"
-    launch = LaunchPlan(
-        "moe_sum", f"moe_sum_{kind}_{element}", ceil_div(num_units, threads), threads, 0, True
-    )
+    entry = f"moe_sum_{kind}_{element}"
+    launch = LaunchPlan("moe_sum", entry, ceil_div(num_units, threads), threads, overlaps=overlaps)
     return SumPlan(launch, per_token, num_tokens)

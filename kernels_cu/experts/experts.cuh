@@ -204,6 +204,14 @@ __device__ __forceinline__ void clear_rows(const ExpertsArgs& args, const u32* p
   }
 }
 
+// The row of one pair, by a block.
+template <u32 kThreads, typename Args>
+__device__ __forceinline__ void clear_row(const Args& args, u32 pair) {
+  uint4* row = reinterpret_cast<uint4*>(args.output + (i64)pair * args.num_columns * 2);
+#pragma unroll 1
+  for (u32 i = threadIdx.x; i < args.num_columns / 8; i += kThreads) row[i] = make_uint4(0, 0, 0, 0);
+}
+
 // What a thread copies at each step: chunks of the same rows.
 template <typename Tile>
 struct Loader {

@@ -178,9 +178,7 @@ __device__ __forceinline__ void clear_unknown(const ExpertsDirectArgs& args, con
 #pragma unroll 1
   for (u32 pair = blockIdx.x; pair < args.num_pairs; pair += gridDim.x) {
     if ((&groups.expert_of[0].x)[pair] != kNobody) continue;
-    uint4* row = reinterpret_cast<uint4*>(args.output + (i64)pair * args.num_columns * 2);
-#pragma unroll 1
-    for (u32 i = threadIdx.x; i < args.num_columns / 8; i += kThreads) row[i] = make_uint4(0, 0, 0, 0);
+    clear_row<kThreads>(args, pair);
   }
 }
 

@@ -326,9 +326,7 @@ __device__ __forceinline__ void clear_unknown(const ExpertsWgmmaArgs& args) {
     for (u32 r = 0; r < kTileRows; ++r) {
       const u32 pair = (u32)args.sorted_token_ids[b * kTileRows + r];
       if (pair >= args.num_pairs) break;
-      uint4* row = reinterpret_cast<uint4*>(args.output + (i64)pair * args.num_columns * 2);
-#pragma unroll 1
-      for (u32 i = threadIdx.x; i < args.num_columns / 8; i += kThreads) row[i] = make_uint4(0, 0, 0, 0);
+      clear_row<kThreads>(args, pair);
     }
   }
 }
