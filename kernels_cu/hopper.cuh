@@ -141,16 +141,6 @@ __device__ __forceinline__ void sync_cluster() {
 #endif
 }
 
-// By the first kThreads threads of a block, or another kThreads with another barrier; 0 is that of __syncthreads.
-template <u32 kBarrier, u32 kThreads>
-__device__ __forceinline__ void sync_some() {
-#if EMULATED
-  emulator::named_barrier(kBarrier, kThreads, __LINE__);
-#else
-  asm volatile("bar.sync %0, %1;" ::"n"(kBarrier), "n"(kThreads) : "memory");
-#endif
-}
-
 // As copy_async, or nothing at all; a branch would take more than the copy.
 __device__ __forceinline__ void copy_async_if(bool condition, void* shared, const void* global, bool exists) {
 #if EMULATED
@@ -204,6 +194,17 @@ __device__ __forceinline__ void copy_box_to_both(void* shared, const TensorMap& 
       "{%3, %4, %5, %6, %7}], [%2], %8;" ::"r"(shared_address(shared)),
       "l"(&map), "r"(shared_address(&barrier)), "r"(at[0]), "r"(at[1]), "r"(at[2]), "r"(at[3]), "r"(at[4]), "h"((u16)3)
       : "memory");
+#endif
+}
+
+// Four matrices of 8 rows of 16 bytes, the reverse of load_matrices.
+__device__ __forceinline__ void store_matrices(void* row, const u32 (&words)[4]) {
+#if EMULATED
+  emulator::store_matrices(row, words, __LINE__);
+#else
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)),
+               "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3])
+               : "memory");
 #endif
 }
 

@@ -388,7 +388,7 @@ def test_emulated_direct_with_groups(pairs: int) -> None:
 
 
 # So that clusters have several places, and some blocks of a launch none.
-FEW_CLUSTERS = {of_2: H200._replace(max_clusters=Clusters(of_2=of_2)) for of_2 in (1, 2, 3)}
+FEW_CLUSTERS = {n: H200._replace(max_clusters=Clusters(of_2=n)) for n in (1, 2, 3)}
 
 
 def emulated_wgmma(call: Layer, seed: int) -> bool:

@@ -44,7 +44,7 @@ _WGMMA_ARGS = ArgumentStruct(
     "experts/experts_wgmma.cu:ExpertsWgmmaArgs",
     "sorted_token_ids expert_ids counters rows output bias topk_weights",
     "i64 row_stride, bias_stride; u32 num_pairs, num_experts, num_blocks; Divisor rows_shared; u32 depth,"
-    " num_columns, activation, row_step, up_offset, group_pairs, clears_unknown, is_first; float alpha,"
+    " num_columns, activation, row_step, up_offset, group_twos, clears_unknown, is_first; float alpha,"
     " beta, limit",
     tensor_map="weights",
 )
@@ -422,7 +422,7 @@ def _prepare(
         "num_blocks": layout.num_blocks,
         "words_per_id": id_type.itemsize // 4,
         "group_blocks": plan.group_blocks,
-        "group_pairs": plan.group_blocks,
+        "group_twos": plan.group_blocks,
         "alpha": swiglu[0],
         "beta": swiglu[1],
         "limit": swiglu[2],

@@ -31,9 +31,11 @@ WGMMA_WEIGHT_ROWS = Constant(256, "experts/experts_wgmma.cu:kWeightRows")
 WGMMA_BOX_ROWS = Constant(128, "experts/experts_wgmma.cu:kBoxRows")
 WGMMA_STAGES = Constant(4, "experts/experts_wgmma.cu:kStages")
 WGMMA_THREADS = Constant(384, "experts/experts_wgmma.cu:kThreads")
-WGMMA_RING = Constant(8, "experts/experts_wgmma.cu:kRing")
+WGMMA_RING = Constant(2, "experts/experts_wgmma.cu:kRing")
+WGMMA_PRODUCT_WARPS = Constant(8, "experts/experts_wgmma.cu:kProductWarps")
+WGMMA_WRITE_ROWS = Constant(16, "experts/experts_wgmma.cu:kWriteRows")
 # About as many rows as columns of the output are then worked on at once, which reads the least from memory.
-WGMMA_GROUP_PAIRS = 8
+WGMMA_GROUP_TWOS = 8
 
 # Blocks of pairs that take the tiles of columns together, where an expert has several: more read its weights
 # from L2 once, fewer the rows.
@@ -97,8 +99,7 @@ def plan_experts(
         if kernel:
             raise ValueError(f"kernel='direct': at most {DIRECT_MAX_PAIRS} pairs, got {num_pairs}")
     if kernel in (None, "wgmma"):
-        entries = tuple(f"experts_wgmma_{kind}_{element}" for kind in kinds)
-        plan = _plan_wgmma(entries, limits, gated)
+        plan = _plan_wgmma(kinds, element, limits)
         if plan:
             return plan
         if kernel:
@@ -143,18 +144,21 @@ def _plan_direct(
     return ExpertsPlan("direct", 0, 1, (first, second), columns)
 
 
-def _plan_wgmma(entries: tuple[str, ...], limits: DeviceLimits, gated: bool) -> ExpertsPlan | None:
+def _plan_wgmma(kinds: tuple[str, str], element: str, limits: DeviceLimits) -> ExpertsPlan | None:
     if not limits.runs("experts_wgmma"):
         return None
-    clusters = limits.max_clusters("experts_wgmma", entries[0], 2)
+    clusters = limits.max_clusters("experts_wgmma", f"experts_wgmma_plain_{element}", 2)
     if not clusters:
         return None
     # The stages, what aligns them, and sizeof(Shared), rounded up
     shared_bytes = WGMMA_STAGES * (WGMMA_ROWS + WGMMA_WEIGHT_ROWS) * ROW_BYTES + 1024
-    shared_bytes += 4 * (WGMMA_RING * (WGMMA_ROWS + 5) + 3 * MAX_LOCAL_EXPERTS + 64 + 4 * WGMMA_STAGES)
-    first, second = (
-        LaunchPlan("experts_wgmma", entry, 2 * clusters, WGMMA_THREADS, shared_bytes, True)
-        for entry in entries
-    )
-    columns = WGMMA_WEIGHT_ROWS // 2 if gated else WGMMA_WEIGHT_ROWS, int(WGMMA_WEIGHT_ROWS)
-    return ExpertsPlan("wgmma", int(WGMMA_ROWS), WGMMA_GROUP_PAIRS, (first, second), columns)
+    shared_bytes += WGMMA_PRODUCT_WARPS * WGMMA_WRITE_ROWS * ROW_BYTES
+    shared_bytes += 4 * (WGMMA_RING * (WGMMA_ROWS + 10) + 3 * MAX_LOCAL_EXPERTS + 64 + 4 * WGMMA_STAGES)
+
+    def launch(kind: str) -> LaunchPlan:
+        entry = f"experts_wgmma_{kind}_{element}"
+        return LaunchPlan("experts_wgmma", entry, 2 * clusters, WGMMA_THREADS, shared_bytes, True)
+
+    first = WGMMA_WEIGHT_ROWS // 2 if kinds[0] == "gated" else int(WGMMA_WEIGHT_ROWS)
+    products, columns = (launch(kinds[0]), launch(kinds[1])), (first, int(WGMMA_WEIGHT_ROWS))
+    return ExpertsPlan("wgmma", int(WGMMA_ROWS), WGMMA_GROUP_TWOS, products, columns)

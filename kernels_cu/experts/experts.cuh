@@ -262,56 +262,43 @@ struct Loader {
   }
 };
 
-// What the lanes l, l + 1, l + 2, l + 3 of a quad have as words 0 to 3 of lane l + i is word i of each of them after.
-__device__ __forceinline__ void transpose_in_quads(u32 (&words)[4]) {
-  const auto exchange = [](u32& mine, u32& other, bool is_upper, u32 distance) {
-    const u32 taken = __shfl_xor_sync(kFullWarp, is_upper ? mine : other, distance);
-    (is_upper ? mine : other) = taken;
-  };
-  const bool is_odd = lane_id() % 2 != 0, is_upper = lane_id() / 2 % 2 != 0;
-  exchange(words[0], words[1], is_odd, 1);
-  exchange(words[2], words[3], is_odd, 1);
-  exchange(words[0], words[2], is_upper, 2);
-  exchange(words[1], words[3], is_upper, 2);
+// Of rows l / 4 and l / 4 + 8 of the tile, in lane l; not looked at where a call has none.
+template <typename Args>
+__device__ __forceinline__ void load_router_weights(const Args& args, const u32* pairs, float (&weights)[2]) {
+#pragma unroll
+  for (u32 half = 0; half < 2; ++half) {
+    const u32 pair = pairs[half * 8 + lane_id() / 4];
+    weights[half] = args.topk_weights != nullptr && pair < args.num_pairs ? args.topk_weights[pair] : 0.0f;
+  }
 }
 
-// Bias, router weight, activation; then written: 16 rows of the tile from first_row on, in the layout of m16n8k16, by one
-// warp, of kN products side by side, for the rows of weights from first_weight_row on. One thing after another, as what
-// a call does not have is then jumped over once.
+// Bias, router weight, activation: for 16 rows of the tile in the layout of m16n8k16, by one warp, of kN products side by
+// side, for the rows of weights from first_weight_row on. One thing after another, as what a call does not have is then
+// jumped over once. With a gate, the results are where the gates were.
 template <typename Tile, typename Args, u32 kN>
-__device__ __forceinline__ void write_rows(const Args& args, const u32* pairs, u32 expert, u32 first_row,
-                                           u32 first_column, u32 first_weight_row, float (&sums)[kN][4]) {
+__device__ __forceinline__ void finish_sums(const Args& args, const float (&weights)[2], u32 expert, u32 first_column,
+                                            u32 first_weight_row, float (&sums)[kN][4]) {
   using Element = typename Tile::Element;
-  constexpr u32 kStep = Tile::kGated ? 2 : 1, kWords = kN / kStep;  // products for a word; words of a row
-  constexpr u32 kAtOnce = kWords % 4 == 0 ? 4 : 1;
-  const u32 quad_lane = lane_id() % 4;
-  const auto column_of = [&](u32 n) { return first_column + Tile::column(first_weight_row + n * 8); };
+  constexpr u32 kStep = Tile::kGated ? 2 : 1;  // products for 8 columns
   if (args.bias != nullptr) {
     const auto* bias = reinterpret_cast<const typename Element::Bits*>(args.bias) + expert * args.bias_stride;
 #pragma unroll
     for (u32 n = 0; n < kN; ++n) {
-      if (column_of(n) >= args.num_columns) continue;
+      if (first_column + Tile::column(first_weight_row + n * 8) >= args.num_columns) continue;
 #pragma unroll
       for (u32 e = 0; e < 2; ++e) {
-        const u32 r = first_weight_row + n * 8 + quad_lane * 2 + e;
+        const u32 r = first_weight_row + n * 8 + lane_id() % 4 * 2 + e;
         const float value = Element::to_float(bias[Tile::weight_row(args, first_column, r)]);
         sums[n][e] += value;
         sums[n][e + 2] += value;
       }
     }
   }
-  u32 pair[2];
-#pragma unroll
-  for (u32 half = 0; half < 2; ++half) pair[half] = pairs[first_row + half * 8 + lane_id() / 4];
   if (args.topk_weights != nullptr) {
 #pragma unroll
-    for (u32 half = 0; half < 2; ++half) {
-      const float weight = pair[half] < args.num_pairs ? args.topk_weights[pair[half]] : 0.0f;
+    for (u32 n = 0; n < kN; ++n) {
 #pragma unroll
-      for (u32 n = 0; n < kN; ++n) {
-        sums[n][half * 2] *= weight;
-        sums[n][half * 2 + 1] *= weight;
-      }
+      for (u32 e = 0; e < 4; ++e) sums[n][e] *= weights[e / 2];
     }
   }
   if (Tile::kGated && args.activation == kSilu) {
@@ -327,27 +314,6 @@ __device__ __forceinline__ void write_rows(const Args& args, const u32* pairs, u
       for (u32 e = 0; e < 4; ++e) {
         sums[n][e] =
             Tile::kGated ? gated(args, sums[n][e], sums[n + kStep - 1][e]) : activated(args.activation, sums[n][e]);
-      }
-    }
-  }
-#pragma unroll
-  for (u32 half = 0; half < 2; ++half) {
-    const bool exists = pair[half] < args.num_pairs;
-    char* output = args.output + (exists ? (i64)pair[half] * args.num_columns * 2 : 0);
-#pragma unroll
-    for (u32 first = 0; first < kWords; first += kAtOnce) {
-      u32 words[kAtOnce];
-#pragma unroll
-      for (u32 w = 0; w < kAtOnce; ++w) words[w] = Element::pack(sums[(first + w) * kStep] + half * 2);
-      if constexpr (kAtOnce == 4) {
-        transpose_in_quads(words);
-        const u32 column = column_of((first + quad_lane) * kStep);
-        if (exists && column < args.num_columns) {
-          *reinterpret_cast<uint4*>(output + column * 2) = make_uint4(words[0], words[1], words[2], words[3]);
-        }
-      } else {
-        const u32 column = column_of(first * kStep) + quad_lane * 2;
-        if (exists && column < args.num_columns) *reinterpret_cast<u32*>(output + column * 2) = words[0];
       }
     }
   }

@@ -28,6 +28,52 @@ struct Tile : TileOf<Element, kGated, kRows, kWeightRows, kWarpRows * kWarpColum
   static_assert(kN % 2 == 0, "two at a time are loaded, and with a gate belong together");
 };
 
+// What the lanes l, l + 1, l + 2, l + 3 of a quad have as words 0 to 3 of lane l + i is word i of each of them after.
+__device__ __forceinline__ void transpose_in_quads(u32 (&words)[4]) {
+  const auto exchange = [](u32& mine, u32& other, bool is_upper, u32 distance) {
+    const u32 taken = __shfl_xor_sync(kFullWarp, is_upper ? mine : other, distance);
+    (is_upper ? mine : other) = taken;
+  };
+  const bool is_odd = lane_id() % 2 != 0, is_upper = lane_id() / 2 % 2 != 0;
+  exchange(words[0], words[1], is_odd, 1);
+  exchange(words[2], words[3], is_odd, 1);
+  exchange(words[0], words[2], is_upper, 2);
+  exchange(words[1], words[3], is_upper, 2);
+}
+
+// 16 rows of the tile by a warp, which has them in the layout of m16n8k16.
+template <typename Tile>
+__device__ __forceinline__ void write_rows(const ExpertsArgs& args, const u32* pairs, u32 first_column,
+                                           u32 first_weight_row, const float (&sums)[Tile::kN][4]) {
+  using Element = typename Tile::Element;
+  constexpr u32 kStep = Tile::kGated ? 2 : 1, kWords = Tile::kN / kStep;  // products for a word; words of a row
+  constexpr u32 kAtOnce = kWords % 4 == 0 ? 4 : 1;
+  const u32 quad_lane = lane_id() % 4;
+  const auto column_of = [&](u32 n) { return first_column + Tile::column(first_weight_row + n * 8); };
+#pragma unroll
+  for (u32 half = 0; half < 2; ++half) {
+    const u32 pair = pairs[half * 8 + lane_id() / 4];
+    const bool exists = pair < args.num_pairs;
+    char* output = args.output + (exists ? (i64)pair * args.num_columns * 2 : 0);
+#pragma unroll
+    for (u32 first = 0; first < kWords; first += kAtOnce) {
+      u32 words[kAtOnce];
+#pragma unroll
+      for (u32 w = 0; w < kAtOnce; ++w) words[w] = Element::pack(sums[(first + w) * kStep] + half * 2);
+      if constexpr (kAtOnce == 4) {
+        transpose_in_quads(words);
+        const u32 column = column_of((first + quad_lane) * kStep);
+        if (exists && column < args.num_columns) {
+          *reinterpret_cast<uint4*>(output + column * 2) = make_uint4(words[0], words[1], words[2], words[3]);
+        }
+      } else {
+        const u32 column = column_of(first * kStep) + quad_lane * 2;
+        if (exists && column < args.num_columns) *reinterpret_cast<u32*>(output + column * 2) = words[0];
+      }
+    }
+  }
+}
+
 template <typename Tile>
 __device__ __forceinline__ void experts_mma(const ExpertsArgs& args) {
   extern __shared__ uint4 memory[];
@@ -78,7 +124,11 @@ __device__ __forceinline__ void experts_mma(const ExpertsArgs& args) {
   }
 #pragma unroll
   for (u32 m = 0; m < Tile::kM; ++m) {
-    write_rows<Tile>(args, pairs, expert, warp_row + m * 16, place.first_column, warp_column, sums[m]);
+    const u32* my_pairs = pairs + warp_row + m * 16;
+    float weights[2];
+    load_router_weights(args, my_pairs, weights);
+    finish_sums<Tile>(args, weights, expert, place.first_column, warp_column, sums[m]);
+    write_rows<Tile>(args, my_pairs, place.first_column, warp_column, sums[m]);
   }
 }
 

@@ -65,6 +65,7 @@ void copy_async(void* shared, const void* global, bool exists);  // 16 bytes, wh
 void commit_copies();
 void wait_copies(unsigned num_groups);
 void load_matrices(unsigned* words, const void* row, int line);
+void store_matrices(void* row, const unsigned* words, int line);
 void multiply_add(float* sums, const unsigned* a, unsigned b0, unsigned b1, float (*to_float)(unsigned short), int line);
 
 // Of Hopper, as hopper.cuh has them.

@@ -931,6 +931,13 @@ void load_matrices(unsigned* words, const void* row, int line) {
   for (unsigned matrix = 0; matrix < 4; ++matrix) words[matrix] = all[(matrix * 8 + lane / 4) * 4 + lane % 4];
 }
 
+void store_matrices(void* row, const unsigned* words, int line) {
+  check_access(row, 16, kWrite);
+  const unsigned* all = gather(words, 4, line);
+  const unsigned lane = current->index % kWarp;
+  for (unsigned i = 0; i < 4; ++i) static_cast<unsigned*>(row)[i] = all[(lane % 8 * 4 + i) * 4 + lane / 8];
+}
+
 void multiply_add(float* sums, const unsigned* a, unsigned b0, unsigned b1, float (*to_float)(unsigned short), int line) {
   const unsigned own[6] = {a[0], a[1], a[2], a[3], b0, b1};
   const unsigned* all = gather(own, 6, line);
