@@ -49,10 +49,11 @@ constexpr u32 kNobody = 0xffffffffu;
 
 struct Groups {
   uint4 expert_of[kMaxPairs / 4];  // of a pair, or kNobody
-  u32 count, leaders[kMaxPairs / kWarpSize];
+  u32 leaders[kMaxPairs / kWarpSize];
   u32 index_of[kMaxPairs];  // of the group that a pair begins
   u32 experts[kMaxPairs];   // of a group
   u32 pairs[kMaxPairs][kGroupPairs];
+  u32 count;  // not beside what is read when it is written: compilers read four words at once
 };
 
 __device__ __forceinline__ u32 find_expert(const ExpertsDirectArgs& args, u32 pair) {
