@@ -196,7 +196,7 @@ def page(operators: Sequence[Operator], result: dict[str, Any], pictures: Mappin
 def readme_section(operators: Sequence[Operator], result: dict[str, Any], pictures: Mapping[str, str]) -> str:
     """The pictures, and one table of the most telling cases."""
     intro = (
-        f"Times of a call on the GPU, all in one process; all tables, and how they are measured: `{PAGE}`."
+        f"Times of a call on the GPU, those of a row in one process; all tables, and how they are measured: `{PAGE}`."
     )
     lines = []
     for operator in operators:
