@@ -64,7 +64,9 @@ def test_readme_is_short() -> None:
 @pytest.mark.parametrize("page", PAGES)
 def test_lines_are_short_and_blocks_of_a_kind_that_is_checked(page: str) -> None:
     text = text_of(page)
-    assert [line for line in text.splitlines() if len(line) > 120] == []
+    rows = "|" if page.startswith("scripts/results") else None  # of tables that a script writes
+    long = [line for line in text.splitlines() if len(line) > 120]
+    assert [line for line in long if rows is None or not line.startswith(rows)] == []
     assert {kind for kind, _ in BLOCK.findall(text)} <= {"python", "sh", "dockerfile", "cuda", ""}
     assert text.count("\n```") == 2 * len(BLOCK.findall(text))
 
