@@ -17,6 +17,7 @@ import torch
 from gpus import H200
 
 from cupy_moe import _cupy, moe_align_block_size
+from cupy_moe.cuda import driver as driver_module
 from cupy_moe.cuda import launch, modules
 from cupy_moe.cuda.limits import device_limits
 from cupy_moe.errors import KernelLaunchError
@@ -231,11 +232,13 @@ class Library:
 def library(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> Iterator[Library]:
     library = Library(driver)
     libraries = {"libcuda.so.1": library}
-    monkeypatch.setattr(launch, "ctypes", SimpleNamespace(**{**vars(ctypes), "CDLL": libraries.__getitem__}))
+    monkeypatch.setattr(
+        driver_module, "ctypes", SimpleNamespace(**{**vars(ctypes), "CDLL": libraries.__getitem__})
+    )
     monkeypatch.setattr(modules, "can_overlap", lambda device, unit: (device, unit) != (1, "tiny"))
-    launch._launch_ex.cache_clear()
+    driver_module.driver_function.cache_clear()
     yield library
-    launch._launch_ex.cache_clear()
+    driver_module.driver_function.cache_clear()
 
 
 def overlapping(device: int = 0) -> Callable[..., None]:

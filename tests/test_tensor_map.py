@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from cupy_moe import _cupy
-from cupy_moe.cuda import tensor_map as module
+from cupy_moe.cuda import driver
 from cupy_moe.cuda.launch import INVALID_CONTEXT
 from cupy_moe.cuda.tensor_map import tensor_map
 from cupy_moe.errors import KernelLaunchError
@@ -55,11 +55,11 @@ class Encoder:
 def encoder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Encoder]:
     made = Encoder()
     libraries = {"libcuda.so.1": made}
-    monkeypatch.setattr(module, "ctypes", SimpleNamespace(**{**vars(ctypes), "CDLL": libraries.__getitem__}))
-    for cached in (module._encode, tensor_map):
+    monkeypatch.setattr(driver, "ctypes", SimpleNamespace(**{**vars(ctypes), "CDLL": libraries.__getitem__}))
+    for cached in (driver.driver_function, tensor_map):
         cached.cache_clear()
     yield made
-    for cached in (module._encode, tensor_map):
+    for cached in (driver.driver_function, tensor_map):
         cached.cache_clear()
 
 

@@ -18,6 +18,7 @@ import torch
 from ..errors import KernelLaunchError
 from ..plans.base import LaunchPlan
 from . import modules
+from .driver import driver_function, pack_launch_config
 
 MAX_ARGUMENT_BYTES = 4096  # of one kernel, on every architecture
 # Prepared calls that an operator remembers, of up to 2 kB each; the least recently used is forgotten first.
@@ -108,8 +109,6 @@ def bind(plan: LaunchPlan, device: int, num_pointers: int, constants: bytes) -> 
     return launch_on_device
 
 
-# CUlaunchConfig: grid, block, bytes of shared memory, stream, attributes, number of attributes
-_CONFIG = struct.Struct("@7I4xPPI4x")
 # A CUlaunchAttribute: programmatic stream serialization, which is allowed
 _ATTRIBUTE = ctypes.create_string_buffer(struct.pack("@I4xi60x", 6, 1), 72)
 
@@ -117,20 +116,12 @@ _ATTRIBUTE = ctypes.create_string_buffer(struct.pack("@I4xi60x", 6, 1), 72)
 def _launch_overlapping(function: int, *rest: int) -> None:
     """As CuPy's launchKernel, but the kernel may begin while the one before it on the stream ends."""
     *sizes, stream, pointers, _ = rest
-    config = _CONFIG.pack(*sizes, stream, ctypes.addressof(_ATTRIBUTE), 1)
-    status = _launch_ex()(config, function, pointers, None)
+    config = pack_launch_config(*sizes, stream, ctypes.addressof(_ATTRIBUTE), 1)
+    status = driver_function("cuLaunchKernelEx")(config, function, pointers, None)
     if status:
         from .._cupy import cupy
 
         raise cupy.cuda.driver.CUDADriverError(status)
-
-
-@functools.cache
-def _launch_ex() -> Callable[..., int]:
-    """Not among what CuPy wraps. The driver is in the process already, under this name."""
-    launch: Callable[..., int] = ctypes.CDLL("libcuda.so.1").cuLaunchKernelEx
-    launch.argtypes = [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]  # type: ignore[attr-defined]
-    return launch
 
 
 @functools.cache

@@ -12,6 +12,7 @@ from ..images import sources
 from ..images.targets import runs_somehow
 from ..plans.base import DeviceLimits
 from . import modules
+from .driver import driver_function, pack_launch_config
 
 
 @functools.cache
@@ -34,19 +35,6 @@ def _runs(device: int, unit: str) -> bool:
     return runs_somehow(modules.capability(device), sources.unit(unit).targets)
 
 
-class _LaunchConfig(ctypes.Structure):
-    """CUlaunchConfig of cuda.h."""
-
-    _fields_ = (
-        ("grid", ctypes.c_uint * 3),
-        ("block", ctypes.c_uint * 3),
-        ("shared_bytes", ctypes.c_uint),
-        ("stream", ctypes.c_void_p),
-        ("attributes", ctypes.c_void_p),
-        ("num_attributes", ctypes.c_uint),
-    )
-
-
 def max_clusters(device: int, unit: str, entry: str, size: int) -> int:
     """How many clusters of an entry point that is compiled for `size` blocks run at once, by the driver's
     account, if each block takes an SM for itself. 0: none does, or the device knows no clusters."""
@@ -57,8 +45,7 @@ def max_clusters(device: int, unit: str, entry: str, size: int) -> int:
     function, count = modules.function(device, unit, entry), ctypes.c_int()
     with cupy.cuda.Device(device):
         shared_bytes = cupy.cuda.driver.funcGetAttribute(modules.MAX_DYNAMIC_SHARED, function)
-        config = _LaunchConfig((size, 1, 1), (32, 1, 1), shared_bytes, None, None, 0)
-        # Not among what CuPy wraps. The driver is in the process already, under this name.
-        occupancy = ctypes.CDLL("libcuda.so.1").cuOccupancyMaxActiveClusters
-        status = occupancy(ctypes.byref(count), ctypes.c_void_p(function), ctypes.byref(config))
+        config = pack_launch_config(size, 1, 1, 32, 1, 1, shared_bytes, 0, 0, 0)
+        occupancy = driver_function("cuOccupancyMaxActiveClusters")
+        status = occupancy(ctypes.addressof(count), function, config)
     return 0 if status else count.value

@@ -5,9 +5,9 @@ from __future__ import annotations
 import ctypes
 import functools
 import struct
-from collections.abc import Callable
 
 from ..errors import KernelLaunchError
+from .driver import driver_function
 from .launch import INVALID_CONTEXT
 from .structs import TENSOR_MAP_WORDS
 
@@ -31,23 +31,15 @@ def tensor_map(
         (ctypes.c_uint32 * rank)(*[1] * rank), _NO_INTERLEAVE, _SWIZZLE_128_BYTES, _PROMOTE_TO_128_BYTES,
         _ZEROS_OUTSIDE,
     )  # fmt: skip
-    status = _encode()(*arguments)
+    encode = driver_function("cuTensorMapEncodeTiled")
+    status = encode(*arguments)
     if status == INVALID_CONTEXT:  # a new thread has none before its first runtime call
         from .._cupy import cupy
 
         cupy.cuda.runtime.free(0)
-        status = _encode()(*arguments)
+        status = encode(*arguments)
     if status:
         raise KernelLaunchError(
             f"the driver cannot map a tensor of {sizes}, strides {strides}: error {status}"
         )
     return struct.unpack(f"@{TENSOR_MAP_WORDS}Q", ctypes.string_at(begin, 8 * TENSOR_MAP_WORDS))
-
-
-@functools.cache
-def _encode() -> Callable[..., int]:
-    """Not among what CuPy wraps. The driver is in the process already, under this name."""
-    encode: Callable[..., int] = ctypes.CDLL("libcuda.so.1").cuTensorMapEncodeTiled
-    pointer, number = ctypes.c_void_p, ctypes.c_uint
-    encode.argtypes = [pointer, number, number, pointer, *[pointer] * 4, *[number] * 4]  # type: ignore[attr-defined]
-    return encode

@@ -196,8 +196,9 @@ def page(operators: Sequence[Operator], result: dict[str, Any], pictures: Mappin
 def readme_section(operators: Sequence[Operator], result: dict[str, Any], pictures: Mapping[str, str]) -> str:
     """The pictures, and one table of the most telling cases."""
     intro = (
-        f"Times of a call on the GPU, those of a row in one process; all tables, and how they are measured: `{PAGE}`."
+        "Times of a call on the GPU, those of a row in one process; all tables, and how they are measured: "
     )
+    intro += f"`{PAGE}`."
     lines = []
     for operator in operators:
         for row in result.get(operator.section, ()):
