@@ -162,6 +162,7 @@ HEAD = """\
 #include "common.cuh"
 #include "cluster.cuh"
 #include "hopper.cuh"
+#include "experts/experts.cuh"
 struct TestArgs {
   u32* data;
   u32 count;
@@ -173,6 +174,11 @@ struct TestArgs {
   u32* words = reinterpret_cast<u32*>(memory + 1);                       \\
   if (threadIdx.x == 0) barrier.open(arrivals), fence_open_barriers();   \\
   __syncthreads(), cluster_arrive<2>(), cluster_wait<2>();
+// Matrices of both warps: the row of a thread, and the words that it stores.
+#define MATRICES(lanes)                                                  \\
+  __shared__ uint4 rows[64];                                             \\
+  const u32 t = threadIdx.x * 4, words[4] = {t, t + 1, t + 2, t + 3};    \\
+  uint4* row = rows + (threadIdx.x ^ (lanes));
 #define BODY(name) extern "C" __global__ void name(const __grid_constant__ TestArgs args)
 """
 WRONG = {
@@ -276,9 +282,27 @@ WRONG = {
         "OPEN(1) if (threadIdx.x == 0) barrier.expect_and_arrive(4), barrier.send(words, 0, 1);",
         "ends before copies of thread 0",
     ),
-    "a named barrier that some skip": (
-        "if (threadIdx.x < 31) sync_some<1, 32>();",
-        "deadlock: 31 threads of block 0 at a named barrier",
+    "matrices that some lanes do not store": (
+        "MATRICES(0) if (threadIdx.x != 3) store_matrices(row, words);",
+        "deadlock: 31 threads of block 0 at a warp's vote",
+    ),
+    "matrices that other lanes have stored": (
+        "MATRICES(1) store_matrices(row, words); args.data[threadIdx.x] = rows[threadIdx.x].x;",
+        "race",
+    ),
+    "matrices over what other lanes read": (
+        "MATRICES(1) store_matrices(row, words); __syncwarp(); args.data[threadIdx.x] = rows[threadIdx.x].x;"
+        " store_matrices(row, words);",
+        "race",
+    ),
+    "matrices past dynamic shared memory": (
+        "extern __shared__ uint4 memory[]; const u32 words[4] = {};"
+        " store_matrices(memory + threadIdx.x, words);",
+        ", of 256 planned",
+    ),
+    "matrices that nobody has stored": (
+        "MATRICES(0) u32 back[4]; load_matrices(back, row); args.data[0] = words[0];",
+        "nobody has written",
     ),
     "products without a fence": (
         "float sums[32][4] = {}; multiply_256<F16>(sums, 0, 0, 0);",
@@ -293,7 +317,8 @@ WRONG = {
 
 def launched(tmp_path: Path, body: str, seed: int = 0, arch: int = 90) -> str | None:
     """What is found in a kernel of 64 threads, with 64 words of data and of dynamic shared memory."""
-    for name in ("common.cuh", "convert.cuh", "cluster.cuh", "hopper.cuh"):
+    for name in ("common.cuh", "convert.cuh", "cluster.cuh", "hopper.cuh", "experts/experts.cuh"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text((sources.source_folder() / name).read_text())
     (tmp_path / "wrong.cu").write_text(f"{HEAD}BODY(wrong) {{\n {body}\n}}\n")
     with pytest.MonkeyPatch.context() as patch:
@@ -325,13 +350,22 @@ RIGHT = {
     "through an mbarrier": "OPEN(64) for (u32 i = 0; i < 3; ++i) {"
     " if (threadIdx.x < 48) words[threadIdx.x] = i;"
     " barrier.arrive(); barrier.wait(0); args.data[threadIdx.x] = words[47 - threadIdx.x % 48];"
-    " barrier.arrive(); barrier.wait(1); } sync_some<1, 64>(); if (threadIdx.x == 9) words[0] = 1;",
+    " barrier.arrive(); barrier.wait(1); } __syncthreads(); if (threadIdx.x == 9) words[0] = 1;",
     "what is sent": "OPEN(1) if (threadIdx.x == 0) barrier.expect_and_arrive(4), barrier.send(words, 0, 7);"
     " barrier.wait_for_cluster(0); args.data[threadIdx.x] = words[0] == 7 ? 1 : args.data[1 << 20];",
     "copies": "OPEN(64) if (threadIdx.x < 8) args.data[threadIdx.x] = 5; __syncthreads();"
     " copy_async_if(threadIdx.x == 0, memory + 1, args.data, true);"
     " copy_async_if(threadIdx.x == 1, memory + 2, args.data, false); barrier.arrive_with_copies();"
     " barrier.wait(0); args.data[threadIdx.x] = words[3] == 5 && words[4] == 0 ? 5 : args.data[1 << 20];",
+    # Word w of row l % 8 of matrix l / 8, which lies where lane l says, is of lane l % 8 * 4 + w.
+    "matrices": "MATRICES(5) store_matrices(row, words); __syncwarp();"
+    " const u32 lane = threadIdx.x % 32, first = (threadIdx.x - lane + lane % 8 * 4) * 4 + lane / 8;"
+    " const bool is_right = row->x == first && row->y == first + 4 && row->z == first + 8"
+    " && row->w == first + 12; args.data[threadIdx.x] = is_right ? 1 : args.data[1 << 20];",
+    "matrices there and back": "MATRICES(9) u32 back[4], wrong = 0;"
+    " store_matrices(row, words); __syncwarp(); load_matrices(back, row);"
+    " for (u32 i = 0; i < 4; ++i) wrong += back[i] != words[i];"
+    " args.data[threadIdx.x] = wrong == 0 ? 1 : args.data[1 << 20];",
     "shuffles": "const u32 all = warp_sum(threadIdx.x), expected = threadIdx.x < 32 ? 496 : 1520;"
     " args.data[threadIdx.x] = all == expected ? all : args.data[1 << 20];",
 }
@@ -383,6 +417,7 @@ def test_a_gpu_gives_the_same(operator: str) -> None:
 
 PLAIN = """
 #include "convert.cuh"
+#include "hopper.cuh"
 #include "align/align.cuh"
 struct PlainArgs { u32* results; u32 begin; };
 // What differs, of 2^16 values of fp16 and 2^24 of fp32 a launch.
@@ -398,6 +433,20 @@ extern "C" __global__ void compare(const __grid_constant__ PlainArgs args) {
   const u32 hash = bits * 2654435761u >> 20;
   for (u32 k = 0; k < 4; ++k) keep_equal_bit(lanes, hash, k), plain_keep_equal_bit(plain, hash, k);
   wrong |= (u32)(lanes != plain) << 4;
+#if __CUDA_ARCH__ >= 900
+  // Word w of row l % 8 of matrix l / 8 is what lane l % 8 * 4 + w has of it.
+  __shared__ uint4 rows[256];
+  const u32 lane = threadIdx.x % 32, words[4] = {hash, hash * 3 + lane, hash * 5 + 1, ~hash};
+  store_matrices(rows + threadIdx.x, words);
+  __syncwarp();
+  const u32* row = reinterpret_cast<const u32*>(rows + threadIdx.x);
+  for (u32 m = 0; m < 4; ++m) {
+    for (u32 w = 0; w < 4; ++w) {
+      const u32 theirs = __shfl_sync(kFullWarp, words[m], lane % 8 * 4 + w);
+      wrong |= (u32)(m == lane / 8 && row[w] != theirs) << 5;
+    }
+  }
+#endif
   if (wrong) atomicOr(args.results, wrong);
 }
 """
@@ -418,4 +467,4 @@ def test_plain_functions_do_what_ptx_does() -> None:
     wrong = cupy.zeros(1, dtype=cupy.uint32)
     for begin in range(0, 2**32, 2**24):
         compare((2**16,), (256,), (wrong, cupy.uint32(begin)))
-    assert int(wrong[0]) == 0, "1: fp16, 2: bf16, 4: from fp16, 8: lanes, 16: equal bits"
+    assert int(wrong[0]) == 0, "1: fp16, 2: bf16, 4: from fp16, 8: lanes, 16: equal bits, 32: matrices"

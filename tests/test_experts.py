@@ -446,8 +446,30 @@ def test_emulated_wgmma_with_blocks_of_experts(counts: list[int]) -> None:
 @needs_compiler
 @pytest.mark.parametrize("blocks", [16, 17, 18, 35])  # 8 twos of them are a group
 def test_emulated_wgmma_with_groups(blocks: int) -> None:
-    call = layer(blocks, tokens=blocks * 128 - 5, topk=1, experts=1, hidden=264, inner=8)
+    call = layer(
+        blocks, tokens=blocks * 128 - 5, topk=1, experts=1, hidden=520, inner=8
+    )  # 3 tiles of columns
     assert emulated_wgmma(of_experts(call, [blocks * 128 - 5]), blocks)
+
+
+@needs_compiler
+@pytest.mark.parametrize("experts", [33, 70, 1024])
+def test_emulated_wgmma_with_many_experts(experts: int) -> None:
+    """An expert is looked for among 32, then among its 32."""
+    counts = [0] * experts
+    for e, count in ((0, 3), (experts // 2, 130), (experts // 2 + 1, 1), (experts - 2, 2), (experts - 1, 70)):
+        counts[e] = count
+    call = layer(experts, tokens=sum(counts), topk=1, experts=experts, hidden=8, inner=8)
+    assert emulated_wgmma(of_experts(call, counts), experts)
+
+
+@needs_compiler
+def test_emulated_wgmma_with_experts_that_a_map_invents() -> None:
+    """More blocks of them than blocks of the grid, which clear their rows."""
+    counts = [70, 150, 3, 1, 65, 20]
+    call = of_experts(layer(9, tokens=sum(counts), topk=1, experts=2, hidden=24, inner=24), counts)
+    call.tensors["expert_map"] = torch.tensor([0, 5, 4, 3, 1, 2], dtype=torch.int32)
+    assert emulated_wgmma(call, 0)
 
 
 @needs_compiler

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import enum
 import re
+import subprocess
+from pathlib import Path
 from typing import Any
 
+import emulator
 import pytest
 from cache_helpers import Everything
 from gpus import H200
@@ -31,13 +34,15 @@ def without_comments(text: str) -> str:
 
 
 def fields_of(place: str) -> list[tuple[str, str]]:
-    """Type and name of each field of a struct, in order; pointers are all of one type."""
+    """Type, with `alignas`, and name of each field of a struct, in order; pointers are all of one type."""
     file, _, name = place.partition(":")
     body = re.search(rf"struct {name} \{{(.*?)\n\}};", without_comments(FILES[file]), re.DOTALL)
     assert body, f"no struct {place}"
     fields = []
     for declaration in filter(None, map(str.strip, body[1].split(";"))):
-        kind, names = re.fullmatch(r"((?:const )?\w+\*?)\s+(.*)", declaration, re.DOTALL).groups()  # type: ignore[union-attr]
+        kind, names = re.fullmatch(
+            r"((?:const |alignas\(\d+\) )?\w+\*?)\s+(.*)", declaration, re.DOTALL
+        ).groups()  # type: ignore[union-attr]
         for field in re.split(r",\s*", names):
             fields.append(("pointer" if kind.endswith("*") else kind, field))
     return fields
@@ -221,20 +226,28 @@ def constants_of(unit: str) -> dict[str, int]:
     return values
 
 
-def struct_bytes(unit: str, name: str) -> int:
-    """sizeof of a struct of words, barriers and arrays of them."""
-    barrier = re.search(r"struct Barrier \{(.*?);", FILES["hopper.cuh"], re.DOTALL)
-    assert barrier
-    assert barrier[1].split() == ["u64", "word"]
-    sizes, offset, alignment = {"u32": 4, "uint4": 16, "Barrier": 8}, 0, 1
+def struct_layout(unit: str, name: str) -> tuple[int, int]:
+    """sizeof and alignof of a struct of words, flags, barriers, other structs of its unit, and arrays."""
+    known = {"bool": (1, 1), "u32": (4, 4), "Barrier": (8, 8), "uint4": (16, 16)}
+    offset, alignment = 0, 1
     for kind, field in fields_of(f"experts/{unit}.cu:{name}"):
-        offset = base.round_up(offset, sizes[kind])
-        alignment = max(alignment, sizes[kind])
+        aligned = re.fullmatch(r"(?:alignas\((\d+)\) )?(\w+)", kind)
+        assert aligned, kind
+        size, align = known.get(aligned[2]) or struct_layout(unit, aligned[2])
+        align = max(align, int(aligned[1] or 1))
         count = 1
         for length in re.findall(r"\[(.*?)\]", field):
             count *= int(eval(length.replace("/", "//"), {}, constants_of(unit)))
-        offset += sizes[kind] * count
-    return base.round_up(offset, alignment)
+        offset = base.round_up(offset, align) + size * count
+        alignment = max(alignment, align)
+    return base.round_up(offset, alignment), alignment
+
+
+def struct_bytes(unit: str, name: str) -> int:
+    barrier = re.search(r"struct Barrier \{(.*?);", FILES["hopper.cuh"], re.DOTALL)
+    assert barrier
+    assert barrier[1].split() == ["u64", "word"]
+    return struct_layout(unit, name)[0]
 
 
 def experts_plan(kernel: str, num_pairs: int = 100, intermediate: int = 768, gated: bool = True) -> Any:
@@ -248,26 +261,63 @@ def test_wgmma_has_the_shared_memory_that_it_lays_out() -> None:
     source = FILES["experts/experts_wgmma.cu"]
     assert "Shared& shared = *reinterpret_cast<Shared*>(stages + kStages * kStageBytes);" in source
     assert "(misaligned ? 1024 - misaligned : 0)" in source
-    # What the driver gives lies at a multiple of 16.
-    needed = 1024 - 16 + sizes["kStages"] * sizes["kStageBytes"] + struct_bytes("experts_wgmma", "Shared")
+    expected = 1024 + sizes["kStages"] * sizes["kStageBytes"] + struct_bytes("experts_wgmma", "Shared")
     for gated in (True, False):
         for launch in experts_plan("wgmma", gated=gated).products:
-            assert needed <= launch.shared_bytes <= needed + 256
+            assert launch.shared_bytes == expected
+            assert launch.block == sizes["kThreads"]
+
+
+@pytest.mark.skipif(bool(emulator.compiler()), reason=str(emulator.compiler()))
+@pytest.mark.parametrize(
+    ("unit", "names"), [("experts_wgmma", ("Job", "Shared")), ("experts_direct", ("Groups",))]
+)
+def test_a_compiler_lays_shared_memory_out_the_same(
+    unit: str, names: tuple[str, ...], tmp_path: Path
+) -> None:
+    lines = [f'#include "experts/{unit}.cu"']
+    for name in names:
+        size, alignment = struct_layout(unit, name)
+        lines.append(f"static_assert(sizeof({name}) == {size} && alignof({name}) == {alignment});")
+    if unit == "experts_wgmma":  # cp.async writes 16 bytes
+        lines.append("static_assert(offsetof(Shared, pairs) % 16 == 0);")
+    (tmp_path / "sizes.cpp").write_text("#include <cstddef>\n" + "\n".join(lines))
+    options = "-std=c++17", "-w", "-fsyntax-only", "-D__CUDA_ARCH__=900"
+    include = "-include", emulator.HERE / "cuda.hpp", "-I", FOLDER
+    subprocess.run([emulator.COMPILER, *options, *include, tmp_path / "sizes.cpp"], check=True)
 
 
 def test_wgmma_is_consistent_in_itself() -> None:
     """What one of its constants says that follows from others."""
     sizes = constants_of("experts_wgmma")
     assert sizes["kWeightRows"] == 2 * sizes["kBoxRows"]  # each block of a cluster loads a box for both
-    assert sizes["kThreads"] == sizes["kLoaders"] + sizes["kTileRows"] // 64 * 128  # a warpgroup for 64 rows
-    # A stage is of one tile; besides, one is written yet, and one gets its pairs before it waits for a stage.
-    assert sizes["kRing"] >= sizes["kStages"] + 2
-    given, taken = (
-        formula("experts/experts_wgmma.cu", rf"{verb}_registers<(\d+)>\(\)") for verb in ("give_back", "take")
-    )
     others = sizes["kThreads"] - sizes["kLoaders"]
-    assert sizes["kLoaders"] * int(given) + others * int(taken) <= 65_536
-    assert "sync_some<1, kLoaders>();" in FILES["experts/experts_wgmma.cu"]
+    assert others == sizes["kTileRows"] // 64 * 128  # a warpgroup for 64 rows
+    assert sizes["kProductWarps"] == others // base.WARP
+    assert sizes["kWriteRows"] == sizes["kTileRows"] // sizes["kProductWarps"] == 16  # as wgmma has them
+    # Each loader has chunks of as many rows, and eight rows at once keep their swizzle.
+    assert sizes["kTileRows"] % (sizes["kLoaders"] // sizes["kChunks"]) == 0
+    assert sizes["kLoaders"] // sizes["kChunks"] % 8 == 0
+    # The place of the next tile is told while a tile is loaded, which is before that one is done.
+    assert sizes["kRing"] >= 2
+    assert sizes["kTileRows"] == base.WARP * 4  # a warp copies the pairs of a tile, 16 bytes a lane
+    assert sizes["kMaxLocalExperts"] <= base.WARP * base.WARP  # it finds an expert in two votes
+    # Roles get registers of those that the block was launched with, or one of them would wait for ever.
+    source = FILES["experts/experts_wgmma.cu"]
+    roles = formula("experts/experts_wgmma.cu", r"  if \(threadIdx\.x >= kLoaders\) \{\n(.*?)\n  \}\n")
+    others_take, loaders_give = (
+        r"take_registers<(\d+)>\(\);\s+multiply<",
+        r"give_back_registers<(\d+)>\(\);\s+load<",
+    )
+    found = re.fullmatch(rf"\s+{others_take}.* else \{{\s+{loaders_give}.*", roles, re.DOTALL)
+    assert found
+    taken, given = map(int, found.groups())
+    assert source.count("_registers<") == 2
+    launched = 65_536 // sizes["kThreads"] // 8 * 8
+    assert given % 8 == taken % 8 == 0
+    assert given < launched < taken
+    assert sizes["kLoaders"] * given + others * taken <= sizes["kThreads"] * launched
+    assert sizes["kLoaders"] % 128 == others % 128 == 0  # by whole warpgroups
 
 
 def test_direct_has_the_shared_memory_that_it_lays_out() -> None:

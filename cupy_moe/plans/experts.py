@@ -150,10 +150,12 @@ def _plan_wgmma(kinds: tuple[str, str], element: str, limits: DeviceLimits) -> E
     clusters = limits.max_clusters("experts_wgmma", f"experts_wgmma_plain_{element}", 2)
     if not clusters:
         return None
-    # The stages, what aligns them, and sizeof(Shared), rounded up
+    # The stages, what aligns them, and sizeof(Shared): what is written, barriers, jobs, experts, and 34 words
     shared_bytes = WGMMA_STAGES * (WGMMA_ROWS + WGMMA_WEIGHT_ROWS) * ROW_BYTES + 1024
     shared_bytes += WGMMA_PRODUCT_WARPS * WGMMA_WRITE_ROWS * ROW_BYTES
-    shared_bytes += 4 * (WGMMA_RING * (WGMMA_ROWS + 10) + 3 * MAX_LOCAL_EXPERTS + 64 + 4 * WGMMA_STAGES)
+    barriers = 2 * WGMMA_STAGES + 3 * WGMMA_RING
+    words = 2 * barriers + WGMMA_RING * (WGMMA_ROWS + 4) + 3 * MAX_LOCAL_EXPERTS + 34
+    shared_bytes += round_up(4 * words, 16)
 
     def launch(kind: str) -> LaunchPlan:
         entry = f"experts_wgmma_{kind}_{element}"

@@ -78,7 +78,6 @@ void barrier_arrive_in(void* barrier, unsigned rank);
 void barrier_arrive_with_copies(void* barrier);
 void barrier_send(void* barrier, void* mine, unsigned rank, unsigned value);
 void barrier_wait(void* barrier, unsigned parity, bool of_cluster, int line);
-void named_barrier(unsigned id, unsigned num_threads, int line);
 void copy_box(void* shared, const unsigned long long* map, void* barrier, const unsigned* at, bool to_both);
 void begin_products();
 void multiply_256(float* sums, unsigned a, unsigned b, unsigned adds, float (*to_float)(unsigned short), int line);

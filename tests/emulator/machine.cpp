@@ -1,6 +1,7 @@
 // Runs the blocks of a launch, one cluster after another in random order, and watches every access to memory.
 //
 // Threads of CUDA are fibers, which only give way where they wait, or at random in atomics; a seed decides who is next.
+// In some blocks, one of them comes last wherever others can go on.
 // A block runs on a thread of the operating system of its own, of which one at a time has the baton, so that shared
 // memory can be what C++ calls thread-local. Kernels are compiled with -fsanitize=thread, and the calls that the
 // compiler then puts before every access are answered here. What is found:
@@ -16,8 +17,8 @@
 //   - copies into what products still read, products of what copies have yet to bring, and those without a fence.
 //
 // Copies (cp.async, boxes, st.async) are made some time after they are asked for, the latest when nothing else can run,
-// and products (wgmma) when they are waited for. What mbarriers and named barriers order is not followed from thread to
-// thread: the end of a phase counts as a barrier of the block, so that of races around them only some are found.
+// and products (wgmma) when they are waited for. What mbarriers order is not followed from thread to thread: the
+// end of a phase counts as a barrier of the block, so that of races around them only some are found.
 //
 // The first finding ends the launch.
 #include <link.h>
@@ -135,10 +136,9 @@ struct Stacks {
 
 struct Block;
 
-enum State { kReady, kAtBarrier, kAtCollective, kAtClusterBarrier, kAtInbox, kAtNamedBarrier, kAtPhase, kDone };
+enum State { kReady, kAtBarrier, kAtCollective, kAtClusterBarrier, kAtInbox, kAtPhase, kDone };
 const char* const kStates[] = {"ready", "at __syncthreads", "at a warp's vote, shuffle or barrier",
-                               "at the cluster's barrier", "at its inbox", "at a named barrier",
-                               "at an mbarrier", "done"};
+                               "at the cluster's barrier", "at its inbox", "at an mbarrier", "done"};
 
 struct Copy {
   char* to;
@@ -158,7 +158,7 @@ struct Thread {
   bool has_mail = false;         // has waited for what others send
   std::vector<std::vector<Copy>> copies{1};  // asked for, by group; the last group is open
   unsigned cluster_arrivals = 0;
-  size_t waits_for = 0;     // the named barrier, or where the mbarrier lies
+  size_t waits_for = 0;     // where the mbarrier lies
   bool has_fenced = false;  // since it waited, for its products
 };
 
@@ -215,13 +215,13 @@ struct Block {
   std::vector<Thread> threads;
   std::vector<Warp> warps;
   std::vector<unsigned> ready;
+  unsigned slow = ~0u;  // a thread that goes on when no other does, mostly
   void* scheduler = nullptr;
   char *shared = nullptr, *dynamic = nullptr;  // all that is thread-local here, and `memory` in it
   std::vector<Record> writes, reads, atomics;
   const void* inbox_address = nullptr;
   Inbox inbox;
   std::map<size_t, Phases> phases;  // by where the barrier lies
-  unsigned at_named_barrier[16] = {};
   std::condition_variable turn;
 };
 
@@ -634,6 +634,7 @@ void start(Block& block) {
   block.threads.resize(launch->block);
   block.warps.resize((launch->block + kWarp - 1) / kWarp);
   block.live = launch->block;
+  if (below(2) == 0) block.slow = below(launch->block);
   for (unsigned i = 0; i < launch->block; ++i) {
     Thread& thread = block.threads[i];
     thread.block = &block;
@@ -704,7 +705,16 @@ void run(Block& block) {
       pass(block, lock);
       continue;
     }
-    const unsigned place = below(unsigned(block.ready.size()));
+    unsigned place = below(unsigned(block.ready.size()));
+    if (block.ready[place] == block.slow) {
+      if (block.ready.size() > 1) {
+        place = (place + 1) % unsigned(block.ready.size());
+      } else if (below(8) != 0) {
+        if (!launch->events.empty()) deliver();
+        else pass(block, lock);
+        continue;
+      }
+    }
     std::swap(block.ready[place], block.ready.back());
     current = &block.threads[block.ready.back()];
     block.ready.pop_back();
@@ -1046,20 +1056,6 @@ void barrier_wait(void* barrier, unsigned parity, bool of_cluster, int line) {
   known = phase + 1;
   if (phases.mail == phase && !of_cluster) fail("waits for what another block has sent as if it were its own");
   current->has_fenced = false;
-}
-
-void named_barrier(unsigned id, unsigned num_threads, int line) {
-  Block& block = *current->block;
-  if (++block.at_named_barrier[id] < num_threads) {
-    current->waits_for = id;
-    wait_as(kAtNamedBarrier, line);
-    return;
-  }
-  block.at_named_barrier[id] = 0;
-  ++block.epoch;
-  for (Thread& thread : block.threads) {
-    if (thread.state == kAtNamedBarrier && thread.waits_for == id) wake(thread);
-  }
 }
 
 // As the host packs it for us.
