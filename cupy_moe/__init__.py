@@ -28,11 +28,26 @@ if TYPE_CHECKING:
     from .operators.gate import topk_sigmoid as topk_sigmoid
     from .operators.gate import topk_softmax as topk_softmax
     from .operators.moe_sum import moe_sum as moe_sum
+    from .operators.quantize import Quantized as Quantized
+    from .operators.quantize import per_token_group_quant_fp8 as per_token_group_quant_fp8
+    from .operators.quantize import per_token_quant_fp8 as per_token_quant_fp8
+    from .operators.quantize import (
+        silu_and_mul_per_token_group_quant_fp8 as silu_and_mul_per_token_group_quant_fp8,
+    )
+    from .quantization import Quantization as Quantization
+    from .repacking import repack_awq as repack_awq
+    from .repacking import repack_gptq as repack_gptq
 
 _MODULES = {
     "operators.align": ("MoEAlignment", "aligned_sizes", "moe_align_block_size"),
     "operators.align_batched": ("batched_moe_align_block_size",),
     "operators.moe_sum": ("moe_sum",),
+    "operators.quantize": (
+        "Quantized",
+        "per_token_group_quant_fp8",
+        "per_token_quant_fp8",
+        "silu_and_mul_per_token_group_quant_fp8",
+    ),
     "errors": (
         "CompileError",
         "ConfigError",
@@ -44,6 +59,8 @@ _MODULES = {
     ),
     "operators.experts": ("experts_workspace_bytes", "fused_experts", "fused_moe"),
     "operators.gate": ("TopK", "grouped_topk", "topk_sigmoid", "topk_softmax"),
+    "quantization": ("Quantization",),
+    "repacking": ("repack_awq", "repack_gptq"),
     "cuda.modules": ("warmup",),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}

@@ -34,6 +34,18 @@ __device__ __forceinline__ u32 lanes_below() {
 #endif
 }
 
+// 1 / x rounded to nearest, for x from 2^-126 to 2^125; __frcp_rn does the same once it has looked whether x is there.
+__device__ __forceinline__ float plain_inverse(float x) { return __fdiv_rn(1.0f, x); }
+__device__ __forceinline__ float inverse(float x) {
+#if EMULATED
+  return plain_inverse(x);
+#else
+  float nearly;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(nearly) : "f"(x));
+  return fmaf(nearly, -fmaf(x, nearly, -1.0f), nearly);
+#endif
+}
+
 // Division of any value below 2^31 by a divisor known at launch: a multiplication and a shift.
 // The host computes magic = floor(2^(31 + shift) / divisor) + 1 with shift = ceil(log2(divisor)).
 struct Divisor {

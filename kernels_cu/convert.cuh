@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// fp32, fp16 and bf16 in memory <-> float in registers, without the headers of CUDA.
+// fp32, fp16 and bf16 in memory <-> float in registers, and float to fp8, without the headers of CUDA.
 #pragma once
 #include "common.cuh"
 
@@ -42,7 +42,7 @@ __device__ __forceinline__ u16 plain_float_to_bf16(float value) {
 }
 
 struct F16 {
-  static constexpr u32 kBytes = 2, kPerWord = 2;
+  static constexpr u32 kBytes = 2, kPerWord = 2, kExponentBits = 5;
   using Bits = u16;
   static __device__ __forceinline__ float to_float(Bits bits) {
 #if EMULATED
@@ -72,7 +72,7 @@ struct F16 {
 };
 
 struct BF16 {
-  static constexpr u32 kBytes = 2, kPerWord = 2;
+  static constexpr u32 kBytes = 2, kPerWord = 2, kExponentBits = 8;
   using Bits = u16;
   static __device__ __forceinline__ float to_float(Bits bits) { return __uint_as_float((u32)bits << 16); }
   static __device__ __forceinline__ Bits from_float(float value) {
@@ -98,3 +98,27 @@ struct BF16 {
 #endif
   }
 };
+
+// To nearest, ties to even; what is larger than 448, the largest number of e4m3, becomes 448, and NaN is 0x7f.
+__device__ __forceinline__ u8 plain_float_to_e4m3(float value) {
+  const u32 word = __float_as_uint(value), magnitude = word & 0x7fffffffu, sign = word >> 24 & 0x80u;
+  if (magnitude > 0x7f800000u) return 0x7fu;          // NaN
+  if (magnitude >= 0x43e00000u) return sign | 0x7eu;  // 448 and more
+  if (magnitude < 0x3c800000u) {                      // subnormal in e4m3: adding 2^14 rounds at the right bit
+    return sign | (__float_as_uint(__fadd_rn(__uint_as_float(magnitude), 16384.0f)) - __float_as_uint(16384.0f));
+  }
+  const u32 rounded = magnitude + 0x7ffffu + (magnitude >> 20 & 1);
+  return sign | (rounded - (120u << 23)) >> 20;
+}
+
+// Two floats as e4m3, the first one in the lower byte.
+__device__ __forceinline__ u32 pack_e4m3(float first, float second) {
+#if !EMULATED && \
+    (__CUDA_ARCH__ >= 900 || (__CUDA_ARCH__ == 890 && (__CUDACC_VER_MAJOR__ > 12 || __CUDACC_VER_MINOR__ > 0)))
+  u16 pair;  // NVRTC 12.0 has this for sm_90 alone
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(second), "f"(first));
+  return pair;
+#else
+  return (u32)plain_float_to_e4m3(first) | (u32)plain_float_to_e4m3(second) << 8;
+#endif
+}

@@ -30,6 +30,7 @@ FIRST = (
     "align_batched",
     "gate",
     "moe_sum",
+    "quantize",
     "launch",
     "tensor_map",
     "arguments",
@@ -54,7 +55,9 @@ GATE, WARP, WIDE = "kernels_cu/gate/gate.cuh", "kernels_cu/gate/gate_warp.cu", "
 SUM, COMMON, CONVERT = "kernels_cu/moe_sum/moe_sum.cu", "kernels_cu/common.cuh", "kernels_cu/convert.cuh"
 EXPERTS, MMA = "kernels_cu/experts/experts.cuh", "kernels_cu/experts/experts_mma.cu"
 DIRECT, WGMMA = "kernels_cu/experts/experts_direct.cu", "kernels_cu/experts/experts_wgmma.cu"
+SWAPPED = "kernels_cu/experts/swapped.cuh"
 HOPPER = "kernels_cu/hopper.cuh"
+QUANTIZE, PLAN_QUANTIZE = "kernels_cu/quantize/quantize.cu", "cupy_moe/plans/quantize.py"
 PLAN, PLAN_GATE, PLAN_SUM = "cupy_moe/plans/align.py", "cupy_moe/plans/gate.py", "cupy_moe/plans/moe_sum.py"
 PLAN_EXPERTS = "cupy_moe/plans/experts.py"
 LAUNCH, MAP = "cupy_moe/cuda/launch.py", "cupy_moe/cuda/tensor_map.py"
@@ -129,6 +132,23 @@ MUTANTS = [
     Mutant("the map's modes change places", OPERATOR, "NO_MAP, MAP_BLOCKS, MAP_IDS = range(3)", "NO_MAP, MAP_IDS, MAP_BLOCKS = range(3)"),
     Mutant("pointers change places", OPERATOR, "            for launch in launches:\n                launch(ids, a, b, c)\n    except", "            for launch in launches:\n                launch(ids, b, a, c)\n    except"),
     Mutant("the words of an id are its bytes", "cupy_moe/operators/moe_sum.py", "words_per_id=id_bytes // 4,", "words_per_id=id_bytes // 8 or 1,"),
+    # quantising
+    Mutant("ties of e4m3 go up", CONVERT, "magnitude + 0x7ffffu + (magnitude >> 20 & 1)", "magnitude + 0x80000u"),
+    Mutant("e4m3 has no subnormal numbers", CONVERT, "if (magnitude < 0x3c800000u) {", "if (magnitude < 0x3c800000u) return sign;\n  if (magnitude < 0x3c800000u) {"),
+    Mutant("NaN becomes 448", CONVERT, "if (magnitude > 0x7f800000u) return 0x7fu;          // NaN\n", ""),
+    Mutant("two codes change places", CONVERT, "(u32)plain_float_to_e4m3(first) | (u32)plain_float_to_e4m3(second) << 8", "(u32)plain_float_to_e4m3(second) | (u32)plain_float_to_e4m3(first) << 8"),
+    Mutant("infinity counts for the scale", QUANTIZE, "if (largest <= kLargestFinite) return largest;", "return largest;"),
+    Mutant("the largest of half a group", QUANTIZE, "if (bit < lane_bits) value", "if (bit + 1 < lane_bits) value"),
+    Mutant("a scale that is a power of two gets another one", QUANTIZE, "+ 0x7fffffu) & 0x7f800000u", "+ 0x800000u) & 0x7f800000u"),
+    Mutant("the first padding id is a pair", QUANTIZE, "return id < args.num_pairs ?", "return id <= args.num_pairs ?"),
+    Mutant("quotients are rounded twice", QUANTIZE, "const float scale = __fdiv_rn(fmaxf(largest, args.eps), kLargest);", "const float scale = __fmul_rn(fmaxf(largest, args.eps), 1 / kLargest);"),
+    Mutant("one unit too many is quantised", QUANTIZE, "const bool exists = unit < args.num_units;", "const bool exists = unit <= args.num_units;"),
+    Mutant("no barrier before the largest of all warps", QUANTIZE, "of_warps[warp_id()] = value;\n  __syncthreads();", "of_warps[warp_id()] = value;"),
+    Mutant("further rounds do not count for the scale", QUANTIZE, "      largest = fmaxf(largest, largest_magnitude(values));\n", ""),
+    Mutant("the up of the next chunk", QUANTIZE, "address + (i64)args.hidden * Element::kBytes, count, ups", "address + ((i64)args.hidden - 1) * Element::kBytes, count, ups"),
+    Mutant("a fused step of the polynomial", QUANTIZE, "y = __fadd_rn(__fmul_rn(f, y), 0.24024099f);", "y = fmaf(f, y, 0.24024099f);"),
+    Mutant("a lane too few for a group that is no power of 2", PLAN_QUANTIZE, "max(0, chunks - 1).bit_length()", "chunks.bit_length() - 1 if chunks else 0"),
+    Mutant("a block too few for the units", PLAN_QUANTIZE, "ceil_div(num_units, threads), threads", "num_units // threads or 1, threads"),
     # the experts
     Mutant("copies are taken for done a step early", MMA, "wait_copies<Tile::kStages - 2>();", "wait_copies<Tile::kStages - 1>();"),
     Mutant("no barrier between steps", MMA, "    __syncthreads();  // all have waited", "    // all have waited"),
@@ -153,15 +173,15 @@ MUTANTS = [
     Mutant("an up that is NaN is no more than the limit", EXPERTS, "up = up > limit ? limit : up < -limit ? -limit : up;", "up = fminf(fmaxf(up, -limit), limit);"),
     Mutant("the square of NaN is 0", EXPERTS, "return x < 0 ? 0.0f : x * x;", "return x > 0 ? x * x : 0.0f;"),
     # direct
-    Mutant("pairs beyond the eighth of an expert have no group", DIRECT, "rank % kGroupPairs == 0;", "rank == 0;"),
-    Mutant("a second group has the pairs of the first", DIRECT, "if (rank % kGroupPairs == 0) leader = other;", "if (rank == 0) leader = other;"),
-    Mutant("groups of a warp are put over those of the first", DIRECT, "if (warp < warp_id()) index +=", "if (warp > 0 && warp < warp_id()) index +="),
-    Mutant("no barrier before ranks are counted", DIRECT, "[pair % kGroupPairs] = kNobody;\n  __syncthreads();", "[pair % kGroupPairs] = kNobody;"),
-    Mutant("no barrier before pairs join their groups", DIRECT, "groups.count = index + leads;\n  __syncthreads();", "groups.count = index + leads;"),
-    Mutant("no barrier before groups are numbered", DIRECT, "groups.leaders[warp_id()] = __popc(leaders);\n  __syncthreads();", "groups.leaders[warp_id()] = __popc(leaders);"),
-    Mutant("what a group has no pair for is left as it is", DIRECT, "for (u32 i = 0; i < kGroupPairs; ++i)\n    groups.pairs", "for (u32 i = 1; i < kGroupPairs; ++i)\n    groups.pairs"),
-    Mutant("the upper word of an id is not looked at, direct", DIRECT, "words[args.words_per_id - 1] != 0 && args.words_per_id == 2", "false", "the sum leaves such slots out"),
-    Mutant("an expert that a map invents is taken", DIRECT, "return expert < args.num_experts ? expert : kNobody;", "return expert;"),
+    Mutant("pairs beyond the eighth of an expert have no group", SWAPPED, "rank % kGroupPairs == 0;", "rank == 0;"),
+    Mutant("a second group has the pairs of the first", SWAPPED, "if (rank % kGroupPairs == 0) leader = other;", "if (rank == 0) leader = other;"),
+    Mutant("groups of a warp are put over those of the first", SWAPPED, "if (warp < warp_id()) index +=", "if (warp > 0 && warp < warp_id()) index +="),
+    Mutant("no barrier before ranks are counted", SWAPPED, "[pair % kGroupPairs] = kNobody;\n  __syncthreads();", "[pair % kGroupPairs] = kNobody;"),
+    Mutant("no barrier before pairs join their groups", SWAPPED, "groups.count = index + leads;\n  __syncthreads();", "groups.count = index + leads;"),
+    Mutant("no barrier before groups are numbered", SWAPPED, "groups.leaders[warp_id()] = __popc(leaders);\n  __syncthreads();", "groups.leaders[warp_id()] = __popc(leaders);"),
+    Mutant("what a group has no pair for is left as it is", SWAPPED, "for (u32 i = 0; i < kGroupPairs; ++i)\n    groups.pairs", "for (u32 i = 1; i < kGroupPairs; ++i)\n    groups.pairs"),
+    Mutant("the upper word of an id is not looked at, direct", SWAPPED, "words[args.words_per_id - 1] != 0 && args.words_per_id == 2", "false", "the sum leaves such slots out"),
+    Mutant("an expert that a map invents is taken", SWAPPED, "return expert < args.num_experts ? expert : kNobody;", "return expert;"),
     Mutant("chunks past the depth are read", DIRECT, "const bool is_within = step * kDepth + my_chunk * 8 < args.depth;", "const bool is_within = true;"),
     Mutant("rows of weights past the last are read", DIRECT, "const bool exists = first_column() + Tile::column(r) < args.num_columns;", "const bool exists = true;"),
     Mutant("copies are taken for done a step early, direct", DIRECT, "wait_copies<kStages - 2>();", "wait_copies<kStages - 1>();"),
@@ -171,12 +191,12 @@ MUTANTS = [
     Mutant("the rows of GEMM 2 are asked for in other stages", DIRECT, "Stream<Tile> late = done;", "Stream<Tile> late = stream;"),
     Mutant("blocks take every tile", DIRECT, "        place += gridDim.x;\n        begin();", "        place += 1;\n        begin();"),
     Mutant("rows of unknown experts are left as they are, direct", DIRECT, "    clear_unknown(args, groups);\n", ""),
-    Mutant("the bias of the upper rows for the lower ones", DIRECT, "bias[Tile::weight_row(args, first_column, r + half * 8)]", "bias[Tile::weight_row(args, first_column, r)]"),
-    Mutant("the bias of another expert", DIRECT, "groups.experts[group] * args.bias_stride", "group * args.bias_stride"),
-    Mutant("the router weight for half of the rows", DIRECT, "        sums[i + 2] *= weight;\n", ""),
-    Mutant("odd lanes write a column to the right", DIRECT, "Tile::column(r + half * 8) - is_odd;", "Tile::column(r + half * 8);"),
-    Mutant("odd lanes write their columns the other way round", DIRECT, "{is_odd ? taken : first, is_odd ? second : taken}", "{is_odd ? second : first, taken}"),
-    Mutant("lanes get what they have themselves", DIRECT, "__shfl_xor_sync(kFullWarp, is_odd ? first : second, 4)", "__shfl_xor_sync(kFullWarp, is_odd ? second : first, 4)"),
+    Mutant("the bias of the upper rows for the lower ones", SWAPPED, "bias[Tile::weight_row(args, first_column, r + half * 8)]", "bias[Tile::weight_row(args, first_column, r)]"),
+    Mutant("the bias of another expert", SWAPPED, "expert * args.bias_stride;", "0 * args.bias_stride;"),
+    Mutant("the router weight for half of the rows", SWAPPED, "      sums[i + 2] *= weight;\n", ""),
+    Mutant("odd lanes write a column to the right", SWAPPED, "Tile::column(r + half * 8) - is_odd;", "Tile::column(r + half * 8);"),
+    Mutant("odd lanes write their columns the other way round", SWAPPED, "{is_odd ? taken : first, is_odd ? second : taken}", "{is_odd ? second : first, taken}"),
+    Mutant("lanes get what they have themselves", SWAPPED, "__shfl_xor_sync(kFullWarp, is_odd ? first : second, 4)", "__shfl_xor_sync(kFullWarp, is_odd ? second : first, 4)"),
     # wgmma: stages
     Mutant("stages are taken for empty before they are", WGMMA, "      shared.empty[turn.index].wait(turn.parity ^ 1);\n", ""),
     Mutant("the parity of empty stages is that of full ones", WGMMA, "shared.empty[turn.index].wait(turn.parity ^ 1);", "shared.empty[turn.index].wait(turn.parity);"),
@@ -295,7 +315,7 @@ MUTANTS = [
     Mutant("wgmma's struct has no room for what follows pairs", PLAN_EXPERTS, "WGMMA_RING * (WGMMA_ROWS + 4)", "WGMMA_RING * WGMMA_ROWS"),
     Mutant("wgmma's struct has no room for barriers", PLAN_EXPERTS, "2 * WGMMA_STAGES + 3 * WGMMA_RING", "2 * WGMMA_STAGES"),
     Mutant("wgmma's struct has a field more", WGMMA, "  u32 begins[kMaxLocalExperts], ends[kMaxLocalExperts];", "  u32 begins[kMaxLocalExperts], ends[kMaxLocalExperts], more[kMaxLocalExperts];"),
-    Mutant("groups take more than is left for them", DIRECT, "  u32 pairs[kMaxPairs][kGroupPairs];", "  u32 pairs[kMaxPairs][kGroupPairs + 3];"),
+    Mutant("groups take more than is left for them", SWAPPED, "  u32 pairs[kMaxPairs][kGroupPairs];", "  u32 pairs[kMaxPairs][kGroupPairs + 3];"),
     Mutant("a launch attribute where another belongs", LAUNCH, '"@I4xi60x", 6, 1', '"@I4xi60x", 5, 1'),
     Mutant("overlapping on devices that do not know it", LAUNCH, "if overlaps and modules.can_overlap(device, unit):", "if overlaps:"),
     Mutant("overlapping where graphs cannot capture it", "cupy_moe/cuda/modules.py", ">= _OVERLAP_IN_GRAPHS", ">= 0"),

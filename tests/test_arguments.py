@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from operator_cases import IDS, LOGITS, all_cases
+from operator_cases import IDS, LOGITS, all_cases, comparable
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -37,7 +37,8 @@ every_tensor = pytest.mark.parametrize(
 
 
 def equal(results: Any, expected: Any) -> bool:
-    return all(torch.equal(a.as_subclass(torch.Tensor), b) for a, b in zip(results, expected, strict=True))
+    pairs = zip(map(comparable, results), expected, strict=True)
+    return all(torch.equal(a.as_subclass(torch.Tensor), b) for a, b in pairs)
 
 
 def test_every_operator_has_a_case() -> None:
@@ -48,6 +49,8 @@ def test_every_operator_has_a_case() -> None:
         aligned_sizes,
         cupy_moe.experts_workspace_bytes,
         cupy_moe.fused_moe,  # two of the others
+        cupy_moe.repack_awq,
+        cupy_moe.repack_gptq,
         cupy_moe.warmup,
     }
 
@@ -319,18 +322,27 @@ INTS = {
     "softmax": ("topk",),
     "sigmoid": ("topk",),
     "grouped": ("topk", "num_expert_group", "topk_group"),
+    "quantize": ("group_size", "topk"),
+    "quantize_rows": ("topk",),
+    "quantize_silu": ("group_size", "topk"),
 }
 FLOATS = {
     "sum": ("routed_scaling_factor",),
     "softmax": ("routed_scaling_factor", "softcap"),
     "sigmoid": ("routed_scaling_factor", "softcap"),
     "grouped": ("routed_scaling_factor",),
+    "quantize": ("eps",),
+    "quantize_rows": ("eps",),
+    "quantize_silu": ("eps",),
 }
 BOOLS = {
     "align": ("pad_sorted_ids", "ignore_invalid_experts"),
     "softmax": ("renormalize",),
     "sigmoid": ("renormalize",),
     "grouped": ("renormalize",),
+    "quantize": ("column_major_scales", "scales_power_of_2"),
+    "quantize_rows": ("scales_power_of_2",),
+    "quantize_silu": ("column_major_scales", "scales_power_of_2"),
 }
 
 

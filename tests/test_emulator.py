@@ -24,7 +24,7 @@ from cupy_moe.plans.gate import GATE_KERNELS
 pytestmark = pytest.mark.skipif(bool(emulator.compiler()), reason=str(emulator.compiler()))
 
 DEVICES = {75: gpus.T4, 80: gpus.A100, 89: gpus.RTX4090, 90: gpus.H200, 120: gpus.RTX5090}
-SEEDS = {"align": 24, "align_batched": 40, "moe_sum": 60, "gate": 50}
+SEEDS = {"align": 24, "align_batched": 40, "moe_sum": 60, "gate": 50, "quantize": 120}
 
 
 def run(device: Emulator, call: cases.Call, kernel: str | None, what: str) -> bool:
@@ -447,6 +447,10 @@ extern "C" __global__ void compare(const __grid_constant__ PlainArgs args) {
     }
   }
 #endif
+  const u32 pair = (u32)plain_float_to_e4m3(value) | (u32)plain_float_to_e4m3(-value) << 8;
+  wrong |= (u32)(pack_e4m3(value, -value) != pair) << 6;
+  const bool in_range = bits >= 1u << 23 && bits <= 252u << 23;  // 2^-126 to 2^125
+  wrong |= (u32)(in_range && inverse(value) != plain_inverse(value)) << 7;
   if (wrong) atomicOr(args.results, wrong);
 }
 """
@@ -467,4 +471,6 @@ def test_plain_functions_do_what_ptx_does() -> None:
     wrong = cupy.zeros(1, dtype=cupy.uint32)
     for begin in range(0, 2**32, 2**24):
         compare((2**16,), (256,), (wrong, cupy.uint32(begin)))
-    assert int(wrong[0]) == 0, "1: fp16, 2: bf16, 4: from fp16, 8: lanes, 16: equal bits, 32: matrices"
+    assert int(wrong[0]) == 0, (
+        "1: fp16, 2: bf16, 4: from fp16, 8: lanes, 16: equal bits, 32: matrices, 64: fp8, 128: 1 / x"
+    )

@@ -135,7 +135,7 @@ def test_wheel_with_every_kernel_is_small_and_compiles_nothing(
     copytree(everything.folder / "v1", checkout / "cache" / "v1")
     wheel_names(checkout, tmp_path, monkeypatch)
     (wheel,) = tmp_path.glob("*.whl")
-    assert wheel.stat().st_size <= 8_000_000
+    assert wheel.stat().st_size <= 12_000_000
     installed = tmp_path / "installed"
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(installed)

@@ -219,7 +219,7 @@ def test_gate_wide_has_the_words_that_are_planned() -> None:
 def constants_of(unit: str) -> dict[str, int]:
     """All of a unit of the experts and of what it includes."""
     values: dict[str, int] = {}
-    for file in ("common.cuh", "experts/experts.cuh", f"experts/{unit}.cu"):
+    for file in ("common.cuh", "experts/experts.cuh", "experts/swapped.cuh", f"experts/{unit}.cu"):
         for declaration in re.findall(r"^constexpr u32 (.*?);", without_comments(FILES[file]), re.MULTILINE):
             for name, _, value in (part.partition(" = ") for part in declaration.split(", ")):
                 values[name] = int(eval(re.sub(r"u\b", "", value).replace("/", "//"), {}, values))
@@ -230,7 +230,8 @@ def struct_layout(unit: str, name: str) -> tuple[int, int]:
     """sizeof and alignof of a struct of words, flags, barriers, other structs of its unit, and arrays."""
     known = {"bool": (1, 1), "u32": (4, 4), "Barrier": (8, 8), "uint4": (16, 16)}
     offset, alignment = 0, 1
-    for kind, field in fields_of(f"experts/{unit}.cu:{name}"):
+    file = "swapped.cuh" if name == "Groups" else f"{unit}.cu"
+    for kind, field in fields_of(f"experts/{file}:{name}"):
         aligned = re.fullmatch(r"(?:alignas\((\d+)\) )?(\w+)", kind)
         assert aligned, kind
         size, align = known.get(aligned[2]) or struct_layout(unit, aligned[2])

@@ -7,6 +7,7 @@ import math
 import torch
 from torch.nn.functional import gelu, sigmoid, silu
 
+from ..quantization import Quantization
 from . import moe_sum as cpu_sum
 
 GATED = ("silu", "gelu", "gelu_tanh", "swigluoai", "swigluoai_uninterleave")
@@ -68,8 +69,12 @@ def fused_experts(
     shared_output: torch.Tensor | None = None,
     swiglu_alpha: float | None = None,
     swiglu_limit: float | None = None,
+    quantization: Quantization | None = None,
 ) -> torch.Tensor:
-    """As `cupy_moe.fused_experts`; what each product gives is rounded once, and arguments are not checked."""
+    """As `cupy_moe.fused_experts`; what each product gives is rounded once, and arguments are not checked.
+
+    Quantised weights are those that they stand for, in fp32; nothing else is rounded to fewer bits.
+    """
     num_tokens, topk = topk_ids.shape
     experts = local_experts(topk_ids, len(w1), expert_map).view(-1)
     weights = topk_weights.reshape(-1, 1)
@@ -78,13 +83,17 @@ def fused_experts(
         if expert < 0:
             continue
         pairs = (experts == expert).nonzero().squeeze(1)
-        values = hidden_states[pairs // topk].float() @ w1[expert].float().T
+        if quantization is None:
+            first, second = w1[expert].float(), w2[expert].float()
+        else:
+            first, second = quantization.dequantize(w1, w2, expert)
+        values = hidden_states[pairs // topk].float() @ first.T
         if w1_bias is not None:
             values = values + w1_bias[expert].float()
         if apply_router_weight_on_input:
             values = values * weights[pairs]
         values = activate(activation, values, swiglu_alpha, swiglu_limit).to(hidden_states.dtype)
-        result = values.float() @ w2[expert].float().T
+        result = values.float() @ second.T
         if w2_bias is not None:
             result = result + w2_bias[expert].float()
         if not apply_router_weight_on_input:

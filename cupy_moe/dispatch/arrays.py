@@ -54,7 +54,18 @@ def from_array(name: str, array: Any, *, written: bool = False) -> torch.Tensor:
 
 
 def like(array: Any) -> Callable[[torch.Tensor], Any]:
-    """What turns a tensor into the kind of array that `array` is; leaves it alone if its library cannot."""
+    """What turns a tensor into the kind of array that `array` is; leaves it alone if its library cannot.
+
+    Of fp8, which most libraries lack, it makes arrays of codes.
+    """
+    convert = _importer(array)
+    return lambda tensor: convert(tensor.view(torch.uint8) if tensor.dtype is _FP8 else tensor)
+
+
+_FP8 = torch.float8_e4m3fn
+
+
+def _importer(array: Any) -> Callable[[torch.Tensor], Any]:
     for kind in type(array).__mro__:
         library = kind.__module__.partition(".")[0]
         if library == "jaxlib":

@@ -21,11 +21,14 @@ from ..plans.base import MAX_EXPERTS, ceil_div, divisor
 from ..plans.experts import (
     EXPERTS_KERNELS,
     MAX_LOCAL_EXPERTS,
+    QUANTIZED_BITS,
+    QUANTIZED_KERNELS,
     ROW_BYTES,
     WGMMA_BOX_ROWS,
     ExpertsPlan,
     plan_experts,
 )
+from ..quantization import Quantization
 from ..values import INT32_MAX, as_bool, as_float, as_int, check_choice, check_fp32, check_range
 from .align import MoEAlignment, moe_align_block_size
 from .gate import topk_softmax
@@ -56,6 +59,20 @@ _DIRECT_ARGS = ArgumentStruct(
     " bias_stride; float alpha, beta, limit",
 )
 
+_QUANTIZED_ARGS = ArgumentStruct(
+    "experts/quantized.cuh:ExpertsQuantizedArgs",
+    "topk_ids expert_map sorted_token_ids expert_ids num_tokens_post_pad rows weights scales zeros output"
+    " bias topk_weights",
+    "i64 row_stride, expert_stride, weight_stride, scale_expert_stride, scale_row_stride, scale_group_stride,"
+    " zero_expert_stride, zero_row_stride, zero_group_stride; u32 num_pairs, num_experts, num_mapped,"
+    " words_per_id; Divisor tiles, rows_shared, scale_rows; u32 group_chunks, num_groups, scale_type, depth,"
+    " num_columns, activation, row_step, up_offset, is_first; i64 bias_stride; float alpha, beta, limit",
+)
+
+
+class ScaleType(enum.IntEnum):
+    SCALE_F32, SCALE_BF16, SCALE_F16 = range(3)
+
 
 class Activation(enum.IntEnum):
     NONE, SILU, GELU, GELU_TANH, RELU2, SWIGLU = range(6)
@@ -71,6 +88,11 @@ _ACTIVATIONS = {
 }
 ACTIVATIONS = (*cpu.GATED, *cpu.PLAIN)
 _ELEMENTS = {torch.bfloat16: "bf16", torch.float16: "f16"}
+_SCALES = {
+    torch.float32: ScaleType.SCALE_F32,
+    torch.bfloat16: ScaleType.SCALE_BF16,
+    torch.float16: ScaleType.SCALE_F16,
+}
 _ID_TYPES = (torch.int32, torch.int64, torch.uint32)
 _FLOAT, _INT32 = (torch.float32,), (torch.int32,)
 _SILU = cpu.SWIGLU["silu"]
@@ -97,6 +119,7 @@ def fused_experts(
     shared_output: DLPackArray | None = None,
     swiglu_alpha: float | None = None,
     swiglu_limit: float | None = None,
+    quantization: Quantization | None = None,
     workspace: torch.Tensor | None = None,
     out: Array | None = None,
     kernel: str | None = None,
@@ -119,10 +142,13 @@ def fused_experts(
     routed_scaling_factor                                  multiplies the sum, but not `shared_output`
     shared_output           [T, H]      as hidden_states   added at the end
     swiglu_alpha, swiglu_limit                             see below
+    quantization                                           how w1 and w2 are stored, if not in 16 bits; then
+                                                           their types and shapes are as it says
     workspace               [n]         uint8              n: `experts_workspace_bytes`; else allocated
     out                     [T, H]      as hidden_states   written instead of allocated; contiguous; may be
                                                            `hidden_states`
-    kernel                  one of EXPERTS_KERNELS         forces one, for tests and benchmarks
+    kernel                  one of EXPERTS_KERNELS,        forces one, for tests and benchmarks
+                            or of QUANTIZED_KERNELS
 
     H and I are multiples of 8. Returns [T, H] of the type of `hidden_states`. A token without an expert here
     gets zeros, plus `shared_output`.
@@ -139,6 +165,7 @@ def fused_experts(
     Products are accumulated in fp32. What the activation gives is rounded once, what GEMM 2 gives, times the
     router weight, once; the sum is that of `moe_sum`. The result is the same to the last bit at every call,
     and for a token in whatever batch it is, as long as that has the same kind of kernel (mma or wgmma).
+    Quantised weights become 16-bit values, exactly, and scales multiply sums in fp32; there is one kind.
 
     >>> eye = torch.eye(8, dtype=torch.bfloat16)
     >>> w1 = torch.stack([eye, 2 * eye])  # two experts without a gate
@@ -157,18 +184,22 @@ def fused_experts(
     for the first time raises; and KernelLaunchError. Semantics: vLLM's `fused_experts`.
     """
     tensors = hidden_states, w1, w2, topk_weights, topk_ids
-    optional = expert_map, w1_bias, w2_bias, shared_output, workspace, out
+    if not (quantization is None or isinstance(quantization, Quantization)):
+        raise TypeError(f"quantization: expected a Quantization, got {type(quantization).__name__}")
+    stored = () if quantization is None else _tensors_of(quantization)
+    optional = expert_map, w1_bias, w2_bias, shared_output, workspace, out, *stored
     if is_watched() or not all(map(is_plain, tensors)) or not all(t is None or is_plain(t) for t in optional):
         if not (workspace is None or isinstance(workspace, torch.Tensor)):
             raise TypeError(f"workspace: expected a torch.Tensor, got {type(workspace).__name__}")
         # Without it: what is traced finds one for itself.
         return _operator(
             *tensors, activation, apply_router_weight_on_input, global_num_experts, expert_map, w1_bias,
-            w2_bias, routed_scaling_factor, shared_output, swiglu_alpha, swiglu_limit, out=out, kernel=kernel,
+            w2_bias, routed_scaling_factor, shared_output, swiglu_alpha, swiglu_limit, *_flat(quantization),
+            out=out, kernel=kernel,
         )  # fmt: skip
     check_choice("activation", activation, ACTIVATIONS)
     if kernel is not None:
-        check_choice("kernel", kernel, EXPERTS_KERNELS)
+        check_choice("kernel", kernel, tuple(QUANTIZED_KERNELS) if quantization else EXPERTS_KERNELS)
     on_input = as_bool("apply_router_weight_on_input", apply_router_weight_on_input)
     factor = as_float("routed_scaling_factor", routed_scaling_factor) or 0.0
     check_fp32("routed_scaling_factor", factor)
@@ -176,14 +207,18 @@ def fused_experts(
     x: PlainTensor = _check_rows("hidden_states", hidden_states, 2)
     first: PlainTensor = _check_rows("w1", w1, 3)
     second: PlainTensor = _check_rows("w2", w2, 3)
-    (num_tokens, hidden), (num_experts, rows, _), (_, _, intermediate) = x.shape, first.shape, second.shape
-    dtype, device = x.dtype, x.device
+    num_tokens, dtype, device = x.shape[0], x.dtype, x.device
     if dtype not in _ELEMENTS:
         raise TypeError(f"hidden_states: expected torch.bfloat16 or float16, got {dtype}; cast it")
     is_gated = activation in cpu.GATED
-    check_tensor("w2", second, (dtype,), (num_experts, hidden, intermediate), device, strided=True)
-    shape = num_experts, 2 * intermediate if is_gated else intermediate, hidden
-    check_tensor("w1", first, (dtype,), shape, device, strided=True)
+    if quantization is not None:
+        num_experts, hidden, intermediate = quantization.check(x, first, second, is_gated)
+        rows = first.shape[1]
+    else:
+        (_, hidden), (num_experts, _, _), (_, _, intermediate) = x.shape, first.shape, second.shape
+        rows = 2 * intermediate if is_gated else intermediate
+        check_tensor("w2", second, (dtype,), (num_experts, hidden, intermediate), device, strided=True)
+        check_tensor("w1", first, (dtype,), (num_experts, rows, hidden), device, strided=True)
     ids: PlainTensor = topk_ids
     check_layout("topk_ids", ids)
     if ids.dim() != 2:
@@ -219,11 +254,12 @@ def fused_experts(
     call = _prepare(
         num_tokens, topk, num_experts, hidden, intermediate, strides, dtype, device, activation, ids.dtype,
         experts, local is not None, swiglu, kernel,
+        None if quantization is None else _stored(quantization, rows),
     )  # fmt: skip
     if call is None:
         result = cpu.fused_experts(
             x, first, second, weights, ids, activation, on_input, local, biases[0], biases[1], factor, shared,
-            swiglu_alpha, swiglu_limit,
+            swiglu_alpha, swiglu_limit, quantization,
         )  # fmt: skip
         with torch.no_grad():
             return output.copy_(result)
@@ -235,7 +271,7 @@ def fused_experts(
             fused_experts(
                 x[part], first, second, weights[part], ids[part], activation, on_input, global_num_experts,
                 local, w1_bias=w1_bias, w2_bias=w2_bias, routed_scaling_factor=factor, workspace=workspace,
-                swiglu_alpha=swiglu_alpha, swiglu_limit=swiglu_limit,
+                swiglu_alpha=swiglu_alpha, swiglu_limit=swiglu_limit, quantization=quantization,
                 shared_output=None if shared is None else shared[part], out=output[part], kernel=call.kernel,
             )  # fmt: skip
         return output
@@ -261,23 +297,27 @@ def fused_experts(
     maps = [tensor_map(pointer, *tensor) for pointer, tensor in zip((gates, downs), call.maps, strict=False)]
     router1, router2 = (router, 0) if on_input else (0, router)
     inner, outer = base + layout.activations, base + layout.outputs
-    if call.kernel == "direct":
-        call.first(where, rows, gates, inner, mapped, bias1, router1)
-        call.second(where, inner, downs, outer, mapped, bias2, router2)
-    else:
+    blocks = base + layout.sorted, base + layout.blocks, base + layout.post_pad
+    if call.block_size:
         aligned = MoEAlignment(
             memory[layout.sorted : layout.sorted + 4 * layout.num_slots].view(torch.int32),
             memory[layout.blocks : layout.blocks + 4 * layout.num_blocks].view(torch.int32),
             memory[layout.post_pad : layout.post_pad + 4].view(torch.int32),
         )
         moe_align_block_size(ids, call.block_size, experts, local, False, local is not None, out=aligned)
-        blocks = base + layout.sorted, base + layout.blocks, base + layout.post_pad
-        if maps:
-            call.first(*maps[0], *blocks, rows, inner, bias1, router1)
-            call.second(*maps[1], *blocks, inner, outer, bias2, router2)
-        else:
-            call.first(*blocks, rows, gates, inner, bias1, router1)
-            call.second(*blocks, inner, downs, outer, bias2, router2)
+    if quantization is not None:
+        scale1, scale2, zero1, zero2 = (0 if t is None else address("quantization", t) for t in stored)
+        call.first(where, mapped, *blocks, rows, gates, scale1, zero1, inner, bias1, router1)
+        call.second(where, mapped, *blocks, inner, downs, scale2, zero2, outer, bias2, router2)
+    elif call.kernel == "direct":
+        call.first(where, rows, gates, inner, mapped, bias1, router1)
+        call.second(where, inner, downs, outer, mapped, bias2, router2)
+    elif maps:
+        call.first(*maps[0], *blocks, rows, inner, bias1, router1)
+        call.second(*maps[1], *blocks, inner, outer, bias2, router2)
+    else:
+        call.first(*blocks, rows, gates, inner, bias1, router1)
+        call.second(*blocks, inner, downs, outer, bias2, router2)
     launch_sum(summed[0], summed[1])
     return output
 
@@ -311,6 +351,46 @@ def fused_moe(
     """
     weights, ids = topk_softmax(gating_output, topk, renormalize)
     return fused_experts(hidden_states, w1, w2, weights, ids, **options)
+
+
+def _tensors_of(quantization: Quantization) -> tuple[torch.Tensor | None, ...]:
+    return quantization.w1_scale, quantization.w2_scale, quantization.w1_zeros, quantization.w2_zeros
+
+
+def _flat(quantization: Quantization | None) -> tuple[Any, ...]:
+    """As torch.ops takes it."""
+    if quantization is None:
+        return None, None, None, None, None, 0, 0
+    return (
+        quantization.format, *_tensors_of(quantization), quantization.block_rows, quantization.block_columns
+    )  # fmt: skip
+
+
+class _Stored(NamedTuple):
+    """What a call with quantised weights depends on beside their sizes; of both products, in turn."""
+
+    weight_format: str
+    scale_type: ScaleType
+    scale_strides: tuple[tuple[int, ...], ...]
+    zero_strides: tuple[tuple[int, ...], ...]
+    scale_rows: tuple[int, ...]  # rows that have one scale
+    block_columns: int
+    num_groups: tuple[int, ...]
+
+
+def _stored(quantization: Quantization, rows: int) -> _Stored:
+    scales = quantization.w1_scale, quantization.w2_scale
+    zeros = quantization.w1_zeros, quantization.w2_zeros
+    return _Stored(
+        quantization.format,
+        _SCALES[scales[0].dtype],
+        tuple(scale.stride() for scale in scales),
+        tuple((0, 0, 0) if zero is None else zero.stride() for zero in zeros),
+        # Without a number of rows: all of w2, and all or half of w1.
+        (quantization.block_rows or rows // scales[0].shape[1], quantization.block_rows or INT32_MAX // 2),
+        quantization.block_columns,
+        tuple(scale.shape[2] for scale in scales),
+    )
 
 
 class _Layout(NamedTuple):
@@ -394,6 +474,7 @@ def _prepare(
     is_mapped: bool,
     swiglu: tuple[float, float, float],
     kernel: str | None,
+    stored: _Stored | None,
 ) -> _Call | None:
     """Checks all that follows from sizes. None: on the CPU."""
     check_range("w1: number of experts", num_experts, MAX_LOCAL_EXPERTS)
@@ -411,8 +492,9 @@ def _prepare(
     element = _ELEMENTS[dtype]
     plan: ExpertsPlan = plan_experts(
         num_pairs, num_experts, all_experts, hidden, intermediate, element, is_gated, device_limits(index),
-        kernel,
+        kernel, None if stored is None else stored.weight_format,
     )  # fmt: skip
+    weight_bytes = 2 if stored is None else 1
     layout = _lay_out(num_pairs, hidden, intermediate, all_experts, plan.block_size)
     alternate = activation == "swigluoai"
     common = {
@@ -429,9 +511,10 @@ def _prepare(
     }
     first = {
         "row_stride": 2 * x_stride,
-        "expert_stride": 2 * expert1,
-        "weight_stride": 2 * row1,
+        "expert_stride": weight_bytes * expert1,
+        "weight_stride": weight_bytes * row1,
         "group_tiles": divisor(plan.group_blocks * ceil_div(intermediate, plan.columns[0])),
+        "tiles": divisor(ceil_div(intermediate, plan.columns[0])),
         "rows_shared": divisor(topk),
         "depth": hidden,
         "num_columns": intermediate,
@@ -446,9 +529,10 @@ def _prepare(
     }
     second = {
         "row_stride": 2 * intermediate,
-        "expert_stride": 2 * expert2,
-        "weight_stride": 2 * row2,
+        "expert_stride": weight_bytes * expert2,
+        "weight_stride": weight_bytes * row2,
         "group_tiles": divisor(plan.group_blocks * ceil_div(hidden, plan.columns[1])),
+        "tiles": divisor(ceil_div(hidden, plan.columns[1])),
         "rows_shared": divisor(1),
         "depth": intermediate,
         "num_columns": hidden,
@@ -460,6 +544,10 @@ def _prepare(
         "bias_stride": hidden,
     }
     declared = {"direct": _DIRECT_ARGS, "wgmma": _WGMMA_ARGS}.get(plan.kernel, _MMA_ARGS)
+    if stored is not None:
+        declared = _QUANTIZED_ARGS
+        for number, product in enumerate((first, second)):
+            product |= _scale_fields(stored, number)
     launches = []
     for launch, product in zip(plan.products, (first, second), strict=True):
         values = {**common, **product}
@@ -473,6 +561,20 @@ def _prepare(
             of_w1 = _map_gated(element, num_experts, intermediate, hidden, expert1, gate, up)
         maps = of_w1, _map_plain(element, num_experts, hidden, intermediate, expert2, row2)
     return _Call(plan.kernel, tokens, layout, plan.block_size, launches[0], launches[1], maps)
+
+
+def _scale_fields(stored: _Stored, product: int) -> dict[str, Any]:
+    fields: dict[str, Any] = {}
+    for name, strides in (("scale", stored.scale_strides), ("zero", stored.zero_strides)):
+        for dimension, stride in zip(("expert", "row", "group"), strides[product], strict=True):
+            fields[f"{name}_{dimension}_stride"] = stride
+    in_chunk = 128 // QUANTIZED_BITS[stored.weight_format]
+    return fields | {
+        "scale_rows": divisor(stored.scale_rows[product]),
+        "scale_type": stored.scale_type,
+        "group_chunks": stored.block_columns // in_chunk if stored.block_columns else 1 << 31,
+        "num_groups": stored.num_groups[product],
+    }
 
 
 def _map_plain(element: str, experts: int, rows: int, depth: int, expert: int, row: int) -> _Map:
@@ -522,12 +624,13 @@ def _check_rows(name: str, tensor: PlainTensor, dims: int) -> PlainTensor:
     check_layout(name, tensor)
     if tensor.dim() != dims:
         raise ValueError(f"{name}: expected {dims} dimensions, got {list(tensor.shape)}")
-    if tensor.is_contiguous() and tensor.shape[-1] % 8 == 0 and address(name, tensor) % 16 == 0:
+    multiple = 16 // tensor.element_size()
+    if tensor.is_contiguous() and tensor.shape[-1] % multiple == 0 and address(name, tensor) % 16 == 0:
         return tensor  # as what follows would find, in a third of the time
     strides = tensor.stride()
     is_dense = tensor.numel() == 0 or strides[-1] == 1 or tensor.shape[-1] == 1
     others = [s for s, n in zip(strides[:-1], tensor.shape, strict=False) if n > 1]
-    if is_dense and all(stride % 8 == 0 for stride in others) and address(name, tensor) % 16 == 0:
+    if is_dense and all(stride % multiple == 0 for stride in others) and address(name, tensor) % 16 == 0:
         return tensor
     if name == "hidden_states":
         return tensor.clone(memory_format=torch.contiguous_format)
@@ -541,14 +644,34 @@ def _fake(hidden_states: torch.Tensor, **_: Any) -> torch.Tensor:
     return hidden_states.new_empty(hidden_states.shape)
 
 
+def _from_flat(
+    *,
+    weight_format: str | None = None,
+    w1_scale: torch.Tensor | None = None,
+    w2_scale: torch.Tensor | None = None,
+    w1_zeros: torch.Tensor | None = None,
+    w2_zeros: torch.Tensor | None = None,
+    block_rows: int = 0,
+    block_columns: int = 0,
+    **arguments: Any,
+) -> torch.Tensor:
+    """`fused_experts` as torch.ops knows it, which has no place for a Quantization."""
+    if weight_format is None:
+        return fused_experts(**arguments)
+    scales = w1_scale, w2_scale, w1_zeros, w2_zeros
+    quantization = Quantization(weight_format, *scales, block_rows, block_columns)  # type: ignore[arg-type]
+    return fused_experts(**arguments, quantization=quantization)
+
+
 _operator = Operator(
     "fused_experts",
     "Tensor hidden_states, Tensor w1, Tensor w2, Tensor topk_weights, Tensor topk_ids,"
     " str activation='silu', bool apply_router_weight_on_input=False, SymInt global_num_experts=-1,"
     " Tensor? expert_map=None, *, Tensor? w1_bias=None, Tensor? w2_bias=None,"
     " float routed_scaling_factor=1.0, Tensor? shared_output=None, float? swiglu_alpha=None,"
-    " float? swiglu_limit=None",
+    " float? swiglu_limit=None, str? weight_format=None, Tensor? w1_scale=None, Tensor? w2_scale=None,"
+    " Tensor? w1_zeros=None, Tensor? w2_zeros=None, int block_rows=0, int block_columns=0",
     None,
-    fused_experts,
+    _from_flat,
     _fake,
 )

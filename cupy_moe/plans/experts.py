@@ -15,16 +15,22 @@ from .base import Constant, DeviceLimits, LaunchPlan, ceil_div, round_up
 MAX_LOCAL_EXPERTS = Constant(1024, "experts/experts_wgmma.cu:kMaxLocalExperts")
 ROW_BYTES = 2 * Constant(64, "experts/experts.cuh:kDepth")
 
-DIRECT_MAX_PAIRS = Constant(128, "experts/experts_direct.cu:kMaxPairs")
-DIRECT_GROUP_PAIRS = Constant(8, "experts/experts_direct.cu:kGroupPairs")
+DIRECT_MAX_PAIRS = Constant(128, "experts/swapped.cuh:kMaxPairs")
+DIRECT_GROUP_PAIRS = Constant(8, "experts/swapped.cuh:kGroupPairs")
 DIRECT_WEIGHT_ROWS = Constant(64, "experts/experts_direct.cu:kTileWeights")
 DIRECT_STAGES = Constant(10, "experts/experts_direct.cu:kStages")
-DIRECT_THREADS = Constant(128, "experts/experts_direct.cu:kThreads")
+DIRECT_THREADS = DIRECT_MAX_PAIRS  # one for each
 # Of an expert, on average: groups of 8 pairs read its weights, and few experts should have two of them.
 DIRECT_MEAN_PAIRS = 4
 # Two blocks find room on an SM, but with so much each: one.
 DIRECT_ALONE_BYTES = 116 * 1024
 DIRECT_STATIC_BYTES = 6 * 1024  # `Groups`, rounded up
+
+QUANTIZED_WEIGHT_ROWS = Constant(64, "experts/quantized.cuh:kTileWeights")
+QUANTIZED_FEW_STAGES = Constant(3, "experts/quantized.cuh:kFewStages")
+QUANTIZED_MANY_STAGES = Constant(4, "experts/quantized.cuh:kManyStages")
+QUANTIZED_BLOCKS = Constant(6, "experts/quantized.cuh:kBlocks")  # on an SM, at most
+QUANTIZED_BITS = {"fp8": 8, "int8": 8, "int4": 4}
 
 WGMMA_ROWS = Constant(128, "experts/experts_wgmma.cu:kTileRows")
 WGMMA_WEIGHT_ROWS = Constant(256, "experts/experts_wgmma.cu:kWeightRows")
@@ -62,10 +68,13 @@ TILES = {
     "mma_128": Tile(128, 128, 3, float("inf")),
 }
 EXPERTS_KERNELS = ("direct", "wgmma", *TILES)
+# By the pairs that share what is read and decoded of the weights; those of an expert on average, up to which
+# each is taken.
+QUANTIZED_KERNELS = {"quantized_8": DIRECT_MEAN_PAIRS, "quantized_16": float("inf")}
 
 
 class ExpertsPlan(NamedTuple):
-    kernel: str  # one of EXPERTS_KERNELS
+    kernel: str  # one of EXPERTS_KERNELS, or of QUANTIZED_KERNELS
     block_size: int  # of the alignment; 0 where there is none
     group_blocks: int  # of pairs that take the tiles of columns together; of wgmma, twos of them
     products: tuple[LaunchPlan, LaunchPlan]
@@ -82,8 +91,10 @@ def plan_experts(
     gated: bool,
     limits: DeviceLimits,
     kernel: str | None = None,
+    weight_format: str | None = None,
 ) -> ExpertsPlan:
-    """Choose kernels; `kernel`, one of EXPERTS_KERNELS, forces one. `num_experts` are those that are here,
+    """Choose kernels; `kernel`, one of EXPERTS_KERNELS, or of QUANTIZED_KERNELS if weights have a format of
+    QUANTIZED_BITS, forces one. `num_experts` are those that are here,
     `all_experts` those that a map may name.
 
     Raises ValueError where the device cannot do it, or the forced kernel not these sizes.
@@ -91,6 +102,18 @@ def plan_experts(
     if not limits.runs("experts_mma"):
         raise ValueError("hidden_states: fused_experts needs a GPU of compute capability 8.0 or newer")
     kinds = "gated" if gated else "plain", "plain"
+    if weight_format:
+        return _plan_quantized(
+            num_pairs,
+            num_experts,
+            all_experts,
+            (intermediate, hidden),
+            kinds,
+            element,
+            weight_format,
+            limits,
+            kernel,
+        )
     if kernel in (None, "direct"):
         entries = tuple(f"experts_direct_{kind}_{element}" for kind in kinds)
         plan = _plan_direct(num_pairs, hidden, intermediate, entries, limits)
@@ -121,6 +144,41 @@ def plan_experts(
 
     products = launch(kinds[0], intermediate, columns[0]), launch(kinds[1], hidden, columns[1])
     return ExpertsPlan(name, tile.rows, group_blocks, products, columns)
+
+
+def _plan_quantized(
+    num_pairs: int,
+    num_experts: int,
+    all_experts: int,
+    widths: tuple[int, int],
+    kinds: tuple[str, str],
+    element: str,
+    weight_format: str,
+    limits: DeviceLimits,
+    kernel: str | None,
+) -> ExpertsPlan:
+    fits, mean = num_pairs <= DIRECT_MAX_PAIRS, num_pairs / num_experts
+    choices = ((name, most) for name, most in QUANTIZED_KERNELS.items() if fits or name != "quantized_8")
+    name = kernel or next(name for name, most in choices if mean <= most)
+    pairs = int(name.removeprefix("quantized_"))
+    if pairs == DIRECT_GROUP_PAIRS and not fits:
+        raise ValueError(f"kernel={name!r}: at most {DIRECT_MAX_PAIRS} pairs, got {num_pairs}")
+    stage_bytes = QUANTIZED_WEIGHT_ROWS * ROW_BYTES + pairs * ROW_BYTES * 16 // QUANTIZED_BITS[weight_format]
+    stages = QUANTIZED_FEW_STAGES if pairs == DIRECT_GROUP_PAIRS else QUANTIZED_MANY_STAGES
+    shared_bytes = stages * stage_bytes
+    per_sm = min(QUANTIZED_BLOCKS, max(1, limits.shared_bytes // (shared_bytes + DIRECT_STATIC_BYTES)))
+    columns = tuple(int(QUANTIZED_WEIGHT_ROWS) // (2 if kind == "gated" else 1) for kind in kinds)
+    # The most groups, where every expert has a pair, and all others go to one.
+    groups = min(num_pairs, all_experts) + max(0, num_pairs - all_experts) // pairs
+
+    def launch(kind: str, width: int, tile: int) -> LaunchPlan:
+        grid = min(per_sm * limits.num_sms, groups * ceil_div(width, tile))
+        entry = f"experts_{weight_format}_{kind}_{pairs}_{element}"
+        return LaunchPlan(f"experts_{weight_format}", entry, grid, int(DIRECT_THREADS), shared_bytes, True)
+
+    first, second = map(launch, kinds, widths, columns)
+    block_size = 0 if pairs == DIRECT_GROUP_PAIRS else pairs
+    return ExpertsPlan(name, block_size, 1, (first, second), (columns[0], columns[1]))
 
 
 def _plan_direct(

@@ -75,15 +75,18 @@ __device__ __forceinline__ float gated(const Args& args, float gate, float up) {
 
 // ---- cp.async, ldmatrix, mma ----------------------------------------------------------------------------------------
 
-// 16 bytes to shared memory, some time before wait_copies; zeros where there is no source.
-__device__ __forceinline__ void copy_async(void* shared, const void* global, bool exists) {
+// 16 bytes to shared memory, some time before wait_copies; zeros where num_bytes is 0.
+__device__ __forceinline__ void copy_async_of(u32 num_bytes, void* shared, const void* global) {
 #if EMULATED
-  emulator::copy_async(shared, global, exists);
+  emulator::copy_async(shared, global, num_bytes != 0);
 #else
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"((u32)__cvta_generic_to_shared(shared)),
-               "l"(global), "r"(exists ? 16 : 0)
+               "l"(global), "r"(num_bytes)
                : "memory");
 #endif
+}
+__device__ __forceinline__ void copy_async(void* shared, const void* global, bool exists) {
+  copy_async_of(exists ? 16 : 0, shared, global);
 }
 
 // What a thread has asked to be copied since the last time is one group.

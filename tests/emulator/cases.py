@@ -7,12 +7,15 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from operator_cases import comparable
 
 from cupy_moe import batched_moe_align_block_size, moe_align_block_size, moe_sum
 from cupy_moe.cpu import align as cpu_align
 from cupy_moe.cpu import align_batched as cpu_align_batched
 from cupy_moe.cpu import gate as cpu_gate
 from cupy_moe.cpu import moe_sum as cpu_moe_sum
+from cupy_moe.cpu import quantize as cpu_quantize
+from cupy_moe.operators import quantize as quantize_operator
 from cupy_moe.operators.gate import GateOptions, _run
 from cupy_moe.plans.align import ALIGN_KERNELS
 from cupy_moe.plans.gate import GATE_KERNELS
@@ -64,7 +67,7 @@ class Call(NamedTuple):
 
 
 def as_tuple(results: Any) -> tuple[torch.Tensor, ...]:
-    return tuple(results) if isinstance(results, tuple) else (results,)
+    return tuple(map(comparable, results)) if isinstance(results, tuple) else (comparable(results),)
 
 
 def align(seed: int, most_ids: int = 700) -> Call:
@@ -179,11 +182,58 @@ def gate(seed: int) -> Call:
     return Call(run, tensors, options._asdict(), cpu_gate.gate, GATE_KERNELS)
 
 
+def quantize(seed: int) -> Call:
+    pick = random.Random(seed)
+    torch.manual_seed(seed)
+    tokens, group_size = pick.choice((0, 1, 2, 3, 9, 40)), pick.choice((0, 32, 64, 128))
+    gated = group_size > 0 and pick.random() < 0.4
+    hidden = group_size * pick.choice((1, 2, 3, 5)) or pick.choice((0, 1, 16, 33, 496, 512, 513, 528, 1024))
+    if group_size == 0 and pick.random() < 0.1:
+        tokens, hidden = 2, pick.choice((16_384, 16_385, 33_000))
+    values = torch.randn(tokens, hidden * (2 if gated else 1)) * pick.choice(
+        (1.0, 1e-4, 30.0, 3e4, 1e-40, 1e38)
+    )
+    if pick.random() < 0.5:
+        values *= torch.randn(values.shape).exp2() * 2.0 ** torch.randint(-9, 9, (tokens, 1))
+    for _ in range(pick.choice((0, 0, 1, 3))):
+        special = pick.choice((torch.nan, torch.inf, -torch.inf, -0.0, 0.0, 3.4e38, 1e-45))
+        values[torch.rand(values.shape) < pick.choice((0.01, 0.3, 0.9))] = special
+    x = values.to(pick.choice(DTYPES))
+    layout = pick.choice(("plain", "plain", "wide", "offset", "columns"))
+    if layout == "wide":
+        x = torch.cat([x, x.new_ones(tokens, pick.choice((1, 8, 16)))], dim=1)[:, : x.shape[1]]
+    elif layout == "offset":
+        x = torch.cat([x.new_ones(1), x.flatten()])[1:].view(x.shape)
+    elif layout == "columns":
+        x = x.t().contiguous().t()
+    tensors = {"x": x}
+    topk = pick.choice((1, 2, 3, 8))
+    if pick.random() < 0.4:
+        low, high = pick.choice(((0, max(1, tokens * topk)), (-2, tokens * topk + 3), (-(2**31), 2**31 - 1)))
+        ids = torch.randint(low, high, (pick.choice((0, 1, 5, 70)),), dtype=torch.int32)
+        tensors["sorted_token_ids"] = ids if pick.random() < 0.8 else torch.stack([ids, ids], dim=1)[:, 0]
+    rest = {
+        "group_size": group_size,
+        "gated": gated,
+        "eps": pick.choice((1e-10, 1e-10, 5.3e-36, 1e-3, 3e38)),
+        "scales_power_of_2": pick.random() < 0.4,
+        "topk": topk,
+    }
+    column_major = pick.random() < 0.4
+
+    def run(**arguments: Any) -> Any:
+        return quantize_operator._run(**arguments, column_major_scales=column_major)
+
+    run.__name__ = "quantize"
+    return Call(run, tensors, rest, cpu_quantize.quantize)
+
+
 OPERATORS: dict[str, Callable[[int], Call]] = {
     "align": align,
     "align_batched": align_batched,
     "moe_sum": sum_up,
     "gate": gate,
+    "quantize": quantize,
 }
 
 

@@ -127,6 +127,12 @@ inline T __ldg(const T* address) {
 inline unsigned __umulhi(unsigned a, unsigned b) { return unsigned(uint64_t(a) * b >> 32); }
 inline int __clz(unsigned value) { return value ? __builtin_clz(value) : 32; }
 inline int __ffs(unsigned value) { return __builtin_ffs(int(value)); }
+inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
+  const uint64_t bytes = uint64_t(high) << 32 | low;
+  unsigned result = 0;
+  for (unsigned i = 0; i < 4; ++i) result |= unsigned(bytes >> (selector >> 4 * i & 7) * 8 & 255) << 8 * i;
+  return result;
+}
 inline int __popc(unsigned value) { return __builtin_popcount(value); }
 inline float __uint_as_float(unsigned bits) { return emulator::from_bits<float>(bits); }
 inline unsigned __float_as_uint(float value) { return unsigned(emulator::to_bits(value)); }
@@ -135,3 +141,9 @@ inline float __canonical(float value) { return value == value ? value : __uint_a
 inline float __fadd_rn(float a, float b) { return __canonical(a + b); }
 inline float __fsub_rn(float a, float b) { return __canonical(a - b); }
 inline float __fmul_rn(float a, float b) { return __canonical(a * b); }
+inline float __fdiv_rn(float a, float b) { return __canonical(a / b); }
+// Of a number and a NaN the number, also where libm tells signaling NaNs from quiet ones.
+inline float __larger(float a, float b) { return a != a ? b : b != b ? a : fmaxf(a, b); }
+inline float __smaller(float a, float b) { return a != a ? b : b != b ? a : fminf(a, b); }
+#define fmaxf __larger
+#define fminf __smaller

@@ -1,0 +1,206 @@
+"""fused_experts with quantised weights: wrong calls, plans, the emulator, torch, GPUs against the CPU."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from emulator import Emulator
+from gpus import A100, GPUS, H200, RTX4090
+from test_experts import Layer, close, needs_compiler
+from test_quantization import FORMATS, quantized
+
+from cupy_moe import Quantization, fused_experts
+from cupy_moe.images import sources
+from cupy_moe.plans import experts as plans
+from cupy_moe.plans.experts import QUANTIZED_BITS, QUANTIZED_KERNELS, plan_experts
+
+Place = Callable[[torch.Tensor], torch.Tensor]
+
+
+def moved(quantization: Quantization, place: Place) -> Quantization:
+    fields = vars(quantization).items()
+    changed: Any = {name: place(value) for name, value in fields if isinstance(value, torch.Tensor)}
+    return dataclasses.replace(quantization, **changed)
+
+
+def called(call: Layer, quantization: Quantization, place: Place, **more: Any) -> torch.Tensor:
+    return call(place, quantization=moved(quantization, place), **more)
+
+
+def kernels_for(call: Layer) -> list[str]:
+    few = call.tensors["topk_ids"].numel() <= plans.DIRECT_MAX_PAIRS
+    return [name for name in QUANTIZED_KERNELS if few or name != "quantized_8"]
+
+
+# ---- wrong calls
+
+
+def test_wrong_calls() -> None:
+    call, quantization = quantized(0, "int8 by channels")
+    with pytest.raises(TypeError, match="quantization: expected a Quantization, got str"):
+        call(torch.clone, quantization="int8")
+    with pytest.raises(ValueError, match="kernel: expected one of 'quantized_8'"):
+        call(torch.clone, quantization=quantization, kernel="direct")
+    with pytest.raises(TypeError, match=r"w2: expected torch\.uint8"):
+        call(torch.clone, quantization=quantized(0, "int4 by 32")[1])
+    with pytest.raises(TypeError, match="w2: expected torch"):  # int8 without a word on its scales
+        call(torch.clone)
+    rows = torch.zeros(len(call.tensors["w1"]), call.tensors["w1"].shape[1], 8, dtype=torch.int8)
+    tensors = {**call.tensors, "w1": torch.cat([call.tensors["w1"], rows], dim=2)[:, :, :-8]}
+    with pytest.raises(ValueError, match="w1: expected rows of neighbouring elements at multiples of 16"):
+        call._replace(tensors=tensors)(lambda tensor: tensor, quantization=quantization)
+
+
+# ---- plans
+
+
+def planned(num_pairs: int, num_experts: int = 128, limits: Any = H200, **more: Any) -> Any:
+    more = {"weight_format": "fp8", **more}
+    return plan_experts(num_pairs, num_experts, num_experts, 2048, 768, "bf16", True, limits, **more)
+
+
+def test_kernels_by_the_pairs_of_an_expert() -> None:
+    assert [planned(n).kernel for n in (1, 128, 129)] == ["quantized_8", "quantized_8", "quantized_16"]
+    assert [planned(n, 8).kernel for n in (32, 33)] == ["quantized_8", "quantized_16"]
+    assert [planned(1, kernel=name).kernel for name in QUANTIZED_KERNELS] == list(QUANTIZED_KERNELS)
+    assert [planned(1, kernel=name).block_size for name in QUANTIZED_KERNELS] == [0, 16]
+    with pytest.raises(ValueError, match="kernel='quantized_8': at most 128 pairs, got 129"):
+        planned(129, kernel="quantized_8")
+    with pytest.raises(ValueError, match=r"compute capability 8\.0"):
+        planned(1, limits=GPUS["T4"])
+
+
+@pytest.mark.parametrize("weight_format", QUANTIZED_BITS)
+def test_plans_fit_their_devices_and_their_sources(weight_format: str) -> None:
+    text = sources.unit(f"experts_{weight_format}").source.decode()
+    for limits in (A100, RTX4090, H200):
+        for pairs, name in ((1, "quantized_8"), (4096, "quantized_16")):
+            plan = planned(pairs, limits=limits, weight_format=weight_format, kernel=name)
+            stage = 64 * 128 + plan_pairs(name) * 128 * 8 // QUANTIZED_BITS[weight_format] * 2
+            for launch, columns, width in zip(plan.products, plan.columns, (768, 2048), strict=True):
+                assert launch.unit == f"experts_{weight_format}"
+                assert launch.shared_bytes == stage * (3 if name == "quantized_8" else 4)
+                static = plans.DIRECT_STATIC_BYTES if name == "quantized_8" else 0
+                assert launch.shared_bytes + static <= limits.shared_bytes
+                assert f"ENTRY(name, type, Element, kGated, {plan_pairs(name)})" in text
+                assert launch.grid <= plans.QUANTIZED_BLOCKS * limits.num_sms
+                if pairs == 1:
+                    assert launch.grid == width // columns
+
+
+def plan_pairs(name: str) -> int:
+    return int(name.removeprefix("quantized_"))
+
+
+# ---- the emulator
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", FORMATS)
+def test_emulated(name: str) -> None:
+    """Each kernel, the same bits: with groups of its own and with those of align."""
+    for seed in range(3):
+        call, quantization = quantized(seed, name, 20)
+        expected = call(lambda tensor: tensor, quantization=quantization)
+        results = {}
+        for kernel in (None, *kernels_for(call)):
+            with Emulator(A100._replace(num_sms=2), 80, seed)() as device:
+                results[kernel] = called(call, quantization, device.tensor, kernel=kernel)
+            entries = [
+                entry for entry in device.launched if entry.startswith(f"experts_{quantization.format}")
+            ]
+            assert len(entries) == 2
+            assert kernel is None or all(f"_{plan_pairs(kernel)}_" in entry for entry in entries)
+            assert close(results[kernel], expected), f"{seed=} {kernel=}"
+        assert all(torch.equal(result, results[None]) for result in results.values()), seed
+
+
+@needs_compiler
+@pytest.mark.parametrize("tokens", [8, 9, 16, 33])
+def test_emulated_with_groups(tokens: int) -> None:
+    """Of one expert: groups of up to 8 and 16 pairs; more tiles than blocks, more stages than steps."""
+    for name, hidden, inner in (("fp8 by blocks", 528, 128), ("int4 by 32 with zeros", 1056, 96)):
+        sizes = {"tokens": tokens, "topk": 1, "experts": 1, "hidden": hidden, "inner": inner}
+        call, quantization = quantized(tokens, name, **sizes)
+        expected = call(lambda tensor: tensor, quantization=quantization)
+        for kernel in kernels_for(call):
+            with Emulator(A100._replace(num_sms=1), 80, tokens)() as device:
+                assert close(called(call, quantization, device.tensor, kernel=kernel), expected), kernel
+
+
+@needs_compiler
+@pytest.mark.parametrize("stored", [torch.float8_e4m3fn, torch.int8], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_every_code(stored: torch.dtype, dtype: torch.dtype) -> None:
+    """By products with ones and zeros, which take each out of w2."""
+    codes = torch.arange(256, dtype=torch.uint8)
+    if stored == torch.float8_e4m3fn:
+        codes[codes % 128 == 127] = 0  # NaN
+    w2, eye = codes.view(stored).view(1, 16, 16), torch.eye(16)
+    tensors = (eye.to(dtype), eye.to(stored)[None], w2, torch.ones(16, 1), torch.zeros(16, 1).int())
+    with Emulator(A100, 80)() as device:
+        scale = device.tensor(torch.ones(1, 16))
+        of = (
+            Quantization.int8(scale, scale)
+            if stored == torch.int8
+            else Quantization.fp8_channel(scale, scale)
+        )
+        x, w1, second, weights, ids = map(device.tensor, tensors)
+        result = fused_experts(x, w1, second, weights, ids, "relu2_no_mul", quantization=of)
+    assert torch.equal(result.float(), w2[0].float().T)
+
+
+# ---- torch
+
+
+def test_traced() -> None:
+    call, quantization = quantized(3, "int4 by 64 with zeros")
+    expected = call(torch.clone, quantization=quantization)
+
+    def function(x: torch.Tensor) -> Any:
+        rest: dict[str, Any] = {
+            name: tensor for name, tensor in call.tensors.items() if name != "hidden_states"
+        }
+        return fused_experts(x, **rest, **call.options, quantization=quantization) + 0
+
+    torch._dynamo.reset()
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(call.tensors["hidden_states"]), expected)
+
+
+# ---- on a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", FORMATS)
+def test_sanitize_every_format_against_the_cpu(name: str) -> None:
+    for seed in range(10):
+        call, quantization = quantized(seed, name, 200 if seed % 5 == 0 else 40)
+        expected = call(lambda tensor: tensor, quantization=quantization)
+        tokens, hidden = expected.shape
+        results = []
+        for kernel in (None, *kernels_for(call)):
+            memory = torch.full((tokens + 2, hidden), 77.0, dtype=expected.dtype, device="cuda")
+            called(call, quantization, lambda tensor: tensor.cuda(), out=memory[1:-1], kernel=kernel)
+            assert bool((memory[[0, -1]] == 77).all()), f"{seed=} {kernel=}"
+            results.append(memory[1:-1].cpu())
+            assert close(results[-1], expected), f"{seed=} {kernel=}"
+        assert all(torch.equal(result, results[0]) for result in results), seed
+
+
+@pytest.mark.gpu
+def test_gpu_in_a_graph() -> None:
+    call, quantization = quantized(5, "fp8 by blocks")
+    placed = moved(quantization, lambda tensor: tensor.cuda())
+    tensors: dict[str, Any] = {name: tensor.cuda() for name, tensor in call.tensors.items()}
+    out = torch.empty_like(tensors["hidden_states"])
+    expected = fused_experts(**tensors, **call.options, quantization=placed)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        fused_experts(**tensors, **call.options, quantization=placed, out=out)
+    graph.replay()
+    assert torch.equal(out, expected)
