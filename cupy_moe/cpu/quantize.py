@@ -34,9 +34,8 @@ def quantize(
     magnitudes = torch.where(groups.isfinite(), groups.abs(), 0.0)
     floor = magnitudes.new_full((num_rows, num_groups, 1), eps)
     largest = torch.cat([floor, magnitudes], dim=2).amax(dim=2)
-    scales = largest / torch.full_like(
-        largest, LARGEST
-    )  # a number would be multiplied by its reciprocal on a GPU
+    # A tensor, as on a GPU a number's reciprocal would be multiplied instead.
+    scales = largest / torch.full_like(largest, LARGEST)
     if scales_power_of_2:
         scales = ((scales.view(torch.int32) + 0x7FFFFF) & 0x7F800000).view(torch.float32)
     scaled = (groups * scales.reciprocal()[:, :, None]).view(num_rows, hidden)

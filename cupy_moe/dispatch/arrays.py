@@ -59,10 +59,7 @@ def like(array: Any) -> Callable[[torch.Tensor], Any]:
     Of fp8, which most libraries lack, it makes arrays of codes.
     """
     convert = _importer(array)
-    return lambda tensor: convert(tensor.view(torch.uint8) if tensor.dtype is _FP8 else tensor)
-
-
-_FP8 = torch.float8_e4m3fn
+    return lambda tensor: convert(tensor.view(torch.uint8) if tensor.dtype is torch.float8_e4m3fn else tensor)
 
 
 def _importer(array: Any) -> Callable[[torch.Tensor], Any]:

@@ -4,15 +4,4 @@
 // targets  sm_80 sm_86 sm_87 sm_89 sm_90 sm_100 sm_103 sm_120 sm_121 compute_90
 #include "experts/quantized.cuh"
 
-#define ENTRY(name, type, Element, kGated, kPairs)                                                \
-  extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)                                 \
-      experts_fp8_##name##_##kPairs##_##type(const __grid_constant__ ExpertsQuantizedArgs args) { \
-    experts_quantized<QuantizedTile<Element, kGated, Fp8, kPairs>>(args);                         \
-  }
-#define ENTRIES(name, type, Element, kGated) \
-  ENTRY(name, type, Element, kGated, 8)      \
-  ENTRY(name, type, Element, kGated, 16)
-ENTRIES(gated, bf16, BF16, true)
-ENTRIES(gated, f16, F16, true)
-ENTRIES(plain, bf16, BF16, false)
-ENTRIES(plain, f16, F16, false)
+QUANTIZED_ENTRIES(fp8, Fp8)

@@ -386,3 +386,19 @@ __device__ __forceinline__ void experts_quantized(const ExpertsQuantizedArgs& ar
   }
   wait_copies<0>();
 }
+
+// All kernels of a format: the whole of its unit. Rows of 4-bit weights leave room for a block fewer on an SM.
+#define QUANTIZED_ENTRY(format, Format, name, type, Element, kGated, kPairs)                             \
+  extern "C" __global__ void __launch_bounds__(kThreads, Format::kBits == 8 ? kBlocks : kBlocks - 1)     \
+      experts_##format##_##name##_##kPairs##_##type(const __grid_constant__ ExpertsQuantizedArgs args) { \
+    experts_quantized<QuantizedTile<Element, kGated, Format, kPairs>>(args);                             \
+  }
+#define QUANTIZED_ENTRIES(format, Format)                       \
+  QUANTIZED_ENTRY(format, Format, gated, bf16, BF16, true, 8)   \
+  QUANTIZED_ENTRY(format, Format, gated, f16, F16, true, 8)     \
+  QUANTIZED_ENTRY(format, Format, plain, bf16, BF16, false, 8)  \
+  QUANTIZED_ENTRY(format, Format, plain, f16, F16, false, 8)    \
+  QUANTIZED_ENTRY(format, Format, gated, bf16, BF16, true, 16)  \
+  QUANTIZED_ENTRY(format, Format, gated, f16, F16, true, 16)    \
+  QUANTIZED_ENTRY(format, Format, plain, bf16, BF16, false, 16) \
+  QUANTIZED_ENTRY(format, Format, plain, f16, F16, false, 16)
