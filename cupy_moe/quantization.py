@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -17,6 +18,26 @@ SCALES = (torch.float32, torch.bfloat16, torch.float16)
 ZEROS = (torch.uint8,)
 GROUP_SIZES = (32, 64, 128)
 INT4_ZERO = 8  # where no zeros are given
+CACHED_FITS = 4096  # sizes that were found to fit
+
+
+class Places(NamedTuple):
+    """Scales or zeros, but for their values."""
+
+    dtype: torch.dtype
+    device: torch.device
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+class Stored(NamedTuple):
+    """A Quantization, but for values: what a prepared call depends on."""
+
+    format: str
+    scales: tuple[Places, Places]
+    zeros: tuple[Places | None, Places | None]
+    block_rows: int
+    block_columns: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,6 +149,17 @@ class Quantization:
             zeros = _blocks("w1_zeros", w1_zeros, ZEROS, 3), _blocks("w2_zeros", w2_zeros, ZEROS, 3)
         return cls("int4", *scales, *zeros, 1, _group_size(group_size))
 
+    @functools.cached_property
+    def stored(self) -> Stored:
+        def places(tensor: torch.Tensor | None) -> Any:
+            if tensor is None:
+                return None
+            return Places(tensor.dtype, tensor.device, tuple(tensor.shape), tensor.stride())
+
+        scales = places(self.w1_scale), places(self.w2_scale)
+        zeros = places(self.w1_zeros), places(self.w2_zeros)
+        return Stored(self.format, scales, zeros, self.block_rows, self.block_columns)
+
     def check(
         self, hidden_states: PlainTensor, w1: PlainTensor, w2: PlainTensor, is_gated: bool
     ) -> tuple[int, int, int]:
@@ -145,34 +177,7 @@ class Quantization:
         check_tensor("w2", w2, stored, shape, device, strided=True)
         check_tensor("w1", w1, stored, (num_experts, rows, hidden // packed), device, strided=True)
 
-        is_grouped = self.block_columns and self.format != "fp8"
-        multiple = self.block_columns if is_grouped else 16 * packed
-        for name, size in (("hidden", hidden), ("intermediate", intermediate)):
-            if size % multiple:
-                why = "the group size" if is_grouped else f"16 bytes of {self.format}"
-                raise ValueError(
-                    f"quantization: expected a multiple of {multiple}, {why}, as {name} size, got {size}"
-                )
-        if is_gated and self.block_rows and intermediate % self.block_rows:
-            raise ValueError(
-                f"quantization: expected a multiple of {self.block_rows}, the rows of a block, as"
-                f" intermediate size, got {intermediate}: a block would have rows of gate and up"
-            )
-
-        # One scale for all rows, or one for each half of w1's.
-        whole = 2 if is_gated and self.w1_scale.shape[1] == 2 else 1
-        types: tuple[torch.dtype, ...] = SCALES
-        for name, scale, zeros, height, width, blocks in (
-            ("w1", self.w1_scale, self.w1_zeros, rows, hidden, whole),
-            ("w2", self.w2_scale, self.w2_zeros, hidden, intermediate, 1),
-        ):
-            down = ceil_div(height, self.block_rows) if self.block_rows else blocks
-            across = ceil_div(width, self.block_columns) if self.block_columns else 1
-            shape = num_experts, down, across
-            check_tensor(f"quantization: {name}_scale", scale, types, shape, device, strided=True)
-            if zeros is not None:
-                check_tensor(f"quantization: {name}_zeros", zeros, ZEROS, shape, device, strided=True)
-            types = (scale.dtype,)
+        _check_fits(self.stored, num_experts, hidden, intermediate, is_gated, device)
         return num_experts, hidden, intermediate
 
     @torch.no_grad()
@@ -186,6 +191,52 @@ class Quantization:
             return dequantize(weights[experts], scale[experts], zero, self.block_rows, self.block_columns)
 
         return values(w1, self.w1_scale, self.w1_zeros), values(w2, self.w2_scale, self.w2_zeros)
+
+
+@functools.lru_cache(CACHED_FITS)
+def _check_fits(
+    stored: Stored, num_experts: int, hidden: int, intermediate: int, is_gated: bool, device: torch.device
+) -> None:
+    """What `Quantization.check` finds by sizes: it takes longer than the rest of a call."""
+    is_grouped = stored.block_columns and stored.format != "fp8"
+    in_16_bytes = 32 if stored.format == "int4" else 16
+    multiple = stored.block_columns if is_grouped else in_16_bytes
+    for name, size in (("hidden", hidden), ("intermediate", intermediate)):
+        if size % multiple:
+            why = "the group size" if is_grouped else f"16 bytes of {stored.format}"
+            raise ValueError(
+                f"quantization: expected a multiple of {multiple}, {why}, as {name} size, got {size}"
+            )
+    if is_gated and stored.block_rows and intermediate % stored.block_rows:
+        raise ValueError(
+            f"quantization: expected a multiple of {stored.block_rows}, the rows of a block, as"
+            f" intermediate size, got {intermediate}: a block would have rows of gate and up"
+        )
+
+    # One scale for all rows, or one for each half of w1's.
+    whole = 2 if is_gated and stored.scales[0].shape[1] == 2 else 1
+    rows = 2 * intermediate if is_gated else intermediate
+    sizes = (rows, hidden, whole), (hidden, intermediate, 1)
+    for name, scale, zeros, (height, width, blocks) in zip(
+        ("w1", "w2"), stored.scales, stored.zeros, sizes, strict=True
+    ):
+        down = ceil_div(height, stored.block_rows) if stored.block_rows else blocks
+        across = ceil_div(width, stored.block_columns) if stored.block_columns else 1
+        expected = Places(stored.scales[0].dtype, device, (num_experts, down, across), ())
+        _check_places(f"quantization: {name}_scale", scale, expected)
+        if zeros is not None:
+            _check_places(f"quantization: {name}_zeros", zeros, expected._replace(dtype=ZEROS[0]))
+
+
+def _check_places(name: str, found: Places, expected: Places) -> None:
+    if found.dtype != expected.dtype:
+        raise TypeError(f"{name}: expected {expected.dtype}, got {found.dtype}; cast it")
+    if found.shape != expected.shape:
+        raise ValueError(f"{name}: expected shape {list(expected.shape)}, got {list(found.shape)}")
+    if found.device != expected.device:
+        raise ValueError(
+            f"{name}: expected it beside the other tensors on {expected.device}, got {found.device}"
+        )
 
 
 def dequantize(

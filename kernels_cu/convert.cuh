@@ -111,6 +111,13 @@ __device__ __forceinline__ u8 plain_float_to_e4m3(float value) {
   return sign | (rounded - (120u << 23)) >> 20;
 }
 
+constexpr float kLargestE4m3 = 448.0f, kLargestFinite = 3.40282346638528859812e38f;
+
+// Of values whose largest magnitude is `largest`; a normal number, as its reciprocal is.
+__device__ __forceinline__ float to_e4m3_scale(float largest, float least) {
+  return __fdiv_rn(fmaxf(largest, least), kLargestE4m3);
+}
+
 // Two floats as e4m3, the first one in the lower byte.
 __device__ __forceinline__ u32 pack_e4m3(float first, float second) {
 #if !EMULATED && \

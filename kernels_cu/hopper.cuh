@@ -157,6 +157,17 @@ __device__ __forceinline__ void copy_async_if(bool condition, void* shared, cons
 #endif
 }
 
+// 4 bytes, or zeros, beside those of 16.
+__device__ __forceinline__ void copy_word_async(float* shared, const float* global, bool exists) {
+#if EMULATED
+  emulator::copy_async(shared, global, exists, 4);
+#else
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(shared)), "l"(global),
+               "r"(exists ? 4 : 0)
+               : "memory");
+#endif
+}
+
 // ---- copies ---------------------------------------------------------------------------------------------------------
 
 // A tensor in global memory as cuTensorMapEncodeTiled describes it.
@@ -225,11 +236,17 @@ __device__ __forceinline__ void take_registers() {
 }
 
 // What cp.async has written is there for wgmma, too.
+__device__ __forceinline__ void see_copies() {
+#if !EMULATED
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+// What registers hold is there for wgmma.
 __device__ __forceinline__ void begin_products() {
 #if EMULATED
   emulator::begin_products();
 #else
-  asm volatile("fence.proxy.async.shared::cta;\nwgmma.fence.sync.aligned;" ::: "memory");
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #endif
 }
 __device__ __forceinline__ void commit_products() {
@@ -264,11 +281,11 @@ __device__ __forceinline__ void multiply_256(float (&sums)[32][4], u32 a, u32 b,
 #if EMULATED
 template <>
 inline void multiply_256<BF16>(float (&sums)[32][4], u32 a, u32 b, u32 adds) {
-  emulator::multiply_256(sums[0], a, b, adds, BF16::to_float, __LINE__);
+  emulator::multiply(256, sums[0], a, b, adds, BF16::to_float, __LINE__);
 }
 template <>
 inline void multiply_256<F16>(float (&sums)[32][4], u32 a, u32 b, u32 adds) {
-  emulator::multiply_256(sums[0], a, b, adds, F16::to_float, __LINE__);
+  emulator::multiply(256, sums[0], a, b, adds, F16::to_float, __LINE__);
 }
 #else
 #define MULTIPLY_256(Element, type)                                                                          \
@@ -299,3 +316,28 @@ inline void multiply_256<F16>(float (&sums)[32][4], u32 a, u32 b, u32 adds) {
 MULTIPLY_256(BF16, "bf16")
 MULTIPLY_256(F16, "f16")
 #endif
+
+// sums[64][128] = a[64][32] * b[128][32]^T of e4m3, in the same way.
+__device__ __forceinline__ void multiply_128_e4m3(float (&sums)[16][4], u32 a, u32 b, u32 adds) {
+#if EMULATED
+  emulator::multiply(128, sums[0], a, b, adds, nullptr, __LINE__);
+#else
+  asm volatile(
+      "{\n"
+      ".reg .pred adds;\n"
+      ".reg .b64 a, b;\n"
+      "setp.ne.u32 adds, %66, 0;\n"
+      "mov.b64 a, {%64, %67};\n"
+      "mov.b64 b, {%65, %67};\n"
+      "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3"
+      " {"
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63},\n"
+      "a, b, adds, 1, 1;\n"
+      "}"
+      : SUMS_64(0)
+      : "r"(a | kDescribed), "r"(b | kDescribed), "r"(adds), "n"(kDescribedUpper));
+#endif
+}

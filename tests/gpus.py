@@ -17,7 +17,7 @@ class Clusters:
     of_2: int = 0
 
     def __call__(self, unit: str, entry: str, size: int, /) -> int:
-        if unit == "experts_wgmma":
+        if unit in ("experts_wgmma", "experts_wgmma_fp8"):
             assert entry.startswith("experts_wgmma_")
             assert size == 2
             return self.of_2

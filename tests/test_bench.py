@@ -109,6 +109,10 @@ def made_up_times(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(experts.MODELS, "small", (4, 2, 64, 32))
     monkeypatch.setattr(OPERATORS["experts"], "cases", (SMALL,))
     monkeypatch.setattr(experts, "HOST", SMALL)
+    monkeypatch.setitem(experts.MODELS, "blocks", (4, 2, 128, 128))
+    for weight_format in ("fp8", "int8", "int4"):
+        case = SMALL._replace(model="blocks")
+        monkeypatch.setattr(OPERATORS[f"experts_{weight_format}"], "cases", (case,))
     monkeypatch.setattr(OPERATORS["transformers"], "cases", (SMALL_MODEL,))
     monkeypatch.setattr(models, "LAYERS", 2)
     monkeypatch.setattr(models, "CONTEXT", 8)
@@ -564,6 +568,11 @@ def test_pages_are_what_the_figures_say() -> None:
         assert path.read_text() == text, f"{path} is out of date: {again}"
 
 
+UNTOLD = (
+    "transformers", "quantize_rows", "quantize_silu", "experts_fp8", "experts_int8", "experts_int4"
+)  # fmt: skip
+
+
 def test_readme_has_the_telling_cases_and_the_page_has_all() -> None:
     result = made_up_result()
     plots = {".svg": ROOT / "scripts/results/imaginary.svg", "-roofline.svg": Path("/elsewhere.svg")}
@@ -576,8 +585,9 @@ def test_readme_has_the_telling_cases_and_the_page_has_all() -> None:
     part = readme[readme.index(report.BEGIN) : readme.index(report.END)]
     for operator in bench.OPERATORS:
         assert f"\n## {operator.function}\n" in page
-        assert part.count(f"\n| `{operator.function}` |") == len(operator.telling)
-        assert operator.telling or operator.section in ("transformers", "quantize_rows", "quantize_silu")
+        told = sum(len(op.telling) for op in bench.OPERATORS if op.function == operator.function)
+        assert part.count(f"\n| `{operator.function}` |") == told
+        assert operator.telling or operator.section in UNTOLD
     assert "| `moe_sum` | 64 tokens, 8 x 7168 each, bf16 | 2.00 | 4.00 | 2.00 x |" in readme
 
 
@@ -691,7 +701,12 @@ def test_what_is_bound_is_what_is_called(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize(
     ("operator", "peer"),
-    [(op, peer) for op in bench.OPERATORS for peer in op.theirs if peer in US and op.section != "experts"],
+    [
+        (op, peer)
+        for op in bench.OPERATORS
+        for peer in op.theirs
+        if peer in US and op.function != "fused_experts"
+    ],
     ids=lambda value: getattr(value, "function", value),
 )
 def test_peers_are_called_by_their_name(
@@ -730,7 +745,9 @@ def test_batched_align_is_compared_to_the_last_element(monkeypatch: pytest.Monke
 def test_every_function_of_every_operator_module_has_a_benchmark() -> None:
     families = [path.stem for path in (ROOT / "cupy_moe/operators").glob("*.py") if path.stem != "__init__"]
     assert families
-    assert discover() == [op for f in sorted([*families, "transformers"]) for op in of_family(f)]
+    assert discover() == [
+        op for f in sorted([*families, "experts_quantized", "transformers"]) for op in of_family(f)
+    ]
     for family in families:
         module = importlib.import_module(f"cupy_moe.operators.{family}")
         public = {name for name in module.__all__ if inspect.isfunction(getattr(module, name))}

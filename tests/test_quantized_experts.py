@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import random
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from emulator import Emulator
-from gpus import A100, GPUS, H200, RTX4090
-from test_experts import Layer, close, needs_compiler
+from gpus import A100, GPUS, H200, RTX4090, Clusters
+from test_experts import Layer, close, exact, needs_compiler
 from test_quantization import FORMATS, quantized
 
 from cupy_moe import Quantization, fused_experts
+from cupy_moe.cpu import experts as cpu
+from cupy_moe.cuda.limits import device_limits
 from cupy_moe.images import sources
 from cupy_moe.plans import experts as plans
 from cupy_moe.plans.experts import QUANTIZED_BITS, QUANTIZED_KERNELS, plan_experts
@@ -31,9 +35,12 @@ def called(call: Layer, quantization: Quantization, place: Place, **more: Any) -
     return call(place, quantization=moved(quantization, place), **more)
 
 
+WEIGHTS_ALONE = ("quantized_8", "quantized_16")
+
+
 def kernels_for(call: Layer) -> list[str]:
     few = call.tensors["topk_ids"].numel() <= plans.DIRECT_MAX_PAIRS
-    return [name for name in QUANTIZED_KERNELS if few or name != "quantized_8"]
+    return [name for name in WEIGHTS_ALONE if few or name != "quantized_8"]
 
 
 # ---- wrong calls
@@ -66,12 +73,32 @@ def planned(num_pairs: int, num_experts: int = 128, limits: Any = H200, **more: 
 def test_kernels_by_the_pairs_of_an_expert() -> None:
     assert [planned(n).kernel for n in (1, 128, 129)] == ["quantized_8", "quantized_8", "quantized_16"]
     assert [planned(n, 8).kernel for n in (32, 33)] == ["quantized_8", "quantized_16"]
-    assert [planned(1, kernel=name).kernel for name in QUANTIZED_KERNELS] == list(QUANTIZED_KERNELS)
-    assert [planned(1, kernel=name).block_size for name in QUANTIZED_KERNELS] == [0, 16]
+    forced = [planned(1, kernel=name, multiplies_fp8=True) for name in QUANTIZED_KERNELS]
+    assert [plan.kernel for plan in forced] == list(QUANTIZED_KERNELS)
+    assert [plan.block_size for plan in forced] == [0, 16, 128]
     with pytest.raises(ValueError, match="kernel='quantized_8': at most 128 pairs, got 129"):
         planned(129, kernel="quantized_8")
     with pytest.raises(ValueError, match=r"compute capability 8\.0"):
         planned(1, limits=GPUS["T4"])
+
+
+def test_fp8_is_multiplied_where_that_reads_weights_faster() -> None:
+    def chosen(hidden: int, inner: int, num_experts: int, *pairs: int, **more: Any) -> list[str]:
+        sizes = (num_experts, num_experts, hidden, inner, "bf16", True)
+        more = {"weight_format": "fp8", "multiplies_fp8": True, **more}
+        limits = more.pop("limits", H200)
+        return [plan_experts(n, *sizes, limits, **more).kernel for n in pairs]
+
+    few, products = "quantized_8", "wgmma_fp8"
+    assert chosen(2048, 768, 128, 8, 64, 128, 129) == [few, few, few, products]  # Qwen3-30B
+    assert chosen(7168, 2048, 64, 8, 16, 64) == [few, products, products]  # DeepSeek-V3
+    assert chosen(4096, 14336, 8, 2, 16, 64) == [products] * 3  # Mixtral, whose second product has few tiles
+    assert chosen(4096, 14336, 8, 2, 64, multiplies_fp8=False) == [few, "quantized_16"]
+    assert chosen(4096, 14336, 8, 2, 64, weight_format="int8", multiplies_fp8=False) == [few, "quantized_16"]
+    for limits in (A100, GPUS["B200"], H200._replace(max_clusters=Clusters())):
+        assert chosen(4096, 14336, 8, 64, limits=limits) == ["quantized_16"]
+        with pytest.raises(ValueError, match="kernel='wgmma_fp8': this device has no wgmma"):
+            chosen(4096, 14336, 8, 64, limits=limits, kernel=products)
 
 
 @pytest.mark.parametrize("weight_format", QUANTIZED_BITS)
@@ -154,6 +181,101 @@ def test_every_code(stored: torch.dtype, dtype: torch.dtype) -> None:
     assert torch.equal(result.float(), w2[0].float().T)
 
 
+# ---- rows in fp8, too
+
+FP8_ROWS = ("fp8 by blocks", "fp8 by channels", "fp8 by tensors", "fp8 by gate and up")
+
+
+def fp8_rows(seed: int, **given: int) -> tuple[Layer, Quantization]:
+    """A random call that `wgmma_fp8` takes."""
+    pick = random.Random(seed)
+    name, inner = FP8_ROWS[seed % len(FP8_ROWS)], 128 * pick.choice((1, 2))
+    sizes = {
+        "tokens": pick.choice((1, 3, 17, 70, 150)),
+        "topk": pick.choice((1, 2)),
+        "experts": pick.choice((1, 2, 3)),
+        "hidden": 128 * pick.choice((1, 2, 5)),
+        "inner": inner if name == "fp8 by blocks" else inner - 48,
+    }
+    call, quantization = quantized(seed, name, **{**sizes, **given})
+    if quantization.block_columns:  # whose scales are fp32
+        quantization = moved(quantization, torch.Tensor.float)
+    return call, quantization
+
+
+def rows_of(values: torch.Tensor) -> torch.Tensor:
+    """Group by group what [T, columns] stand for as e4m3."""
+    rows = []
+    for row in values.double().unbind():
+        groups = []
+        for group in row.split(128):
+            scale = max(group.abs().max().item(), 1e-10) / 448
+            groups.append((group / scale).float().to(torch.float8_e4m3fn).double() * scale)
+        rows.append(torch.cat(groups))
+    return torch.stack(rows)
+
+
+def activated_rows(activate: Any, *args: Any) -> torch.Tensor:
+    return rows_of(activate(*args)[None])[0]
+
+
+def test_fp8_rows_against_float64() -> None:
+    for seed in range(8):
+        call, quantization = fp8_rows(seed, tokens=5)
+        result = call(lambda tensor: tensor, quantization=quantization, kernel="wgmma_fp8")
+        in_16_bits = call(lambda tensor: tensor, quantization=quantization)
+        w1, w2 = quantization.dequantize(call.tensors["w1"], call.tensors["w2"])
+        tensors = {
+            **call.tensors,
+            "w1": w1,
+            "w2": w2,
+            "hidden_states": rows_of(call.tensors["hidden_states"]),
+        }
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cpu, "activate", functools.partial(activated_rows, cpu.activate))
+            expected = exact(call._replace(tensors=tensors))
+        assert close(result, expected), seed
+        assert not torch.equal(result, in_16_bits) or not result.any()
+        # 3 bits of mantissa, twice.
+        error = (result.double() - in_16_bits.double()).norm() / in_16_bits.double().norm().clamp(1e-9)
+        assert error < 0.08, seed
+
+
+def test_fp8_rows_of_what_cannot_be() -> None:
+    for name, change, given in (
+        ("fp8 by wide blocks", torch.Tensor.float, {}),
+        ("fp8 by blocks", torch.Tensor.half, {"hidden": 128}),
+        ("fp8 by blocks", torch.Tensor.float, {"hidden": 144}),
+        ("int8 by channels", torch.Tensor.float, {"hidden": 128}),
+    ):
+        call, quantization = quantized(0, name, **given)
+        with pytest.raises(ValueError, match="kernel='wgmma_fp8': expected fp8 weights with one scale"):
+            call(torch.clone, quantization=moved(quantization, change), kernel="wgmma_fp8")
+
+
+@needs_compiler
+@pytest.mark.parametrize("seed", range(16))
+def test_emulated_fp8_rows(seed: int) -> None:
+    call, quantization = fp8_rows(seed)
+    expected = call(lambda tensor: tensor, quantization=quantization, kernel="wgmma_fp8")
+    with Emulator(H200._replace(num_sms=4, max_clusters=Clusters(of_2=2)), 90, seed)() as device:
+        result = called(call, quantization, device.tensor, kernel="wgmma_fp8")
+        assert close(result, expected)
+        assert [entry.partition("_")[0] for entry in device.launched if "align" not in entry] == [
+            "quantize", "experts", "experts", "moe"
+        ]  # fmt: skip
+        # A row has the same bits alone.
+        one = call._replace(
+            tensors={
+                name: tensor[-1:] if name in PER_TOKEN else tensor for name, tensor in call.tensors.items()
+            }
+        )
+        assert torch.equal(called(one, quantization, device.tensor, kernel="wgmma_fp8"), result[-1:])
+
+
+PER_TOKEN = ("hidden_states", "topk_weights", "topk_ids", "shared_output")
+
+
 # ---- torch
 
 
@@ -190,6 +312,22 @@ def test_sanitize_every_format_against_the_cpu(name: str) -> None:
             results.append(memory[1:-1].cpu())
             assert close(results[-1], expected), f"{seed=} {kernel=}"
         assert all(torch.equal(result, results[0]) for result in results), seed
+
+
+@pytest.mark.gpu
+def test_sanitize_fp8_rows_against_the_cpu() -> None:
+    if not device_limits(torch.cuda.current_device()).runs("experts_wgmma_fp8"):
+        pytest.skip("this GPU has no wgmma")
+    for seed in range(40):
+        tokens = (1, 3, 17, 70, 300, 700)[seed % 6]
+        call, quantization = fp8_rows(seed, tokens=tokens, hidden=128 * (1 + seed % 9))
+        expected = call(lambda tensor: tensor, quantization=quantization, kernel="wgmma_fp8")
+        memory = torch.full((tokens + 2, expected.shape[1]), 77.0, dtype=expected.dtype, device="cuda")
+        for _ in range(2):
+            out = memory[1:-1].fill_(torch.nan)
+            called(call, quantization, lambda tensor: tensor.cuda(), out=out, kernel="wgmma_fp8")
+            assert bool((memory[[0, -1]] == 77).all()), seed
+            assert close(out.cpu(), expected), seed
 
 
 @pytest.mark.gpu

@@ -126,6 +126,7 @@ def camel(name: str) -> str:
         ("gate/gate.cuh", gate.ElementType),
         ("gate/gate.cuh", gate.Scoring),
         ("experts/experts.cuh", experts.Activation),
+        ("experts/formats.cuh", experts.ScaleType),
     ],
 )
 def test_enums_have_the_names_and_values_of_the_source(file: str, enumeration: type[enum.IntEnum]) -> None:
@@ -219,7 +220,8 @@ def test_gate_wide_has_the_words_that_are_planned() -> None:
 def constants_of(unit: str) -> dict[str, int]:
     """All of a unit of the experts and of what it includes."""
     values: dict[str, int] = {}
-    for file in ("common.cuh", "experts/experts.cuh", "experts/swapped.cuh", f"experts/{unit}.cu"):
+    header = "wgmma" if "wgmma" in unit else "swapped"
+    for file in ("common.cuh", "experts/experts.cuh", f"experts/{header}.cuh", f"experts/{unit}.cu"):
         for declaration in re.findall(r"^constexpr u32 (.*?);", without_comments(FILES[file]), re.MULTILINE):
             for name, _, value in (part.partition(" = ") for part in declaration.split(", ")):
                 values[name] = int(eval(re.sub(r"u\b", "", value).replace("/", "//"), {}, values))
@@ -228,9 +230,9 @@ def constants_of(unit: str) -> dict[str, int]:
 
 def struct_layout(unit: str, name: str) -> tuple[int, int]:
     """sizeof and alignof of a struct of words, flags, barriers, other structs of its unit, and arrays."""
-    known = {"bool": (1, 1), "u32": (4, 4), "Barrier": (8, 8), "uint4": (16, 16)}
+    known = {"bool": (1, 1), "u32": (4, 4), "float": (4, 4), "Barrier": (8, 8), "uint4": (16, 16)}
     offset, alignment = 0, 1
-    file = "swapped.cuh" if name == "Groups" else f"{unit}.cu"
+    file = "swapped.cuh" if name == "Groups" else "wgmma.cuh"
     for kind, field in fields_of(f"experts/{file}:{name}"):
         aligned = re.fullmatch(r"(?:alignas\((\d+)\) )?(\w+)", kind)
         assert aligned, kind
@@ -252,20 +254,26 @@ def struct_bytes(unit: str, name: str) -> int:
 
 
 def experts_plan(kernel: str, num_pairs: int = 100, intermediate: int = 768, gated: bool = True) -> Any:
-    return experts_plans.plan_experts(num_pairs, 8, 8, 2048, intermediate, "bf16", gated, H200, kernel)
+    sizes = num_pairs, 8, 8, 2048, intermediate, "bf16", gated
+    stored = ("fp8", True) if kernel == "wgmma_fp8" else ()
+    return experts_plans.plan_experts(*sizes, H200, kernel, *stored)
 
 
 def test_wgmma_has_the_shared_memory_that_it_lays_out() -> None:
     sizes = constants_of("experts_wgmma")
     assert sizes["kStageBytes"] == (sizes["kTileRows"] + sizes["kWeightRows"]) * sizes["kRowBytes"]
     assert sizes["kStageBytes"] % 1024 == 0  # of each stage, or operands would not lie where wgmma wants them
-    source = FILES["experts/experts_wgmma.cu"]
+    source = FILES["experts/wgmma.cuh"]
     assert "Shared& shared = *reinterpret_cast<Shared*>(stages + kStages * kStageBytes);" in source
+    assert "StageScales* scales = reinterpret_cast<StageScales*>(&shared + 1);" in source
     assert "(misaligned ? 1024 - misaligned : 0)" in source
     expected = 1024 + sizes["kStages"] * sizes["kStageBytes"] + struct_bytes("experts_wgmma", "Shared")
+    scales = sizes["kStages"] * struct_bytes("experts_wgmma", "StageScales")
     for gated in (True, False):
-        for launch in experts_plan("wgmma", gated=gated).products:
-            assert launch.shared_bytes == expected
+        of_16_bits, of_fp8 = (experts_plan(kernel, gated=gated) for kernel in ("wgmma", "wgmma_fp8"))
+        for launch in of_16_bits.products + of_fp8.products:
+            assert launch.shared_bytes == expected + (scales if launch.unit == "experts_wgmma_fp8" else 0)
+            assert launch.shared_bytes <= H200.shared_bytes
             assert launch.block == sizes["kThreads"]
 
 
@@ -304,20 +312,19 @@ def test_wgmma_is_consistent_in_itself() -> None:
     assert sizes["kTileRows"] == base.WARP * 4  # a warp copies the pairs of a tile, 16 bytes a lane
     assert sizes["kMaxLocalExperts"] <= base.WARP * base.WARP  # it finds an expert in two votes
     # Roles get registers of those that the block was launched with, or one of them would wait for ever.
-    source = FILES["experts/experts_wgmma.cu"]
-    roles = formula("experts/experts_wgmma.cu", r"  if \(threadIdx\.x >= kLoaders\) \{\n(.*?)\n  \}\n")
+    roles = formula("experts/wgmma.cuh", r"  if \(threadIdx\.x >= kLoaders\) \{\n(.*?)\n  \}\n")
     others_take, loaders_give = (
-        r"take_registers<(\d+)>\(\);\s+multiply<",
-        r"give_back_registers<(\d+)>\(\);\s+load<",
+        r"take_registers<Product::kProductRegisters>\(\);\s+multiply<",
+        r"give_back_registers<Product::kLoaderRegisters>\(\);\s+load<",
     )
-    found = re.fullmatch(rf"\s+{others_take}.* else \{{\s+{loaders_give}.*", roles, re.DOTALL)
-    assert found
-    taken, given = map(int, found.groups())
-    assert source.count("_registers<") == 2
+    assert re.fullmatch(rf"\s+{others_take}.* else \{{\s+{loaders_give}.*", roles, re.DOTALL)
     launched = 65_536 // sizes["kThreads"] // 8 * 8
-    assert given % 8 == taken % 8 == 0
-    assert given < launched < taken
-    assert sizes["kLoaders"] * given + others * taken <= sizes["kThreads"] * launched
+    for unit in ("experts_wgmma", "experts_wgmma_fp8"):
+        said = r"kProductRegisters = (\d+), kLoaderRegisters = (\d+);"
+        ((taken, given),) = (map(int, pair) for pair in re.findall(said, FILES[f"experts/{unit}.cu"]))
+        assert given % 8 == taken % 8 == 0
+        assert given < launched < taken
+        assert sizes["kLoaders"] * given + others * taken <= sizes["kThreads"] * launched
     assert sizes["kLoaders"] % 128 == others % 128 == 0  # by whole warpgroups
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 
 import torch
-from torch.nn.functional import gelu, sigmoid, silu
+from torch.nn.functional import gelu, pad, sigmoid, silu
 
 from ..quantization import Quantization
 from . import moe_sum as cpu_sum
+from .quantize import quantize
 
 GATED = ("silu", "gelu", "gelu_tanh", "swigluoai", "swigluoai_uninterleave")
 PLAIN = ("silu_no_mul", "gelu_no_mul", "gelu_tanh_no_mul", "relu2_no_mul")
@@ -70,11 +71,14 @@ def fused_experts(
     swiglu_alpha: float | None = None,
     swiglu_limit: float | None = None,
     quantization: Quantization | None = None,
+    rows_become_fp8: bool = False,
 ) -> torch.Tensor:
     """As `cupy_moe.fused_experts`; what each product gives is rounded once, and arguments are not checked.
 
-    Quantised weights are those that they stand for, in fp32; nothing else is rounded to fewer bits.
+    Quantised weights are those that they stand for, in fp32. Nothing else is rounded to fewer bits, unless
+    `rows_become_fp8`: then what is multiplied by them becomes e4m3 with a scale for 128 columns of a row.
     """
+    rows = _as_fp8(hidden_states) if rows_become_fp8 else hidden_states
     num_tokens, topk = topk_ids.shape
     experts = local_experts(topk_ids, len(w1), expert_map).view(-1)
     weights = topk_weights.reshape(-1, 1)
@@ -87,13 +91,14 @@ def fused_experts(
             first, second = w1[expert].float(), w2[expert].float()
         else:
             first, second = quantization.dequantize(w1, w2, expert)
-        values = hidden_states[pairs // topk].float() @ first.T
+        values = rows[pairs // topk].float() @ first.T
         if w1_bias is not None:
             values = values + w1_bias[expert].float()
         if apply_router_weight_on_input:
             values = values * weights[pairs]
-        values = activate(activation, values, swiglu_alpha, swiglu_limit).to(hidden_states.dtype)
-        result = values.float() @ second.T
+        values = activate(activation, values, swiglu_alpha, swiglu_limit)
+        values = _as_fp8(values) if rows_become_fp8 else values.to(hidden_states.dtype).float()
+        result = values @ second.T
         if w2_bias is not None:
             result = result + w2_bias[expert].float()
         if not apply_router_weight_on_input:
@@ -101,6 +106,13 @@ def fused_experts(
         outputs[pairs] = result.to(hidden_states.dtype)
     by_slot = outputs.view(num_tokens, topk, w2.shape[1])
     return cpu_sum.moe_sum(by_slot, routed_scaling_factor=routed_scaling_factor, shared_output=shared_output)
+
+
+def _as_fp8(rows: torch.Tensor) -> torch.Tensor:
+    """What [.., columns] stand for in fp32, once they are e4m3; the last group of columns may be a part."""
+    columns = rows.shape[1]
+    codes, scales = quantize(pad(rows.float(), (0, -columns % 128)), 128, False, 1e-10, False)
+    return (codes.float() * scales.repeat_interleave(128, dim=1))[:, :columns]
 
 
 def local_experts(topk_ids: torch.Tensor, num_experts: int, expert_map: torch.Tensor | None) -> torch.Tensor:

@@ -11,7 +11,7 @@ from .driver import driver_function
 from .launch import INVALID_CONTEXT
 from .structs import TENSOR_MAP_WORDS
 
-_TYPES = {"f16": 6, "bf16": 9}  # CUtensorMapDataType
+_TYPES = {"fp8": 0, "f16": 6, "bf16": 9}  # CUtensorMapDataType
 _NO_INTERLEAVE, _SWIZZLE_128_BYTES, _PROMOTE_TO_128_BYTES, _ZEROS_OUTSIDE = 0, 3, 2, 0
 MAPS = 4096  # that are remembered, of 200 bytes each: two for every layer of a model
 

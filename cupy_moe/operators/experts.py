@@ -28,11 +28,12 @@ from ..plans.experts import (
     ExpertsPlan,
     plan_experts,
 )
-from ..quantization import Quantization
+from ..quantization import Quantization, Stored
 from ..values import INT32_MAX, as_bool, as_float, as_int, check_choice, check_fp32, check_range
 from .align import MoEAlignment, moe_align_block_size
 from .gate import topk_softmax
 from .moe_sum import launch_sum, prepare_sum
+from .quantize import prepare_groups
 
 __all__ = ["experts_workspace_bytes", "fused_experts", "fused_moe"]
 
@@ -44,10 +45,12 @@ _MMA_ARGS = ArgumentStruct(
     " i64 bias_stride; float alpha, beta, limit",
 )
 _WGMMA_ARGS = ArgumentStruct(
-    "experts/experts_wgmma.cu:ExpertsWgmmaArgs",
-    "sorted_token_ids expert_ids counters rows output bias topk_weights",
-    "i64 row_stride, bias_stride; u32 num_pairs, num_experts, num_blocks; Divisor rows_shared; u32 depth,"
-    " num_columns, activation, row_step, up_offset, group_twos, clears_unknown, is_first; float alpha,"
+    "experts/wgmma.cuh:ExpertsWgmmaArgs",
+    "sorted_token_ids expert_ids counters rows output row_scales weight_scales output_scales bias"
+    " topk_weights",
+    "i64 row_stride, bias_stride, scale_expert_stride, scale_row_stride, scale_group_stride; u32 num_pairs,"
+    " num_experts, num_blocks; Divisor rows_shared; u32 depth, num_columns, activation, row_step, up_offset,"
+    " group_twos, clears_unknown, is_first; Divisor scale_rows; u32 scale_type, scales_steps; float alpha,"
     " beta, limit",
     tensor_map="weights",
 )
@@ -94,9 +97,19 @@ _SCALES = {
     torch.float16: ScaleType.SCALE_F16,
 }
 _ID_TYPES = (torch.int32, torch.int64, torch.uint32)
+_NONE = None, None, None, None
 _FLOAT, _INT32 = (torch.float32,), (torch.int32,)
 _SILU = cpu.SWIGLU["silu"]
-_BOX_DEPTH = ROW_BYTES // 2
+_SIZES = {"bf16": 2, "f16": 2, "fp8": 1}
+# Of kernels that may have scales in steps, where there are none.
+_NO_SCALES: dict[str, Any] = {
+    "scale_expert_stride": 0,
+    "scale_row_stride": 0,
+    "scale_group_stride": 0,
+    "scale_rows": divisor(1),
+    "scale_type": ScaleType.SCALE_F32,
+    "scales_steps": False,
+}
 _ALIGNMENT = 256  # bytes, of what lies in the workspace
 # Of the two intermediates together; more tokens go in parts, one after another.
 MAX_WORKSPACE_BYTES = 4 << 30
@@ -165,7 +178,11 @@ def fused_experts(
     Products are accumulated in fp32. What the activation gives is rounded once, what GEMM 2 gives, times the
     router weight, once; the sum is that of `moe_sum`. The result is the same to the last bit at every call,
     and for a token in whatever batch it is, as long as that has the same kind of kernel (mma or wgmma).
-    Quantised weights become 16-bit values, exactly, and scales multiply sums in fp32; there is one kind.
+    Quantised weights become 16-bit values, exactly, and scales multiply sums in fp32; there is one kind. But
+    fp8 weights are multiplied as they are on Hopper, unless pairs are few: rows of both products become e4m3,
+    too, with an fp32 scale for 128 columns, as in DeepSeek-V3, which takes half the time. That is where the
+    hidden size is a multiple of 128, and a row of weights has one scale, or blocks of 128 x 128 have fp32
+    ones; kernel="quantized_16" keeps 16 bits, and kernel="wgmma_fp8" tells the result on a CPU, too.
 
     >>> eye = torch.eye(8, dtype=torch.bfloat16)
     >>> w1 = torch.stack([eye, 2 * eye])  # two experts without a gate
@@ -199,7 +216,7 @@ def fused_experts(
         )  # fmt: skip
     check_choice("activation", activation, ACTIVATIONS)
     if kernel is not None:
-        check_choice("kernel", kernel, tuple(QUANTIZED_KERNELS) if quantization else EXPERTS_KERNELS)
+        check_choice("kernel", kernel, QUANTIZED_KERNELS if quantization else EXPERTS_KERNELS)
     on_input = as_bool("apply_router_weight_on_input", apply_router_weight_on_input)
     factor = as_float("routed_scaling_factor", routed_scaling_factor) or 0.0
     check_fp32("routed_scaling_factor", factor)
@@ -254,12 +271,12 @@ def fused_experts(
     call = _prepare(
         num_tokens, topk, num_experts, hidden, intermediate, strides, dtype, device, activation, ids.dtype,
         experts, local is not None, swiglu, kernel,
-        None if quantization is None else _stored(quantization, rows),
+        None if quantization is None else quantization.stored,
     )  # fmt: skip
     if call is None:
         result = cpu.fused_experts(
             x, first, second, weights, ids, activation, on_input, local, biases[0], biases[1], factor, shared,
-            swiglu_alpha, swiglu_limit, quantization,
+            swiglu_alpha, swiglu_limit, quantization, kernel == "wgmma_fp8",
         )  # fmt: skip
         with torch.no_grad():
             return output.copy_(result)
@@ -305,16 +322,22 @@ def fused_experts(
             memory[layout.post_pad : layout.post_pad + 4].view(torch.int32),
         )
         moe_align_block_size(ids, call.block_size, experts, local, False, local is not None, out=aligned)
-    if quantization is not None:
-        scale1, scale2, zero1, zero2 = (0 if t is None else address("quantization", t) for t in stored)
+    scale1, scale2, zero1, zero2 = (0 if t is None else address("quantization", t) for t in stored or _NONE)
+    if call.quantize is not None:
+        # Codes, then scales; those of the hidden states where the outputs will be.
+        scales, inner_scales = outer + num_tokens * hidden, inner + num_tokens * topk * intermediate
+        call.quantize(rows, outer, scales, 0)
+        call.first(*maps[0], *blocks, outer, inner, scales, scale1, inner_scales, bias1, router1)
+        call.second(*maps[1], *blocks, inner, outer, inner_scales, scale2, 0, bias2, router2)
+    elif quantization is not None:
         call.first(where, mapped, *blocks, rows, gates, scale1, zero1, inner, bias1, router1)
         call.second(where, mapped, *blocks, inner, downs, scale2, zero2, outer, bias2, router2)
     elif call.kernel == "direct":
         call.first(where, rows, gates, inner, mapped, bias1, router1)
         call.second(where, inner, downs, outer, mapped, bias2, router2)
     elif maps:
-        call.first(*maps[0], *blocks, rows, inner, bias1, router1)
-        call.second(*maps[1], *blocks, inner, outer, bias2, router2)
+        call.first(*maps[0], *blocks, rows, inner, 0, 0, 0, bias1, router1)
+        call.second(*maps[1], *blocks, inner, outer, 0, 0, 0, bias2, router2)
     else:
         call.first(*blocks, rows, gates, inner, bias1, router1)
         call.second(*blocks, inner, downs, outer, bias2, router2)
@@ -364,33 +387,6 @@ def _flat(quantization: Quantization | None) -> tuple[Any, ...]:
     return (
         quantization.format, *_tensors_of(quantization), quantization.block_rows, quantization.block_columns
     )  # fmt: skip
-
-
-class _Stored(NamedTuple):
-    """What a call with quantised weights depends on beside their sizes; of both products, in turn."""
-
-    weight_format: str
-    scale_type: ScaleType
-    scale_strides: tuple[tuple[int, ...], ...]
-    zero_strides: tuple[tuple[int, ...], ...]
-    scale_rows: tuple[int, ...]  # rows that have one scale
-    block_columns: int
-    num_groups: tuple[int, ...]
-
-
-def _stored(quantization: Quantization, rows: int) -> _Stored:
-    scales = quantization.w1_scale, quantization.w2_scale
-    zeros = quantization.w1_zeros, quantization.w2_zeros
-    return _Stored(
-        quantization.format,
-        _SCALES[scales[0].dtype],
-        tuple(scale.stride() for scale in scales),
-        tuple((0, 0, 0) if zero is None else zero.stride() for zero in zeros),
-        # Without a number of rows: all of w2, and all or half of w1.
-        (quantization.block_rows or rows // scales[0].shape[1], quantization.block_rows or INT32_MAX // 2),
-        quantization.block_columns,
-        tuple(scale.shape[2] for scale in scales),
-    )
 
 
 class _Layout(NamedTuple):
@@ -449,6 +445,7 @@ class _Call(NamedTuple):
     tokens_at_once: int
     layout: _Layout
     block_size: int
+    quantize: Launch | None  # of the hidden states, where rows become fp8
     first: Launch
     second: Launch
     maps: tuple[_Map, ...]  # of w1 and w2, where kernels copy boxes of them
@@ -474,7 +471,7 @@ def _prepare(
     is_mapped: bool,
     swiglu: tuple[float, float, float],
     kernel: str | None,
-    stored: _Stored | None,
+    stored: Stored | None,
 ) -> _Call | None:
     """Checks all that follows from sizes. None: on the CPU."""
     check_range("w1: number of experts", num_experts, MAX_LOCAL_EXPERTS)
@@ -482,6 +479,12 @@ def _prepare(
         if value % 8 or not 0 < value <= INT32_MAX // 4:
             raise ValueError(f"w2: expected a {name} that is a multiple of 8, got {value}")
     check_range("topk_ids: topk", topk, INT32_MAX, 0 if num_tokens == 0 else 1)
+    multiplies_fp8 = stored is not None and _multiplies_fp8(stored, hidden)
+    if kernel == "wgmma_fp8" and not multiplies_fp8:
+        raise ValueError(
+            "kernel='wgmma_fp8': expected fp8 weights with one scale for a row, or with fp32 scales of blocks"
+            " of 128 x 128, and a hidden size that is a multiple of 128"
+        )
     index = cuda_index("hidden_states", device)
     if index is None:
         return None
@@ -492,9 +495,12 @@ def _prepare(
     element = _ELEMENTS[dtype]
     plan: ExpertsPlan = plan_experts(
         num_pairs, num_experts, all_experts, hidden, intermediate, element, is_gated, device_limits(index),
-        kernel, None if stored is None else stored.weight_format,
+        kernel, None if stored is None else stored.format,
+        multiplies_fp8,
     )  # fmt: skip
     weight_bytes = 2 if stored is None else 1
+    is_fp8 = plan.kernel == "wgmma_fp8"
+    row_bytes = 1 if is_fp8 else 2
     layout = _lay_out(num_pairs, hidden, intermediate, all_experts, plan.block_size)
     alternate = activation == "swigluoai"
     common = {
@@ -508,9 +514,9 @@ def _prepare(
         "alpha": swiglu[0],
         "beta": swiglu[1],
         "limit": swiglu[2],
-    }
+    } | _NO_SCALES
     first = {
-        "row_stride": 2 * x_stride,
+        "row_stride": hidden if is_fp8 else 2 * x_stride,
         "expert_stride": weight_bytes * expert1,
         "weight_stride": weight_bytes * row1,
         "group_tiles": divisor(plan.group_blocks * ceil_div(intermediate, plan.columns[0])),
@@ -528,7 +534,7 @@ def _prepare(
         "bias_stride": 2 * intermediate if is_gated else intermediate,
     }
     second = {
-        "row_stride": 2 * intermediate,
+        "row_stride": row_bytes * intermediate,
         "expert_stride": weight_bytes * expert2,
         "weight_stride": weight_bytes * row2,
         "group_tiles": divisor(plan.group_blocks * ceil_div(hidden, plan.columns[1])),
@@ -543,51 +549,73 @@ def _prepare(
         "is_first": False,
         "bias_stride": hidden,
     }
-    declared = {"direct": _DIRECT_ARGS, "wgmma": _WGMMA_ARGS}.get(plan.kernel, _MMA_ARGS)
+    declared = _MMA_ARGS if stored is None else _QUANTIZED_ARGS
+    declared = {"direct": _DIRECT_ARGS, "wgmma": _WGMMA_ARGS, "wgmma_fp8": _WGMMA_ARGS}.get(
+        plan.kernel, declared
+    )
     if stored is not None:
-        declared = _QUANTIZED_ARGS
-        for number, product in enumerate((first, second)):
-            product |= _scale_fields(stored, number)
+        first |= _scale_fields(stored, 0, 2 * intermediate if is_gated else intermediate)
+        second |= _scale_fields(stored, 1, hidden)
     launches = []
     for launch, product in zip(plan.products, (first, second), strict=True):
         values = {**common, **product}
         constants = declared.pack(**{name: values[name] for name in declared.fields})
         launches.append(bind(launch, index, declared.num_pointers, constants))
     maps: tuple[_Map, ...] = ()
-    if plan.kernel == "wgmma":
+    quantize = None
+    if is_fp8:
+        element = "fp8"
+        quantize = prepare_groups(tokens, hidden, x_stride, dtype, device)
+    if plan.kernel in ("wgmma", "wgmma_fp8"):
         of_w1 = _map_plain(element, num_experts, intermediate, hidden, expert1, row1)
         if is_gated:
             gate, up = (2 * row1, row1) if alternate else (row1, intermediate * row1)
             of_w1 = _map_gated(element, num_experts, intermediate, hidden, expert1, gate, up)
         maps = of_w1, _map_plain(element, num_experts, hidden, intermediate, expert2, row2)
-    return _Call(plan.kernel, tokens, layout, plan.block_size, launches[0], launches[1], maps)
+    return _Call(plan.kernel, tokens, layout, plan.block_size, quantize, launches[0], launches[1], maps)
 
 
-def _scale_fields(stored: _Stored, product: int) -> dict[str, Any]:
+def _scale_fields(stored: Stored, product: int, rows: int) -> dict[str, Any]:
+    """Of one of the two products, whose weights have so many rows."""
+    scale = stored.scales[product]
     fields: dict[str, Any] = {}
-    for name, strides in (("scale", stored.scale_strides), ("zero", stored.zero_strides)):
-        for dimension, stride in zip(("expert", "row", "group"), strides[product], strict=True):
+    for name, places in (("scale", scale), ("zero", stored.zeros[product])):
+        strides = (0, 0, 0) if places is None else places.strides
+        for dimension, stride in zip(("expert", "row", "group"), strides, strict=True):
             fields[f"{name}_{dimension}_stride"] = stride
-    in_chunk = 128 // QUANTIZED_BITS[stored.weight_format]
+    in_chunk = 128 // QUANTIZED_BITS[stored.format]
     return fields | {
-        "scale_rows": divisor(stored.scale_rows[product]),
-        "scale_type": stored.scale_type,
+        # Without a number of rows: all of w2, and all or half of w1.
+        "scale_rows": divisor(stored.block_rows or max(1, rows // scale.shape[1])),
+        "scale_type": _SCALES[scale.dtype],
+        "scales_steps": stored.block_columns != 0,
         "group_chunks": stored.block_columns // in_chunk if stored.block_columns else 1 << 31,
-        "num_groups": stored.num_groups[product],
+        "num_groups": scale.shape[2],
     }
+
+
+def _multiplies_fp8(stored: Stored, hidden: int) -> bool:
+    """Whether rows may become fp8, too: a step of 128 columns has one scale for 128 rows, or none."""
+    (scale, _), rows, columns = stored.scales, stored.block_rows, stored.block_columns
+    in_steps = columns == 128 and rows % 128 == 0 and scale.dtype == torch.float32
+    return stored.format == "fp8" and hidden % 128 == 0 and (in_steps or not columns)
 
 
 def _map_plain(element: str, experts: int, rows: int, depth: int, expert: int, row: int) -> _Map:
     """Weights as (depth, 8 rows, eights of rows, 1, experts); the strides are in elements."""
-    strides = 2 * row, 16 * row, 16, 2 * expert if experts > 1 else 16
-    return element, (depth, 8, rows // 8, 1, experts), strides, (_BOX_DEPTH, 8, WGMMA_BOX_ROWS // 8, 1, 1)
+    size = _SIZES[element]
+    strides = size * row, size * 8 * row, 16, size * expert if experts > 1 else 16
+    box = ROW_BYTES // size, 8, WGMMA_BOX_ROWS // 8, 1, 1
+    return element, (depth, 8, rows // 8, 1, experts), strides, box
 
 
 def _map_gated(element: str, experts: int, columns: int, depth: int, expert: int, gate: int, up: int) -> _Map:
     """Weights as (depth, 8 rows, gate or up, eights of columns, experts), so that a box has in turn 8 rows of
     gates and the 8 of their ups; `gate` is from the row of a gate to the next, `up` to its up."""
-    strides = 2 * gate, 2 * up, 16 * gate, 2 * expert if experts > 1 else 16
-    return element, (depth, 8, 2, columns // 8, experts), strides, (_BOX_DEPTH, 8, 2, WGMMA_BOX_ROWS // 16, 1)
+    size = _SIZES[element]
+    strides = size * gate, size * up, size * 8 * gate, size * expert if experts > 1 else 16
+    box = ROW_BYTES // size, 8, 2, WGMMA_BOX_ROWS // 16, 1
+    return element, (depth, 8, 2, columns // 8, experts), strides, box
 
 
 def _swiglu(activation: str, alpha: Any, limit: Any) -> tuple[float, float, float]:

@@ -322,6 +322,18 @@ def _prepare(
     return bind(plan.launch, index, _ARGS.num_pointers, constants)
 
 
+def prepare_groups(
+    num_rows: int, hidden: int, row_stride: int, dtype: torch.dtype, device: torch.device
+) -> Launch:
+    """`per_token_group_quant_fp8` of rows on a GPU, bound: takes rows, q, scales and no ids, at multiples of
+    16 bytes, contiguous but for the rows."""
+    options = QuantizeOptions(GROUP_SIZES[-1], False, 1e-10, False, False, 1)
+    scale_strides = hidden // options.group_size, 1
+    launch = _prepare((num_rows, hidden), row_stride, scale_strides, num_rows, dtype, device, True, options)
+    assert launch is not None  # which it is on the CPU alone
+    return launch
+
+
 def _can_be_out(out: Any) -> bool:
     return isinstance(out, (tuple, list)) and len(out) == 2 and is_plain(out[0]) and is_plain(out[1])
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from .base import Constant, DeviceLimits, LaunchPlan, ceil_div, round_up
 
-MAX_LOCAL_EXPERTS = Constant(1024, "experts/experts_wgmma.cu:kMaxLocalExperts")
+MAX_LOCAL_EXPERTS = Constant(1024, "experts/wgmma.cuh:kMaxLocalExperts")
 ROW_BYTES = 2 * Constant(64, "experts/experts.cuh:kDepth")
 
 DIRECT_MAX_PAIRS = Constant(128, "experts/swapped.cuh:kMaxPairs")
@@ -32,14 +32,14 @@ QUANTIZED_MANY_STAGES = Constant(4, "experts/quantized.cuh:kManyStages")
 QUANTIZED_BLOCKS = Constant(6, "experts/quantized.cuh:kBlocks")  # on an SM, at most
 QUANTIZED_BITS = {"fp8": 8, "int8": 8, "int4": 4}
 
-WGMMA_ROWS = Constant(128, "experts/experts_wgmma.cu:kTileRows")
-WGMMA_WEIGHT_ROWS = Constant(256, "experts/experts_wgmma.cu:kWeightRows")
-WGMMA_BOX_ROWS = Constant(128, "experts/experts_wgmma.cu:kBoxRows")
-WGMMA_STAGES = Constant(4, "experts/experts_wgmma.cu:kStages")
-WGMMA_THREADS = Constant(384, "experts/experts_wgmma.cu:kThreads")
-WGMMA_RING = Constant(2, "experts/experts_wgmma.cu:kRing")
-WGMMA_PRODUCT_WARPS = Constant(8, "experts/experts_wgmma.cu:kProductWarps")
-WGMMA_WRITE_ROWS = Constant(16, "experts/experts_wgmma.cu:kWriteRows")
+WGMMA_ROWS = Constant(128, "experts/wgmma.cuh:kTileRows")
+WGMMA_WEIGHT_ROWS = Constant(256, "experts/wgmma.cuh:kWeightRows")
+WGMMA_BOX_ROWS = Constant(128, "experts/wgmma.cuh:kBoxRows")
+WGMMA_STAGES = Constant(4, "experts/wgmma.cuh:kStages")
+WGMMA_THREADS = Constant(384, "experts/wgmma.cuh:kThreads")
+WGMMA_RING = Constant(2, "experts/wgmma.cuh:kRing")
+WGMMA_PRODUCT_WARPS = Constant(8, "experts/wgmma.cuh:kProductWarps")
+WGMMA_WRITE_ROWS = Constant(16, "experts/wgmma.cuh:kWriteRows")
 # About as many rows as columns of the output are then worked on at once, which reads the least from memory.
 WGMMA_GROUP_TWOS = 8
 
@@ -68,9 +68,21 @@ TILES = {
     "mma_128": Tile(128, 128, 3, float("inf")),
 }
 EXPERTS_KERNELS = ("direct", "wgmma", *TILES)
-# By the pairs that share what is read and decoded of the weights; those of an expert on average, up to which
-# each is taken.
-QUANTIZED_KERNELS = {"quantized_8": DIRECT_MEAN_PAIRS, "quantized_16": float("inf")}
+# By the pairs that share what is read and decoded of the weights; or products of fp8, as rows are then, too.
+QUANTIZED_KERNELS = ("quantized_8", "quantized_16", "wgmma_fp8")
+
+
+class Reading(NamedTuple):
+    """How fast a kernel reads weights: bytes a microsecond of a tile, and of all together, and what it takes
+    beside that. Of an H200; on others, what they have to each other is about the same."""
+
+    tile: float
+    most: float
+    beside_us: float
+
+
+READING_8 = Reading(8e3, 3.7e6, 2)
+READING_FP8 = Reading(50e3, 4.1e6, 18)
 
 
 class ExpertsPlan(NamedTuple):
@@ -92,10 +104,11 @@ def plan_experts(
     limits: DeviceLimits,
     kernel: str | None = None,
     weight_format: str | None = None,
+    multiplies_fp8: bool = False,
 ) -> ExpertsPlan:
     """Choose kernels; `kernel`, one of EXPERTS_KERNELS, or of QUANTIZED_KERNELS if weights have a format of
-    QUANTIZED_BITS, forces one. `num_experts` are those that are here,
-    `all_experts` those that a map may name.
+    QUANTIZED_BITS, forces one. `num_experts` are those that are here, `all_experts` those that a map may
+    name; `multiplies_fp8`: sizes and scales are such that rows may become fp8, too.
 
     Raises ValueError where the device cannot do it, or the forced kernel not these sizes.
     """
@@ -103,6 +116,14 @@ def plan_experts(
         raise ValueError("hidden_states: fused_experts needs a GPU of compute capability 8.0 or newer")
     kinds = "gated" if gated else "plain", "plain"
     if weight_format:
+        few = num_pairs <= DIRECT_MAX_PAIRS and num_pairs <= DIRECT_MEAN_PAIRS * num_experts
+        reads = few and _reads_faster_by_8(num_pairs, num_experts, hidden, intermediate, gated)
+        if kernel == "wgmma_fp8" or (kernel is None and not reads):
+            plan = _plan_wgmma(kinds, element, limits, True) if multiplies_fp8 else None
+            if plan:
+                return plan
+            if kernel:
+                raise ValueError("kernel='wgmma_fp8': this device has no wgmma, or no clusters of two blocks")
         return _plan_quantized(
             num_pairs,
             num_experts,
@@ -113,6 +134,7 @@ def plan_experts(
             weight_format,
             limits,
             kernel,
+            few,
         )
     if kernel in (None, "direct"):
         entries = tuple(f"experts_direct_{kind}_{element}" for kind in kinds)
@@ -122,7 +144,7 @@ def plan_experts(
         if kernel:
             raise ValueError(f"kernel='direct': at most {DIRECT_MAX_PAIRS} pairs, got {num_pairs}")
     if kernel in (None, "wgmma"):
-        plan = _plan_wgmma(kinds, element, limits)
+        plan = _plan_wgmma(kinds, element, limits, False)
         if plan:
             return plan
         if kernel:
@@ -146,6 +168,21 @@ def plan_experts(
     return ExpertsPlan(name, tile.rows, group_blocks, products, columns)
 
 
+def _reads_faster_by_8(num_pairs: int, num_experts: int, hidden: int, intermediate: int, gated: bool) -> bool:
+    """Whether quantized_8 takes less time than wgmma_fp8, where that depends on how weights are read."""
+    hit = num_experts * (1 - (1 - 1 / num_experts) ** num_pairs)
+    rows = 2 * intermediate if gated else intermediate
+
+    def us(kernel: Reading, tile_rows: int) -> float:
+        sizes = (rows, hidden), (hidden, intermediate)
+        return kernel.beside_us + sum(
+            hit * height * depth / min(kernel.most, kernel.tile * hit * ceil_div(height, tile_rows))
+            for height, depth in sizes
+        )
+
+    return us(READING_8, QUANTIZED_WEIGHT_ROWS) <= us(READING_FP8, WGMMA_WEIGHT_ROWS)
+
+
 def _plan_quantized(
     num_pairs: int,
     num_experts: int,
@@ -156,12 +193,11 @@ def _plan_quantized(
     weight_format: str,
     limits: DeviceLimits,
     kernel: str | None,
+    few: bool,
 ) -> ExpertsPlan:
-    fits, mean = num_pairs <= DIRECT_MAX_PAIRS, num_pairs / num_experts
-    choices = ((name, most) for name, most in QUANTIZED_KERNELS.items() if fits or name != "quantized_8")
-    name = kernel or next(name for name, most in choices if mean <= most)
+    name = kernel or ("quantized_8" if few else "quantized_16")
     pairs = int(name.removeprefix("quantized_"))
-    if pairs == DIRECT_GROUP_PAIRS and not fits:
+    if pairs == DIRECT_GROUP_PAIRS and num_pairs > DIRECT_MAX_PAIRS:
         raise ValueError(f"kernel={name!r}: at most {DIRECT_MAX_PAIRS} pairs, got {num_pairs}")
     stage_bytes = QUANTIZED_WEIGHT_ROWS * ROW_BYTES + pairs * ROW_BYTES * 16 // QUANTIZED_BITS[weight_format]
     stages = QUANTIZED_FEW_STAGES if pairs == DIRECT_GROUP_PAIRS else QUANTIZED_MANY_STAGES
@@ -202,10 +238,14 @@ def _plan_direct(
     return ExpertsPlan("direct", 0, 1, (first, second), columns)
 
 
-def _plan_wgmma(kinds: tuple[str, str], element: str, limits: DeviceLimits) -> ExpertsPlan | None:
-    if not limits.runs("experts_wgmma"):
+def _plan_wgmma(kinds: tuple[str, str], element: str, limits: DeviceLimits, fp8: bool) -> ExpertsPlan | None:
+    unit = "experts_wgmma_fp8" if fp8 else "experts_wgmma"
+    if not limits.runs(unit):
         return None
-    clusters = limits.max_clusters("experts_wgmma", f"experts_wgmma_plain_{element}", 2)
+    entries = [f"{unit}_{kind}_{element}" for kind in kinds]
+    if fp8:
+        entries = [f"{unit}_first_{kinds[0]}_{element}", f"{unit}_second_{element}"]
+    clusters = limits.max_clusters(unit, entries[1], 2)
     if not clusters:
         return None
     # The stages, what aligns them, and sizeof(Shared): what is written, barriers, jobs, experts, and 34 words
@@ -214,11 +254,14 @@ def _plan_wgmma(kinds: tuple[str, str], element: str, limits: DeviceLimits) -> E
     barriers = 2 * WGMMA_STAGES + 3 * WGMMA_RING
     words = 2 * barriers + WGMMA_RING * (WGMMA_ROWS + 4) + 3 * MAX_LOCAL_EXPERTS + 34
     shared_bytes += round_up(4 * words, 16)
-
-    def launch(kind: str) -> LaunchPlan:
-        entry = f"experts_wgmma_{kind}_{element}"
-        return LaunchPlan("experts_wgmma", entry, 2 * clusters, WGMMA_THREADS, shared_bytes, True)
-
-    first = WGMMA_WEIGHT_ROWS // 2 if kinds[0] == "gated" else int(WGMMA_WEIGHT_ROWS)
-    products, columns = (launch(kinds[0]), launch(kinds[1])), (first, int(WGMMA_WEIGHT_ROWS))
-    return ExpertsPlan("wgmma", int(WGMMA_ROWS), WGMMA_GROUP_TWOS, products, columns)
+    if fp8:
+        shared_bytes += WGMMA_STAGES * 4 * 4  # sizeof(StageScales)
+    first, second = (
+        LaunchPlan(unit, entry, 2 * clusters, WGMMA_THREADS, shared_bytes, True) for entry in entries
+    )
+    columns = (
+        WGMMA_WEIGHT_ROWS // 2 if kinds[0] == "gated" else int(WGMMA_WEIGHT_ROWS),
+        int(WGMMA_WEIGHT_ROWS),
+    )
+    name = "wgmma_fp8" if fp8 else "wgmma"
+    return ExpertsPlan(name, int(WGMMA_ROWS), WGMMA_GROUP_TWOS, (first, second), columns)

@@ -4,6 +4,14 @@
 #pragma once
 #include "convert.cuh"
 
+enum ScaleType : u32 { kScaleF32, kScaleBF16, kScaleF16 };
+
+__device__ __forceinline__ float load_scale(const char* scales, u32 scale_type, i64 index) {
+  if (scale_type == kScaleF32) return reinterpret_cast<const float*>(scales)[index];
+  const u16 bits = reinterpret_cast<const u16*>(scales)[index];
+  return scale_type == kScaleBF16 ? BF16::to_float(bits) : F16::to_float(bits);
+}
+
 // a * b + c of two elements each.
 template <typename Element>
 __device__ __forceinline__ u32 multiply_add_pair(u32 a, u32 b, u32 c);

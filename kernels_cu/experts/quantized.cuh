@@ -25,8 +25,6 @@
 #include "experts/formats.cuh"
 #include "experts/swapped.cuh"
 
-enum ScaleType : u32 { kScaleF32, kScaleBF16, kScaleF16 };
-
 struct ExpertsQuantizedArgs {
   const u32* topk_ids;          // [num_pairs] of 1 or 2 words
   const int* expert_map;        // [num_mapped], or null: ids are numbers of experts
@@ -63,12 +61,6 @@ constexpr u32 kThreads = kMaxPairs, kTileWeights = 64;
 constexpr u32 kWeightBytes = kRowBytes;  // of a row, of a step
 // With groups of its own, and with blocks of align: kBlocks of the former find room on an SM of 227 KB.
 constexpr u32 kFewStages = 3, kManyStages = 4, kBlocks = 6;
-
-__device__ __forceinline__ float load_scale(const ExpertsQuantizedArgs& args, i64 index) {
-  if (args.scale_type == kScaleF32) return reinterpret_cast<const float*>(args.scales)[index];
-  const u16 bits = reinterpret_cast<const u16*>(args.scales)[index];
-  return args.scale_type == kScaleBF16 ? BF16::to_float(bits) : F16::to_float(bits);
-}
 
 template <typename ElementType, bool kHasGate, typename FormatType, u32 kNumPairs>
 struct QuantizedTile : TileOf<ElementType, kHasGate, kNumPairs, kTileWeights, kThreads> {
@@ -219,7 +211,7 @@ struct Scales {
       const u32 row = exists ? Tile::weight_row(args, first_column, r) : 0, of = exists ? expert : 0;
       scale_at[half] = of * args.scale_expert_stride + args.scale_rows.quotient(row) * args.scale_row_stride;
       zero_at[half] = of * args.zero_expert_stride + row * args.zero_row_stride;
-      scale[half] = load_scale(args, scale_at[half]);
+      scale[half] = load_scale(args.scales, args.scale_type, scale_at[half]);
       zero[half] = load_zero(half, 0);
       next_zero[half] = load_zero(half, 1);
     }
@@ -251,7 +243,8 @@ struct Scales {
     left = args.group_chunks;
 #pragma unroll
     for (u32 half = 0; half < 2; ++half) {
-      scale[half] = load_scale(args, scale_at[half] + min_u32(group, args.num_groups - 1) * args.scale_group_stride);
+      scale[half] = load_scale(args.scales, args.scale_type,
+                               scale_at[half] + min_u32(group, args.num_groups - 1) * args.scale_group_stride);
       zero[half] = next_zero[half];
       next_zero[half] = load_zero(half, group + 1);
     }

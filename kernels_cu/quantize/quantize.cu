@@ -40,7 +40,6 @@ struct QuantizeArgs {
 
 constexpr u32 kChunk = 16, kMaxGroupThreads = 128, kMaxRowThreads = 1024;
 constexpr u32 kNoRow = 0xffffffffu;
-constexpr float kLargest = 448.0f, kLargestFinite = 3.40282346638528859812e38f;
 
 // x * sigmoid(x) within 7e-6 of its value from x = -86 on, by sums, products and a quotient that any IEEE arithmetic has.
 // e^-x is 2^n * 2^f, the latter by a polynomial, for f in [-0.5, 0.5].
@@ -141,7 +140,7 @@ __device__ __forceinline__ float largest_of_lanes(float value, u32 lane_bits) {
 }
 
 __device__ __forceinline__ float to_scale(const QuantizeArgs& args, float largest) {
-  const float scale = __fdiv_rn(fmaxf(largest, args.eps), kLargest);  // a normal number, as its reciprocal is
+  const float scale = to_e4m3_scale(largest, args.eps);
   return args.to_power_of_2 ? __uint_as_float((__float_as_uint(scale) + 0x7fffffu) & 0x7f800000u) : scale;
 }
 

@@ -2,8 +2,8 @@
 
 A family of operators has a file, of the name that it has in cupy_moe/operators, with all that is known of
 it: what is measured and the times to reach, its inputs, who computes it, what is a wrong result, and how its
-table looks. Such a file is found by its `OPERATORS`; nothing else names it. transformers.py is one, too: its
-operator is a model that runs on our experts.
+table looks. Such a file is found by its `OPERATORS`; nothing else names it. experts_quantized.py has the
+experts with quantised weights, and transformers.py a model that runs on our experts.
 
 base.py        what an operator has to say of itself
 measure.py     checks and times of any operator

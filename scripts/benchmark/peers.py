@@ -24,6 +24,7 @@ EXPERTS = {
     "vllm": "vllm", "sglang": "sglang", "sglang_fused": "sglang_fused", "grouped_mm": "torch",
     "deepgemm": "deepgemm", "triton_kernels": "triton_kernels",
 }  # fmt: skip
+EXPERTS_FP8 = {"vllm": "vllm", "sglang": "sglang", "deepgemm": "deepgemm", "sgl_cutlass": "sgl_cutlass"}
 
 # (problem, routing) -> {"layer": call}; filled by load_experts().
 adapters: dict[str, Callable[[Any, Any], Mapping[str, Callable[[], torch.Tensor]]]] = {}
@@ -59,7 +60,9 @@ def load_experts(folder: Path, found: Mapping[str, str]) -> dict[str, str]:
     module = importlib.import_module("experts_peers")
     module.loaded.update(moe_C="vllm" in found, sgl_ops="sglang" in found)
     adapters.update(
-        (peer, module.ADAPTERS[name]) for peer, name in EXPERTS.items() if name in module.ADAPTERS
+        (peer, module.ADAPTERS[name])
+        for peer, name in {**EXPERTS, **EXPERTS_FP8}.items()
+        if name in module.ADAPTERS
     )
     versions = getattr(module, "VERSIONS", {})
     return {**{peer: versions.get(peer, "") for peer in adapters}, **found}

@@ -185,7 +185,7 @@ def _encode_map(
     assert (rank, interleave, fill, list(steps)) == (5, 0, 0, [1] * 5)
     if address % 16 or any(stride % 16 for stride in strides):
         return 1
-    words = [address, *sizes, *strides, *box, int(swizzle == 3)]
+    words = [address, *sizes, *strides, *box, int(swizzle == 3) | (1 if element == 0 else 2) << 32]
     (ctypes.c_uint64 * len(words)).from_address(place)[:] = words
     return 0
 

@@ -61,7 +61,8 @@ void inbox_open(const void* inbox);
 void inbox_expect(const void* inbox, unsigned num_bytes);
 void inbox_send(const void* inbox, void* mine, unsigned rank, const void* value, unsigned num_bytes);
 void inbox_wait(const void* inbox, int line);
-void copy_async(void* shared, const void* global, bool exists);  // 16 bytes, when they are waited for
+// 16 bytes, or 4, when they are waited for.
+void copy_async(void* shared, const void* global, bool exists, unsigned num_bytes = 16);
 void commit_copies();
 void wait_copies(unsigned num_groups);
 void load_matrices(unsigned* words, const void* row, int line);
@@ -80,7 +81,9 @@ void barrier_send(void* barrier, void* mine, unsigned rank, unsigned value);
 void barrier_wait(void* barrier, unsigned parity, bool of_cluster, int line);
 void copy_box(void* shared, const unsigned long long* map, void* barrier, const unsigned* at, bool to_both);
 void begin_products();
-void multiply_256(float* sums, unsigned a, unsigned b, unsigned adds, float (*to_float)(unsigned short), int line);
+// Of 16 bits, or, without `to_float`, of e4m3.
+void multiply(unsigned columns, float* sums, unsigned a, unsigned b, unsigned adds, float (*to_float)(unsigned short),
+              int line);
 void commit_products(int line);
 void wait_products(unsigned num_groups, int line);
 

@@ -24,6 +24,7 @@
 #include <link.h>
 
 #include <algorithm>
+#include <cmath>
 #include <condition_variable>
 #include <cstdarg>
 #include <cstdint>
@@ -166,10 +167,11 @@ struct Thread {
 struct Product {
   unsigned a, b;
   bool adds;
-  float (*to_float)(unsigned short);
+  unsigned columns;
+  float (*to_float)(unsigned short);  // null: of e4m3
   float* sums[kWarp];
 };
-constexpr unsigned kRowBytes = 128, kRowsA = 64, kRowsB = 256;  // of operands
+constexpr unsigned kRowBytes = 128, kRowsA = 64, kMaxColumns = 256;  // of operands
 
 struct Warp {
   int kind = 0, line = 0;
@@ -180,6 +182,8 @@ struct Warp {
   uint64_t epoch = 1;  // of its barriers, and of the block's
   std::vector<std::vector<Product>> products{1};  // asked for, by group; the last group is open
   std::vector<unsigned> multiplied;               // operands of all
+  // Of the next product.
+  unsigned columns = 0;
   float (*to_float)(unsigned short) = nullptr;
 };
 
@@ -443,6 +447,14 @@ void ask_for(std::unique_ptr<Event> event) {
 
 bool overlap(const Buffer& a, const Buffer& b) { return a.begin < b.end && b.begin < a.end; }
 
+bool writes_to(const Event& event, const Buffer& buffer) {
+  if (!overlap(buffer, event.to)) return false;
+  for (const Copy& copy : event.copies) {
+    if (overlap(buffer, {copy.to, copy.to + copy.size})) return true;
+  }
+  return false;
+}
+
 // An operand, from the row of 128 bytes where it begins.
 Buffer operand(const Block& block, unsigned sixteenths, unsigned rows) {
   const char* begin = block.dynamic + ptrdiff_t(sixteenths * 16 / kRowBytes * kRowBytes) - launch->address;
@@ -461,8 +473,9 @@ void deliver() {
   for (const Warp& warp : block.warps) {
     for (const auto& group : warp.products) {
       for (const Product& product : group) {
-        const Buffer a = operand(block, product.a, kRowsA), b = operand(block, product.b, kRowsB);
-        if (!overlap(a, event->to) && !overlap(b, event->to)) continue;
+        const Buffer a = operand(block, product.a, kRowsA);
+        const Buffer b = operand(block, product.b, product.columns);
+        if (!writes_to(*event, a) && !writes_to(*event, b)) continue;
         return refuse(block, "a copy of thread %u of block %u writes what products have yet to read",
                       event->thread->index, event->thread->block->index);
       }
@@ -496,18 +509,20 @@ void deliver() {
 void begin_product(Warp& warp) {
   const Block& block = *current->block;
   const unsigned arguments = warp.arguments[0];
-  Product product = {arguments & 0x3fff, arguments >> 14 & 0x3fff, (arguments >> 28) != 0, warp.to_float, {}};
+  Product product = {arguments & 0x3fff, arguments >> 14 & 0x3fff, (arguments >> 28) != 0, warp.columns,
+                     warp.to_float, {}};
   for (unsigned lane = 0; lane < kWarp; ++lane) {
     if (warp.arguments[lane] != arguments) fail("multiplies other operands than lane 0 of its warp");
     product.sums[lane] = reinterpret_cast<float*>(warp.values[lane]);
   }
-  const Buffer a = operand(block, product.a, kRowsA), b = operand(block, product.b, kRowsB);
+  const Buffer a = operand(block, product.a, kRowsA);
+  const Buffer b = operand(block, product.b, product.columns);
   const Buffer all = {block.dynamic, block.dynamic + launch->shared_bytes};
   if (!is_within(all, a.begin, a.end - a.begin) || !is_within(all, b.begin, b.end - b.begin)) {
     fail("multiplies what is outside of shared memory");
   }
   for (const auto& event : launch->events) {
-    if (overlap(a, event->to) || overlap(b, event->to)) fail("multiplies what a copy has yet to bring");
+    if (writes_to(*event, a) || writes_to(*event, b)) fail("multiplies what a copy has yet to bring");
   }
   const size_t number = warp.multiplied.size(), first = (&warp - block.warps.data()) / 4 * 4;
   warp.multiplied.push_back(arguments);
@@ -518,21 +533,30 @@ void begin_product(Warp& warp) {
   warp.products.back().push_back(product);
 }
 
+float e4m3_to_float(unsigned char bits) {
+  const int exponent = bits >> 3 & 15, mantissa = bits & 7;
+  if (exponent == 15 && mantissa == 7) return NAN;
+  const float magnitude = exponent ? ldexpf(float(8 + mantissa), exponent - 10) : ldexpf(float(mantissa), -9);
+  return bits & 128 ? -magnitude : magnitude;
+}
+
 // An element of an operand, whose rows are swizzled by their addresses.
-unsigned short element(const Block& block, unsigned sixteenths, unsigned row, unsigned k) {
-  unsigned address = sixteenths * 16 + row * kRowBytes + k * 2;
+float element(const Block& block, const Product& product, unsigned sixteenths, unsigned row, unsigned k) {
+  const unsigned size = product.to_float ? 2 : 1;
+  unsigned address = sixteenths * 16 + row * kRowBytes + k * size;
   address ^= (address / kRowBytes % 8) * 16;
-  unsigned short bits;
-  memcpy(&bits, block.dynamic + ptrdiff_t(address) - launch->address, sizeof bits);
-  return bits;
+  unsigned short bits = 0;
+  memcpy(&bits, block.dynamic + ptrdiff_t(address) - launch->address, size);
+  return product.to_float ? product.to_float(bits) : e4m3_to_float(static_cast<unsigned char>(bits));
 }
 
 // 16 rows of a product: those of the warp.
 void multiply(const Block& block, const Warp& warp, const Product& product) {
-  constexpr unsigned kRows = 16, kK = 16;
-  static float b[kK][kRowsB], sums[kRowsB];
-  for (unsigned n = 0; n < kRowsB; ++n) {
-    for (unsigned k = 0; k < kK; ++k) b[k][n] = product.to_float(element(block, product.b, n, k));
+  constexpr unsigned kRows = 16, kMaxK = 32;
+  static float b[kMaxK][kMaxColumns], sums[kMaxColumns];
+  const unsigned columns = product.columns, depth = product.to_float ? 16 : 32;
+  for (unsigned n = 0; n < columns; ++n) {
+    for (unsigned k = 0; k < depth; ++k) b[k][n] = element(block, product, product.b, n, k);
   }
   const unsigned first_row = unsigned(&warp - block.warps.data()) % 4 * kRows;
   for (unsigned row = 0; row < kRows; ++row) {
@@ -540,12 +564,12 @@ void multiply(const Block& block, const Warp& warp, const Product& product) {
     const auto sum = [&](unsigned n) -> float& {
       return product.sums[row % 8 * 4 + n % 8 / 2][n / 8 * 4 + row / 8 * 2 + n % 2];
     };
-    for (unsigned n = 0; n < kRowsB; ++n) sums[n] = product.adds ? sum(n) : 0.0f;
-    for (unsigned k = 0; k < kK; ++k) {
-      const float a = product.to_float(element(block, product.a, first_row + row, k));
-      for (unsigned n = 0; n < kRowsB; ++n) sums[n] += a * b[k][n];
+    for (unsigned n = 0; n < columns; ++n) sums[n] = product.adds ? sum(n) : 0.0f;
+    for (unsigned k = 0; k < depth; ++k) {
+      const float a = element(block, product, product.a, first_row + row, k);
+      for (unsigned n = 0; n < columns; ++n) sums[n] += a * b[k][n];
     }
-    for (unsigned n = 0; n < kRowsB; ++n) sum(n) = sums[n];
+    for (unsigned n = 0; n < columns; ++n) sum(n) = sums[n];
   }
 }
 
@@ -903,13 +927,17 @@ void inbox_send(const void* inbox, void* mine, unsigned rank, const void* value,
   wake_receivers(other);
 }
 
-void copy_async(void* shared, const void* global, bool exists) {
+void copy_async(void* shared, const void* global, bool exists, unsigned num_bytes) {
   const Block& block = *current->block;
   const char* to = static_cast<char*>(shared);
-  if (to < block.dynamic || to + 16 > block.dynamic + launch->shared_bytes) fail("copies to outside of shared memory");
-  if (exists) check_access(global, 16, kRead);
-  if (reinterpret_cast<uintptr_t>(global) % 16 != 0) fail("copies from an address that is no multiple of 16");
-  current->copies.back().push_back({static_cast<char*>(shared), static_cast<const char*>(global), exists});
+  if (to < block.dynamic || to + num_bytes > block.dynamic + launch->shared_bytes) {
+    fail("copies to outside of shared memory");
+  }
+  if (exists) check_access(global, num_bytes, kRead);
+  if (reinterpret_cast<uintptr_t>(global) % num_bytes != 0) {
+    fail("copies from an address that is no multiple of %u", num_bytes);
+  }
+  current->copies.back().push_back({static_cast<char*>(shared), static_cast<const char*>(global), exists, num_bytes});
 }
 
 void commit_copies() { current->copies.emplace_back(); }
@@ -918,9 +946,9 @@ void wait_copies(unsigned num_groups) {
   auto& copies = current->copies;
   while (copies.size() > num_groups + 1) {
     for (const Copy& copy : copies.front()) {
-      check_access(copy.to, 16, kWrite);
-      if (copy.exists) memcpy(copy.to, copy.from, 16);
-      else memset(copy.to, 0, 16);
+      check_access(copy.to, copy.size, kWrite);
+      if (copy.exists) memcpy(copy.to, copy.from, copy.size);
+      else memset(copy.to, 0, copy.size);
     }
     copies.erase(copies.begin());
   }
@@ -1060,7 +1088,8 @@ void barrier_wait(void* barrier, unsigned parity, bool of_cluster, int line) {
 
 // As the host packs it for us.
 struct Map {
-  unsigned long long address, sizes[5], strides[4], box[5], swizzle;
+  unsigned long long address, sizes[5], strides[4], box[5];
+  unsigned swizzle, size;  // of an element
 };
 
 void copy_box(void* shared, const unsigned long long* map, void* barrier, const unsigned* at, bool to_both) {
@@ -1068,7 +1097,8 @@ void copy_box(void* shared, const unsigned long long* map, void* barrier, const 
   const Block& self = *current->block;
   const unsigned to = shared_address(shared);
   const uint64_t rows = of.box[1] * of.box[2] * of.box[3] * of.box[4], bytes = rows * kRowBytes;
-  if (of.box[0] * 2 != kRowBytes || of.sizes[0] % 8 != 0) fail("copies a box that is not emulated");
+  const unsigned size = of.size, in_chunk = 16 / size;
+  if (of.box[0] * size != kRowBytes || of.sizes[0] % in_chunk != 0) fail("copies a box that is not emulated");
   if (to % kRowBytes != 0) fail("copies a box to a place that is no multiple of 128");
   const ptrdiff_t offset = static_cast<char*>(shared) - self.dynamic;
   if (offset < 0 || offset + bytes > launch->shared_bytes) fail("copies a box to outside of shared memory");
@@ -1083,12 +1113,12 @@ void copy_box(void* shared, const unsigned long long* map, void* barrier, const 
       from += index * of.strides[d - 1];
     }
     for (unsigned chunk = 0; chunk < kRowBytes / 16; ++chunk) {
-      const uint64_t first = at[0] + chunk * 8;
+      const uint64_t first = at[0] + chunk * in_chunk;
       const bool exists = is_within && first < of.sizes[0];
-      if (exists) check_access(from + first * 2, 16, kRead);
+      if (exists) check_access(from + first * size, 16, kRead);
       unsigned place = row * kRowBytes + chunk * 16;
       if (of.swizzle) place = ((to + place) ^ ((to + place) / kRowBytes % 8 * 16)) - to;
-      copies.push_back({static_cast<char*>(shared) + place, exists ? from + first * 2 : nullptr, exists});
+      copies.push_back({static_cast<char*>(shared) + place, exists ? from + first * size : nullptr, exists});
     }
   }
   for (unsigned rank = 0; rank < launch->blocks.size(); ++rank) {
@@ -1103,8 +1133,10 @@ void copy_box(void* shared, const unsigned long long* map, void* barrier, const 
 
 void begin_products() { current->has_fenced = true; }
 
-void multiply_256(float* sums, unsigned a, unsigned b, unsigned adds, float (*to_float)(unsigned short), int line) {
+void multiply(unsigned columns, float* sums, unsigned a, unsigned b, unsigned adds, float (*to_float)(unsigned short),
+              int line) {
   if (!current->has_fenced) fail("multiplies without a fence");
+  my_warp().columns = columns;
   my_warp().to_float = to_float;
   const unsigned arguments = (adds != 0) << 28 | b << 14 | a;
   collective(kMultiply, 0xffffffffu, reinterpret_cast<uintptr_t>(sums), arguments, line);
