@@ -10,6 +10,7 @@ experts with vLLM's own kernels, which Triton can interpret.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import importlib
@@ -19,6 +20,7 @@ import pkgutil
 import sys
 import traceback
 import types
+from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
@@ -33,6 +35,7 @@ from cupy_moe.compat import vllm as ours
 from cupy_moe.cpu import align_batched as cpu_align_batched
 from cupy_moe.cpu import experts as cpu_experts
 from cupy_moe.cpu import moe_sum as cpu_moe_sum
+from cupy_moe.cpu import quantize as cpu_quantize
 
 Places = dict[str, set[tuple[str, str]]]
 
@@ -56,6 +59,7 @@ def main() -> None:
         add_up()
         experts(originals)
         beside_vllm(originals)
+        quantised_experts(originals)
         ours.disable()
         expect(holders(stand_ins), none, f"enabled {when}: names of ours that are left")
         expect(holders(originals), taken, f"enabled {when}: names given back")
@@ -333,6 +337,208 @@ def modular_kernel(dtype: torch.dtype, num_experts: int, quant_config: Any) -> A
     backend = oracle.UnquantizedMoeBackend.TRITON
     (cls,) = oracle.backend_to_kernel_cls(backend)
     return oracle.make_unquantized_moe_kernel(quant_config, moe_config, backend, cls)
+
+
+def quantised_experts(originals: dict[str, Any]) -> None:
+    """Each format that runs here: as the specification, in both ways in, and nearly as vLLM's own kernels.
+    Others are left to vLLM, activations as it wants them."""
+    from vllm.model_executor.layers.fused_moe import config
+    from vllm.model_executor.layers.fused_moe import fused_moe as home
+    from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+    from vllm.model_executor.layers.fused_moe.experts import triton_moe
+    from vllm.model_executor.layers.fused_moe.experts.fallback import FallbackExperts
+
+    silu, triton, wna16 = MoEActivation.SILU, triton_moe.TritonExperts, triton_moe.TritonWNA16Experts
+    expert_map = torch.tensor([0, -1, 1, -1, 2, 3, -1, 4], dtype=torch.int32)
+    own_applies = {cls: originals[f"{triton_moe.__name__}:{cls.__name__}.apply"] for cls in (triton, wna16)}
+    for format, mapped in itertools.product(FORMATS, (False, True)):
+        case = f"{format}, {mapped=}"
+        x, w1, w2, quant_config, values = quantised_layer(format)
+        cls = wna16 if format.startswith("int4") else triton
+        local, total = (expert_map, 8) if mapped else (None, 5)
+        weights, ids = torch.rand(9, 3), torch.randint(0, total, (9, 3), dtype=torch.int32)
+        wanted = cpu_experts.fused_experts(x, *values, weights, ids, "silu", False, local)
+        got = home.fused_experts(x, w1, w2, weights, ids, silu, False, total, local, quant_config)
+        near_in_fp32(got, wanted, f"fused_experts, {case}")
+        kernel = quantised_kernel(cls, x.dtype, total, quant_config)
+        call = functools.partial(kernel.apply, x, w1, w2, weights, ids, silu, total, local, False)
+        expect(call(), got, f"{cls.__name__}, {case}")
+        ours_again = home.fused_experts(x, w1, w2, weights, ids, silu, False, total, local, quant_config)
+        expect(ours_again, got, f"a second call, {case}")
+        limit = 0.06 if quant_config.quant_dtype else 0.002  # of activations in fp8, of weights in 16 bits
+        with as_of_no_gpu():
+            # With a map, vLLM's function takes the largest value of rows that it has not written.
+            if not (mapped and format == "fp8 by tensors"):
+                theirs = home.fused_experts_impl(
+                    x, w1, w2, weights, ids, "silu", per_channel_quant=quant_config.per_act_token_quant,
+                    global_num_experts=total, expert_map=local,
+                    **{name: getattr(quant_config, name) for name in SAID},
+                )  # fmt: skip
+                quite_near(got, theirs, limit, f"fused_experts, {case}")
+            # As ours would leave it: with activations that nobody has quantised, until vLLM's own does.
+            with mock.patch.object(cls, "apply", own_applies[cls]):
+                quite_near(got, call(), limit, f"{cls.__name__}, {case}")
+            if quant_config.quant_dtype:
+                inner = quantised_kernel(inside_of(FallbackExperts, triton), x.dtype, total, quant_config)
+                for _ in range(2):  # the first call is when ours learns where it is
+                    theirs = inner.apply(x, w1, w2, weights, ids, silu, total, local, False)
+                    quite_near(theirs, got, limit, f"inside of another class, {case}")
+
+    x, w1, w2, quant_config, _ = quantised_layer("fp8 by blocks")
+    weights, ids = torch.rand(9, 3), torch.randint(0, 5, (9, 3), dtype=torch.int32)
+    many = x.repeat(5, 1), w1, w2, weights.repeat(5, 1), ids.repeat(5, 1)
+    kernel = quantised_kernel(triton, x.dtype, 5, quant_config)
+    for tokens in (45, 44, 1):
+        part = (many[0][:tokens], w1, w2, many[3][:tokens], many[4][:tokens])
+        got = kernel.apply(*part, silu, 5, None, False)
+        expect(got, home.fused_experts(*part, silu, quant_config=quant_config), f"{tokens} tokens")
+        workspace.lock_workspace()  # that of the most tokens is enough from now on
+
+    scales = quant_config.w1_scale, quant_config.w2_scale
+    unsigned = w1.view(torch.uint8), w2.view(torch.uint8)
+    of_gptq = config.int8_w8a16_moe_quant_config(*scales, block_shape=[0, 128])
+    w8a8 = config.int8_w8a8_moe_quant_config(*scales, None, None, per_act_token_quant=True)
+    own = originals["vllm.model_executor.layers.fused_moe.fused_moe:fused_experts"]
+    for stored, left in ((unsigned, of_gptq), ((w1, w2), w8a8), ((w1.int(), w2.int()), quant_config)):
+        call = functools.partial(home.fused_experts, x, *stored, weights, ids, quant_config=left)
+        with mock.patch.object(home, "fused_experts_impl", side_effect=NotImplementedError):
+            fails_in(own, call)
+    kernel = quantised_kernel(triton, x.dtype, 5, w8a8)
+    expect(kernel.fused_experts.expects_unquantized_inputs, False, "inputs of int8_w8a8")
+
+
+FORMATS = (
+    *("fp8 by blocks", "fp8 by channels", "fp8 by tensors", "fp8 by tensors, static"),
+    *("int8 by channels", "int4", "int4 with zeros"),
+)
+SAID = (
+    *("use_fp8_w8a8", "use_int8_w8a16", "use_int4_w4a16", "block_shape"),
+    *("w1_scale", "w2_scale", "w1_zp", "w2_zp", "a1_scale", "a2_scale"),
+)
+
+
+def quantised_layer(format: str) -> Any:
+    """Hidden states of 128, weights of five experts with an intermediate size of 128, vLLM's configuration,
+    and the values of those weights, made from it in the simplest way."""
+    from vllm.model_executor.layers.fused_moe import config
+
+    def some(rows: int, of: tuple[int, ...]) -> torch.Tensor:
+        return (torch.rand(5, rows, *of) + 0.5) / (300 if format.startswith("fp8") else 60)
+
+    kind, _, by = format.partition(" by ")
+    # Triton's interpreter makes no bf16 of integers, and vLLM's kernels take fp8 for that of a bf16 model.
+    x = torch.randn(9, 128).to(torch.bfloat16 if kind == "fp8" else torch.float16)
+    if kind == "fp8":
+        codes = [(torch.randn(5, rows, 128) * 9).to(torch.float8_e4m3fn) for rows in (256, 128)]
+        if by == "blocks":
+            scales = some(2, (1,)), some(1, (1,))
+            quant_config = config.fp8_w8a8_moe_quant_config(*scales, block_shape=[128, 128])
+            factors = [scale.repeat_interleave(128, 1) for scale in scales]
+        elif by == "channels":
+            scales = some(256, (1,)), some(128, (1,))
+            more = {"per_act_token_quant": True, "per_out_ch_quant": True}
+            quant_config, factors = config.fp8_w8a8_moe_quant_config(*scales, **more), list(scales)
+        else:
+            inputs = (torch.tensor(0.02), torch.tensor(0.1)) if "static" in by else (None, None)
+            scales = some(1, ())[:, 0], some(1, ())[:, 0]
+            quant_config = config.fp8_w8a8_moe_quant_config(*scales, *inputs)
+            factors = [scale.view(5, 1, 1) for scale in scales]
+        values = [code.float() * factor for code, factor in zip(codes, factors, strict=True)]
+    elif kind == "int8":
+        codes = [torch.randint(-128, 128, (5, rows, 128)).to(torch.int8) for rows in (256, 128)]
+        scales = some(256, ()) / 10, some(128, ()) / 10
+        quant_config = config.int8_w8a16_moe_quant_config(*scales)
+        values = [code.float() * scale[..., None] for code, scale in zip(codes, scales, strict=True)]
+    else:
+        halves = [torch.randint(0, 16, (5, rows, 128), dtype=torch.uint8) for rows in (256, 128)]
+        codes = [half[..., ::2] | half[..., 1::2] << 4 for half in halves]
+        scales = some(256, (4,)).to(x.dtype), some(128, (4,)).to(x.dtype)
+        zeros = [torch.randint(0, 16, (5, rows, 4), dtype=torch.uint8) for rows in (256, 128)]
+        packed = [zero[:, ::2] | zero[:, 1::2] << 4 for zero in zeros]
+        if "zeros" not in format:
+            packed, zeros = [None, None], [torch.full_like(zero, 8) for zero in zeros]
+        quant_config = config.int4_w4a16_moe_quant_config(*scales, *packed, block_shape=[0, 32])
+        spread = [[t.float().repeat_interleave(32, 2) for t in pair] for pair in (zeros, scales)]
+        values = [(half.float() - zero) * scale for half, zero, scale in zip(halves, *spread, strict=True)]
+    return x, *codes, quant_config, values
+
+
+def quantised_kernel(cls: Any, dtype: torch.dtype, num_experts: int, quant_config: Any) -> Any:
+    """As `modular_kernel`, of a class."""
+    from vllm.model_executor.layers.fused_moe import config
+    from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+    from vllm.model_executor.layers.fused_moe.oracle import fp8 as oracle
+
+    moe_config = config.FusedMoEConfig(
+        num_experts=num_experts, experts_per_token=3, hidden_dim=128, intermediate_size=128,
+        num_local_experts=5, num_logical_experts=num_experts, activation=MoEActivation.SILU, device="cpu",
+        routing_method=config.RoutingMethodType.Default, in_dtype=dtype,
+        moe_parallel_config=config.FusedMoEParallelConfig.make_no_parallel(),
+    )  # fmt: skip
+    workspace.reset_workspace_manager()
+    workspace.init_workspace_manager(torch.device("cpu"))
+    return oracle.make_fp8_moe_kernel(quant_config, moe_config, cls, oracle.Fp8MoeBackend.TRITON)
+
+
+def inside_of(base: Any, cls: Any) -> Any:
+    """A class of vLLM's kind that has experts of another class, and its activations quantised before."""
+
+    class Outer(base):  # type: ignore[misc]
+        def __init__(self, moe_config: Any, quant_config: Any) -> None:
+            super().__init__(cls(moe_config, quant_config), cls(moe_config, quant_config))
+
+        get_clses = staticmethod(lambda: (cls, cls))
+
+        def workspace_shapes(self, *sizes: Any) -> Any:
+            return self.experts.workspace_shapes(*sizes)
+
+        def _select_experts_impl(self, *_: Any) -> Any:
+            return self.experts
+
+    return Outer
+
+
+@contextlib.contextmanager
+def as_of_no_gpu() -> Iterator[None]:
+    """What vLLM's own needs beside kernels that Triton can interpret, in PyTorch; so is all that makes fp8,
+    as Triton's interpreter rounds 127.8 to 64."""
+    from vllm import _custom_ops as ops
+    from vllm.model_executor.layers.fused_moe import fused_moe as home
+    from vllm.model_executor.layers.fused_moe import modular_kernel as modular
+    from vllm.model_executor.layers.fused_moe import utils
+
+    def activate(activation: Any, output: torch.Tensor, input: torch.Tensor, **_: Any) -> None:
+        output.copy_(cpu_experts.activate(activation.value, input.float()))
+
+    def silu_and_mul(x: torch.Tensor, group_size: int, quant_dtype: Any) -> Any:
+        return cpu_quantize.quantize(x, group_size, gated=True)
+
+    def to_fp8(x: torch.Tensor, scale: Any = None, use_per_token_if_dynamic: bool = False) -> Any:
+        if use_per_token_if_dynamic:
+            return cpu_quantize.quantize(x, 0)
+        scale = (x.abs().max().float() / 448).view(1) if scale is None else scale
+        return (x.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn), scale.view(1)
+
+    with (
+        mock.patch.object(home, "get_moe_configs", return_value=None),
+        mock.patch.object(home, "apply_moe_activation", activate),
+        mock.patch.object(modular, "apply_moe_activation", activate),
+        mock.patch.object(utils, "per_token_group_quant_fp8", cpu_quantize.quantize),
+        mock.patch.object(ops, "scaled_fp8_quant", to_fp8),
+        mock.patch.object(ops, "silu_and_mul_per_block_quant", silu_and_mul),
+    ):
+        yield
+
+
+def near_in_fp32(got: torch.Tensor, wanted: torch.Tensor, case: str) -> None:
+    """As products of the same values that are summed in another order."""
+    torch.testing.assert_close(got, wanted, rtol=0.01, atol=0.01 * wanted.abs().max().item(), msg=case)
+
+
+def quite_near(got: torch.Tensor, wanted: torch.Tensor, limit: float, case: str) -> None:
+    error = (got.float() - wanted.float()).norm() / wanted.float().norm()
+    if not error < limit:
+        raise SystemExit(f"{case}: {error:.4f} from vLLM's own")
 
 
 def fails_in(own: Any, call: Any, *arguments: Any) -> None:

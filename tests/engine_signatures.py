@@ -12,7 +12,6 @@ import enum
 import inspect
 import sys
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +23,20 @@ _VLLM_GATE = (
     " e_score_correction_bias=None"
 )
 _VLLM_MOE = "vllm.model_executor.layers.fused_moe"
-_VLLM_CLASS = f"{_VLLM_MOE}.experts.triton_moe:TritonExperts"
+_VLLM_TRITON = f"{_VLLM_MOE}.experts.triton_moe"
+_VLLM_APPLY = (
+    "self, output, hidden_states, w1, w2, topk_weights, topk_ids, activation, global_num_experts, expert_map,"
+    " a1q_scale, a2_scale, workspace13, workspace2, expert_tokens_meta, apply_router_weight_on_input"
+)
 _VLLM_OLD = {
     f"{_VLLM_MOE}.fused_moe:fused_experts": (
         "hidden_states, w1, w2, topk_weights, topk_ids, activation='silu',"
         " apply_router_weight_on_input=False, global_num_experts=-1, expert_map=None, quant_config=None"
     ),
-    f"{_VLLM_CLASS}.apply": (
-        "self, output, hidden_states, w1, w2, topk_weights, topk_ids, activation, global_num_experts,"
-        " expert_map, a1q_scale, a2_scale, workspace13, workspace2, expert_tokens_meta,"
-        " apply_router_weight_on_input"
-    ),
-    f"{_VLLM_CLASS}.workspace_shapes": (
+    f"{_VLLM_TRITON}:TritonExperts.apply": _VLLM_APPLY,
+    f"{_VLLM_TRITON}:TritonWNA16Experts.apply": _VLLM_APPLY,
+    f"{_VLLM_TRITON}:TritonExperts.expects_unquantized_inputs": "self",
+    f"{_VLLM_TRITON}:TritonExperts.workspace_shapes": (
         "self, M, N, K, topk, global_num_experts, local_num_experts, expert_tokens_meta, activation"
     ),
     f"{_VLLM_ALIGN}:moe_align_block_size": (
@@ -100,8 +101,10 @@ RELEASES = {
 }
 
 
-def of_function(function: Callable[..., Any]) -> str:
-    """The parameters of a function as they are written above, but for `original`, which is ours."""
+def of_function(function: Any) -> str:
+    """The parameters of a function, or of a property, as they are written above, but for `original`, which
+    is ours."""
+    function = getattr(function, "fget", function)
     parameters = []
     for parameter in inspect.signature(function).parameters.values():
         default = parameter.default.value if isinstance(parameter.default, enum.Enum) else parameter.default

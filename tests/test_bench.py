@@ -278,7 +278,7 @@ def test_models_of_transformers(model: Model, monkeypatch: pytest.MonkeyPatch, t
         return fused(*arguments, **options)
 
     monkeypatch.setattr(models.compat, "fused_experts", counted)
-    implementations = models.compat._interface()
+    implementations = models.compat._interfaces()[0]
     batched = implementations["batched_mm"]
 
     def short_of_memory(experts: Any, hidden: torch.Tensor, *routing: torch.Tensor) -> Any:

@@ -49,7 +49,7 @@ class MoEActivation(enum.Enum):
 
 
 def is_of_experts(place: str) -> bool:
-    return place.endswith((":fused_experts", "TritonExperts.apply", "TritonRunnerCore.run"))
+    return place.endswith((":fused_experts", "Experts.apply", "TritonRunnerCore.run"))
 
 
 class Call(NamedTuple):
@@ -108,7 +108,8 @@ class Quant(SimpleNamespace):
     """A FusedMoEQuantConfig."""
 
     def __init__(self, **more: Any) -> None:
-        nothing = dict.fromkeys(("quant_dtype", "weight_quant_dtype", "w1_bias", "w2_bias"))
+        types, of_weights = ("quant_dtype", "weight_quant_dtype", "block_shape"), ("bias", "scale", "zp")
+        nothing = dict.fromkeys((*types, *(f"{w}_{name}" for w in ("w1", "w2") for name in of_weights)))
         super().__init__(**{**nothing, **more})
 
 
@@ -123,8 +124,14 @@ def cardboard_vllm() -> Any:
 
         def __init__(self, quant_config: Any) -> None:
             self.quant_config = quant_config
+            parallel = SimpleNamespace(use_all2all_kernels=False)
+            self.moe_config = SimpleNamespace(moe_parallel_config=parallel)
             self.gemm1_clamp_limit, self.gemm1_alpha, self.gemm1_beta = None, 1.0, 0.0
             self.calls: list[Call] = []
+
+        @property
+        def expects_unquantized_inputs(self) -> bool:
+            return self._lora_context is not None
 
         def apply(self, *arguments: Any, **options: Any) -> None:
             self.calls.append(Call(arguments, options))
@@ -146,16 +153,22 @@ def cardboard_vllm() -> Any:
     class Inherits(TritonExperts):
         pass
 
+    class TritonWNA16Experts(TritonExperts):
+        def apply(self, *arguments: Any, **options: Any) -> None:
+            self.calls.append(Call(("wna16", *arguments), options))
+
     package("vllm.envs", VLLM_BATCH_INVARIANT=False)
     package(f"{FUSED_MOE}.activation", MoEActivation=MoEActivation)
     home = package(f"{FUSED_MOE}.fused_moe", fused_experts=fused_experts)
-    triton_moe = package(f"{FUSED_MOE}.experts.triton_moe", TritonExperts=TritonExperts, Inherits=Inherits)
+    classes = {cls.__name__: cls for cls in (TritonExperts, TritonWNA16Experts, Inherits)}
+    triton_moe = package(f"{FUSED_MOE}.experts.triton_moe", **classes)
     package("vllm.user", experts=fused_experts, Triton=TritonExperts)
     return SimpleNamespace(home=home, **vars(triton_moe))
 
 
 def shapes_of(experts: Any, x: Layer, activation: MoEActivation, total: int = E) -> Any:
-    return experts.workspace_shapes(len(x.x), x.w1.shape[1], H, K, total, len(x.w1), None, activation)
+    (tokens, hidden), rows = x.x.shape, x.w1.shape[1]
+    return experts.workspace_shapes(tokens, rows, hidden, K, total, len(x.w1), None, activation)
 
 
 def arguments(
@@ -178,7 +191,8 @@ def run_triton(
 ) -> torch.Tensor:
     shapes = shapes_of(experts, x, activation, total)
     first, second, output = map(math.prod, shapes)
-    memory = torch.full((max(first, output) + second,), 7.0, dtype=x.x.dtype)
+    dtype = x.x.dtype if x.x.dtype.itemsize == 2 else torch.bfloat16
+    memory = torch.full((max(first, output) + second,), 7.0, dtype=dtype)
     given = {**arguments(x, activation, shapes, memory, max(first, output), total), **more}
     assert experts.apply(**given) is None
     return given["output"]
@@ -324,7 +338,7 @@ def test_what_the_function_of_vllm_keeps(caplog: pytest.LogCaptureFixture) -> No
         assert isinstance(result, Call), number
         assert all(a is b for a, b in zip(result.arguments, arguments, strict=False)), number
     assert run(x.x.float(), *x[1:5]).arguments[5] is MoEActivation.SILU  # its default
-    assert caplog.text.count("fused_experts runs as the engine's own: quantised experts") == 1
+    assert caplog.text.count("fused_experts runs as the engine's own: activations of torch.int8") == 1
     assert caplog.text.count("fused_experts runs as the engine's own: hidden_states: ") == 1
 
 
@@ -443,12 +457,26 @@ def cardboard_sglang() -> Any:
     return SimpleNamespace(home=home, **vars(triton))
 
 
+FLAGS_OF_SGLANG = (
+    *("use_mxfp8", "use_fp8_w8a8", "use_int8_w8a8", "use_int8_w8a16", "use_int4_w4a16"),
+    "fuse_swiglu_interleaved",
+)
+STORED_OF_SGLANG = ("w13_scale", "w2_scale", "w13_zp", "w2_zp", "block_shape")
+
+
+def in_class(more: dict[str, Any]) -> dict[str, Any]:
+    """What the function calls w1, a TritonMoeQuantInfo calls w13."""
+    return {name.replace("w1_", "w13_"): value for name, value in more.items()}
+
+
 def run_sglang(engine: Any, x: Layer, settings: Any, biases: Any = (None, None), **more: Any) -> list[Any]:
     """By the function and by the class, each on a copy of the hidden states."""
     top = x.weights, x.ids, None
     by_function = engine.home.fused_experts(x.x.clone(), x.w1, x.w2, top, settings, *biases, **more)
-    flags = dict.fromkeys(sglang._LEFT, False)
-    quant = SimpleNamespace(w13_weight=x.w1, w2_weight=x.w2, b13=biases[0], b2=biases[1], **{**flags, **more})
+    quant = SimpleNamespace(
+        w13_weight=x.w1, w2_weight=x.w2, b13=biases[0], b2=biases[1],
+        **{**dict.fromkeys(FLAGS_OF_SGLANG, False), **dict.fromkeys(STORED_OF_SGLANG), **in_class(more)},
+    )  # fmt: skip
     inputs = SimpleNamespace(hidden_states=x.x.clone(), topk_weights=x.weights, topk_ids=x.ids)
     by_class = engine.TritonRunnerCore(settings).run(inputs, quant, {}, hooks=None)
     return [by_function, by_class if isinstance(by_class, Call) else by_class.hidden_states]
@@ -510,7 +538,7 @@ def test_in_place_sglang_gets_its_hidden_states_back() -> None:
         ({"gemm1_clamp_limit": 7.0}, {}),
         ({"gemm1_alpha": 1.0}, {}),
         ({"no_combine": True}, {}),
-        *[({}, {flag: True}) for flag in sglang._LEFT if flag != "use_mxfp8"],
+        *[({}, {flag: True}) for flag in FLAGS_OF_SGLANG if flag != "use_mxfp8"],
     ],
 )
 def test_what_sglang_keeps(
@@ -568,10 +596,13 @@ def test_what_is_left_to_an_engine_gets_every_argument(place: str) -> None:
     if "activation" in given:
         given["activation"] = MoEActivation.SWIGLUSTEP
     switch.enable()
-    if place.endswith("TritonExperts.apply"):
-        experts = engine.TritonExperts(Quant())
+    if place.endswith("Experts.apply"):
+        class_name = place.rpartition(":")[2].removesuffix(".apply")
+        experts = getattr(engine, class_name)(Quant())
         experts.apply(**given)
         (call,) = experts.calls
+        if class_name == "TritonWNA16Experts":  # whose own tells that it is
+            call = call._replace(arguments=call.arguments[1:])
     elif place.endswith("TritonRunnerCore.run"):
         call = engine.TritonRunnerCore(config()).run(**given)
     else:

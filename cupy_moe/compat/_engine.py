@@ -24,8 +24,9 @@ log = logging.getLogger("cupy_moe")
 class Switch:
     """Replaces functions of an engine, wherever in the engine they have been imported to, and methods.
 
-    `functions` are named "module:function" or "module:Class.method". An engine of another version may lack
-    some, but not all. One of ours with a parameter `original` gets the engine's own there.
+    `functions` are named "module:function" or "module:Class.method"; in the place of a property, ours becomes
+    one. An engine of another version may lack some, but not all. One of ours with a parameter `original` gets
+    the engine's own there.
 
     What changes is names in modules of the engine, and in those classes: when it is enabled, all that stand
     for one of the engine's functions; when it is disabled, all that stand for one of ours, so in modules that
@@ -137,7 +138,10 @@ class Switch:
 
 
 def _twin(function: Any, original: Any) -> Any:
-    """Another function that does the same: what stands for two of the engine's must be told apart."""
+    """Another function that does the same: what stands for two of the engine's must be told apart. A property
+    of it, for a property."""
+    if isinstance(original, property):
+        return property(_twin(function, original.fget))
     twin = types.FunctionType(function.__code__, function.__globals__, argdefs=function.__defaults__)
     functools.update_wrapper(twin, function)
     if function.__kwdefaults__:

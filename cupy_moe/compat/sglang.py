@@ -9,10 +9,23 @@ what SGLang leaves open: the order inside an expert is ascending, blocks past th
 the last hold the number of ids, with `pad_sorted_token_ids` and without; scores and experts differ by
 rounding. Parameters that only some versions of SGLang have come last.
 
-Experts run here in bf16 and fp16, with the activations, types and sizes of `cupy_moe.fused_experts`. All
-others run as SGLang's own, with one warning for each reason: quantised ones, those with LoRA, those that are
-not combined, and all in SGLang's batch-invariant mode, as a Hopper GPU takes other kernels for other numbers
-of tokens.
+Experts run here with the activations, types and sizes of `cupy_moe.fused_experts`, for hidden states of bf16
+and fp16. Their weights may be in
+
+    fp8_w8a8      e4m3, with scales of blocks, of channels or of tensors
+    int8_w8a16    signed, with scales of channels; not those of GPTQ, which are unsigned
+    int4_w4a16    as moe_wna16 has them, in groups of 32, 64 or 128, with zeros and without
+
+and then activations that were quantised before are not used, nor are static scales of theirs. Zeros of int4
+are unpacked when they are first seen, once for a tensor and a place: others that are later written there are
+not seen.
+
+All other experts run as SGLang's own, with one warning for each reason: those of other formats, those with
+LoRA, those that are not combined, and all in SGLang's batch-invariant mode, as a Hopper GPU takes other
+kernels for other numbers of tokens.
+
+SGLang's functions that quantise activations stay its own: they round in other places than
+`cupy_moe.per_token_group_quant_fp8` and the like, so that results are not the same to the bit.
 """
 
 from __future__ import annotations
@@ -30,8 +43,10 @@ from ..operators.gate import grouped_topk as _grouped_topk
 from ..operators.gate import topk_sigmoid as _topk_sigmoid
 from ..operators.gate import topk_softmax as _topk_softmax
 from ..operators.moe_sum import moe_sum as _sum
+from ..quantization import Quantization
 from ..values import as_float, as_int, check_range
 from ._engine import Switch, fp32, heads, pad_tails, require, unless_refused
+from ._quantized import quantization_of
 
 
 def moe_align_block_size(
@@ -218,10 +233,15 @@ def fused_experts(
     """As in sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe. `original` is SGLang's own, which runs
     instead where this would raise TypeError or ValueError."""
     with unless_refused(original):
-        if use_fp8_w8a8 or use_int8_w8a8 or use_int8_w8a16 or use_int4_w4a16 or fuse_swiglu_interleaved:
-            raise ValueError("quantised or interleaved experts")
+        if use_int8_w8a8 or fuse_swiglu_interleaved:
+            raise ValueError(_LEFT)
+        quantization = _quantization(
+            use_fp8_w8a8, use_int8_w8a16, use_int4_w4a16, block_shape, w1_scale, w2_scale, w1_zp, w2_zp
+        )
         topk_weights, topk_ids, _ = topk_output
-        return _experts(hidden_states, w1, w2, topk_weights, topk_ids, moe_runner_config, b1, b2)
+        return _experts(
+            hidden_states, w1, w2, topk_weights, topk_ids, moe_runner_config, b1, b2, quantization
+        )
     return original(
         hidden_states, w1, w2, topk_output, moe_runner_config, b1, b2, use_fp8_w8a8, use_int8_w8a8,
         use_int8_w8a16, use_int4_w4a16, per_channel_quant, w1_scale, w2_scale, w1_zp, w2_zp, a1_scale,
@@ -242,11 +262,17 @@ def triton_runner_core_run(
     with unless_refused(original):
         if hooks is not None:
             raise ValueError("hooks, as of LoRA")
-        if any(getattr(quant_info, name) for name in _LEFT):
-            raise ValueError("quantised or interleaved experts")
+        if quant_info.use_mxfp8 or quant_info.use_int8_w8a8 or quant_info.fuse_swiglu_interleaved:
+            raise ValueError(_LEFT)
+        quantization = _quantization(
+            quant_info.use_fp8_w8a8, quant_info.use_int8_w8a16, quant_info.use_int4_w4a16,
+            quant_info.block_shape, quant_info.w13_scale, quant_info.w2_scale, quant_info.w13_zp,
+            quant_info.w2_zp,
+        )  # fmt: skip
         output = _experts(
             runner_input.hidden_states, quant_info.w13_weight, quant_info.w2_weight,
             runner_input.topk_weights, runner_input.topk_ids, self.config, quant_info.b13, quant_info.b2,
+            quantization,
         )  # fmt: skip
         from sglang.srt.layers.moe.moe_runner.triton import TritonRunnerOutput
 
@@ -254,10 +280,14 @@ def triton_runner_core_run(
     return original(self, runner_input, quant_info, running_state, hooks)
 
 
-_LEFT = (
-    *("use_mxfp8", "use_fp8_w8a8", "use_int8_w8a8", "use_int8_w8a16", "use_int4_w4a16"),
-    "fuse_swiglu_interleaved",
-)
+_LEFT = "experts in mxfp8 or int8_w8a8, or whose gates and ups are interleaved"
+
+
+def _quantization(is_fp8: bool, is_int8: bool, is_int4: bool, *stored: Any) -> Quantization | None:
+    """`stored` are the shape of blocks, scales and zeros. None for weights of 16 bits."""
+    if not (is_fp8 or is_int8 or is_int4):
+        return None
+    return quantization_of("fp8" if is_fp8 else "int8" if is_int8 else "int4", *stored)
 
 
 def _experts(
@@ -269,6 +299,7 @@ def _experts(
     config: Any,
     w1_bias: torch.Tensor | None,
     w2_bias: torch.Tensor | None,
+    quantization: Quantization | None,
 ) -> torch.Tensor:
     """By a MoeRunnerConfig. Raises TypeError and ValueError for what `cupy_moe.fused_experts` does not do."""
     activation = config.activation if config.is_gated else f"{config.activation}_no_mul"
@@ -288,7 +319,7 @@ def _experts(
         hidden_states, w1, w2, topk_weights.float(), topk_ids, activation,
         config.apply_router_weight_on_input, w1_bias=w1_bias, w2_bias=w2_bias,
         routed_scaling_factor=1.0 if factor is None else factor, swiglu_alpha=alpha, swiglu_limit=limit,
-        out=hidden_states if config.inplace else None,
+        quantization=quantization, out=hidden_states if config.inplace else None,
     )  # fmt: skip
 
 

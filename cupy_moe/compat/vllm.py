@@ -10,10 +10,24 @@ inside an expert is ascending, blocks past the last hold -1 with an `expert_map`
 differ by rounding. Rows of `grouped_topk` without a finite score have weights of 0 here. Parameters that only
 some versions of vLLM have come last.
 
-Experts run here in bf16 and fp16, with the activations, types and sizes of `cupy_moe.fused_experts`. All
-others run as vLLM's own, with one warning for each reason: quantised ones, those with LoRA or another hook,
-classes that inherit from `TritonExperts`, and all with VLLM_BATCH_INVARIANT, as a Hopper GPU takes other
-kernels for other numbers of tokens.
+Experts run here with the activations, types and sizes of `cupy_moe.fused_experts`, for hidden states of bf16
+and fp16. Their weights may be in
+
+    fp8_w8a8      e4m3, with scales of blocks, of channels or of tensors
+    int8_w8a16    signed, with scales of channels; not those of GPTQ, which are unsigned
+    int4_w4a16    as moe_wna16 has them, in groups of 32, 64 or 128, with zeros and without
+
+and then vLLM does not quantise activations, nor are static scales of theirs used. Zeros of int4 are unpacked
+when they are first seen, once for a tensor and a place: others that are later written there are not seen.
+
+All other experts run as vLLM's own, with one warning for each reason: those of other formats, those with LoRA
+or another hook, those in fp8 whose activations come from other ranks or by way of another class, classes that
+inherit from `TritonExperts` but for `TritonWNA16Experts`, and all with VLLM_BATCH_INVARIANT, as a Hopper GPU
+takes other kernels for other numbers of tokens.
+
+vLLM's functions that quantise activations stay its own: they divide by a scale where
+`cupy_moe.per_token_group_quant_fp8` and the like multiply by its reciprocal, so that results are not the same
+to the bit.
 """
 
 from __future__ import annotations
@@ -33,7 +47,9 @@ from ..operators.gate import grouped_topk as _grouped_topk
 from ..operators.gate import topk_sigmoid as _topk_sigmoid
 from ..operators.gate import topk_softmax as _topk_softmax
 from ..operators.moe_sum import moe_sum as _sum
+from ..quantization import Quantization
 from ._engine import Switch, fp32, heads, pad_tails, require, unless_refused
+from ._quantized import quantization_of
 
 
 def moe_align_block_size(
@@ -198,7 +214,8 @@ def fused_experts(
     """As in vllm.model_executor.layers.fused_moe.fused_moe. `original` is vLLM's own, which runs instead
     where this would raise TypeError or ValueError."""
     with unless_refused(original):
-        name, numbers = _check_experts(activation, quant_config)
+        _check_mode()
+        name, numbers = _check_activation(activation)
         return _fused_experts(
             hidden_states, w1, w2, topk_weights.float(), topk_ids, name, apply_router_weight_on_input,
             **numbers, **_options(w1, global_num_experts, expert_map, quant_config),
@@ -234,14 +251,17 @@ def triton_experts_apply(
     original: Any = None,
 ) -> None:
     """As `TritonExperts.apply`. All lies in `workspace2`: vLLM's `output` is the head of `workspace13`."""
+    if a1q_scale is not None:
+        self._cupy_moe_gets_quantised = True
     with unless_refused(original):
         name, numbers = _check_triton_experts(self, activation)
+        options = _options(w1, global_num_experts, expert_map, self.quant_config)
         weights = topk_weights.float()
         if apply_router_weight_on_input:  # here, this says that vLLM's `prepare` has multiplied them in
             weights = torch.ones_like(weights)
         _fused_experts(
             hidden_states, w1, w2, weights, topk_ids, name, workspace=workspace2.view(-1).view(torch.uint8),
-            out=output, **numbers, **_options(w1, global_num_experts, expert_map, self.quant_config),
+            out=output, **numbers, **options,
         )  # fmt: skip
         return
     original(
@@ -249,6 +269,23 @@ def triton_experts_apply(
         expert_map, a1q_scale, a2_scale, workspace13, workspace2, expert_tokens_meta,
         apply_router_weight_on_input,
     )  # fmt: skip
+
+
+def triton_experts_expects_unquantized_inputs(self: Any, *, original: Any = None) -> bool:
+    """As that property of `TritonExperts`, for which vLLM leaves activations in 16 bits: for what runs here.
+
+    `apply` of vLLM's own, where it is left to that all the same, asks this too, and then quantises them. Not
+    where they go to other ranks, which take half the bytes in fp8, nor where `self` is a part of an object
+    that has them quantised anyway: `apply` finds that out before anybody asks.
+    """
+    try:
+        _check_class(self)
+        return _quantization(self.quant_config) is not None and not (
+            self.moe_config.moe_parallel_config.use_all2all_kernels
+            or getattr(self, "_cupy_moe_gets_quantised", False)
+        )
+    except (TypeError, ValueError):
+        return bool(original(self))
 
 
 Shape = tuple[int, ...]
@@ -274,7 +311,8 @@ def triton_experts_workspace_shapes(
     )
     try:
         name, _ = _check_triton_experts(self, activation)
-    except ValueError:
+        _quantization(self.quant_config)
+    except (TypeError, ValueError):
         return first, second, output
     num_experts = max(global_num_experts, local_num_experts)
     num_bytes = experts_workspace_bytes(M, topk, K, N // 2 if name in GATED else N, num_experts)
@@ -283,38 +321,62 @@ def triton_experts_workspace_shapes(
 
 
 def _check_triton_experts(self: Any, activation: Any) -> tuple[str, dict[str, Any]]:
-    """As `_check_experts`."""
-    if type(self).__name__ != "TritonExperts":
+    """As `_check_activation`; raises ValueError for more: what no activation makes possible here."""
+    _check_class(self)
+    if config := getattr(self, "activation_config", None):  # in vLLM 0.33
+        return _check_activation(activation, (config.clamp_limit, config.alpha, config.beta))
+    return _check_activation(activation, (self.gemm1_clamp_limit, self.gemm1_alpha, self.gemm1_beta))
+
+
+def _check_class(self: Any) -> None:
+    if type(self).__name__ not in ("TritonExperts", "TritonWNA16Experts"):
         raise ValueError("a class that inherits from it, and may change a part of it")
     if self._lora_context is not None:
         raise ValueError("LoRA")
     if getattr(self, "post_gemm2_hook", None) is not None:
         raise ValueError("a hook behind the second product")
-    if config := getattr(self, "activation_config", None):  # in vLLM 0.33
-        limits = config.clamp_limit, config.alpha, config.beta
-    else:
-        limits = self.gemm1_clamp_limit, self.gemm1_alpha, self.gemm1_beta
-    return _check_experts(activation, self.quant_config, limits)
+    _check_mode()
 
 
-def _check_experts(
-    activation: Any, quant_config: Any, limits: tuple[Any, ...] = (None, 1.0, 0.0)
+def _check_mode() -> None:
+    if getattr(sys.modules.get("vllm.envs"), "VLLM_BATCH_INVARIANT", False):
+        raise ValueError("VLLM_BATCH_INVARIANT")
+
+
+def _check_activation(
+    activation: Any, limits: tuple[Any, ...] = (None, 1.0, 0.0)
 ) -> tuple[str, dict[str, Any]]:
-    """The activation's name and numbers. Raises ValueError for others than those of
-    `cupy_moe.fused_experts`, and for quantised experts. `limits` are vLLM's clamp, alpha and beta, by which
-    two of the activations go."""
+    """The activation's name and numbers. Raises ValueError for others than those of `cupy_moe.fused_experts`.
+    `limits` are vLLM's clamp, alpha and beta, by which two of the activations go."""
     name = str(getattr(activation, "value", activation))
     limit, alpha, beta = limits
     is_limited = name == "swigluoai_uninterleave"
     fits = limit is not None and beta == 1 if is_limited else limit is None or name != "silu"
     if name not in ACTIVATIONS or not fits:
         raise ValueError(f"the activation {name}, with a limit, alpha and beta of {limits}")
-    numbers = {"swiglu_alpha": alpha, "swiglu_limit": limit} if is_limited else {}
-    if quant_config and (quant_config.quant_dtype or quant_config.weight_quant_dtype):
-        raise ValueError("quantised experts")
-    if getattr(sys.modules.get("vllm.envs"), "VLLM_BATCH_INVARIANT", False):
-        raise ValueError("VLLM_BATCH_INVARIANT")
-    return name, numbers
+    return name, {"swiglu_alpha": alpha, "swiglu_limit": limit} if is_limited else {}
+
+
+# By the types of activations and of weights.
+_FORMATS = {
+    (torch.float8_e4m3fn, torch.float8_e4m3fn): "fp8",
+    (None, torch.int8): "int8",
+    (None, "int4"): "int4",
+}
+
+
+def _quantization(quant_config: Any) -> Quantization | None:
+    """Of a FusedMoEQuantConfig; None for weights of 16 bits. Raises TypeError and ValueError for others than
+    `cupy_moe.Quantization` has."""
+    types = (quant_config.quant_dtype, quant_config.weight_quant_dtype) if quant_config else (None, None)
+    if types == (None, None):
+        return None
+    if types not in _FORMATS:
+        raise ValueError(f"activations of {types[0]} and weights of {types[1]}")
+    return quantization_of(
+        _FORMATS[types], quant_config.block_shape, quant_config.w1_scale, quant_config.w2_scale,
+        quant_config.w1_zp, quant_config.w2_zp,
+    )  # fmt: skip
 
 
 def _options(
@@ -327,12 +389,13 @@ def _options(
         "expert_map": expert_map,
         "w1_bias": quant_config and quant_config.w1_bias,
         "w2_bias": quant_config and quant_config.w2_bias,
+        "quantization": _quantization(quant_config),
     }
 
 
 _FUSED_MOE = "vllm.model_executor.layers.fused_moe"
 _ALIGN = f"{_FUSED_MOE}.moe_align_block_size"
-_TRITON_EXPERTS = f"{_FUSED_MOE}.experts.triton_moe:TritonExperts"
+_TRITON = f"{_FUSED_MOE}.experts.triton_moe"
 _switch = Switch(
     "vLLM",
     {
@@ -345,8 +408,10 @@ _switch = Switch(
         "vllm._custom_ops:topk_sigmoid": topk_sigmoid,
         "vllm._custom_ops:grouped_topk": grouped_topk,
         f"{_FUSED_MOE}.fused_moe:fused_experts": fused_experts,
-        f"{_TRITON_EXPERTS}.apply": triton_experts_apply,
-        f"{_TRITON_EXPERTS}.workspace_shapes": triton_experts_workspace_shapes,
+        f"{_TRITON}:TritonExperts.apply": triton_experts_apply,
+        f"{_TRITON}:TritonExperts.expects_unquantized_inputs": triton_experts_expects_unquantized_inputs,
+        f"{_TRITON}:TritonExperts.workspace_shapes": triton_experts_workspace_shapes,
+        f"{_TRITON}:TritonWNA16Experts.apply": triton_experts_apply,
     },
 )
 enable, disable, enabled = _switch.enable, _switch.disable, _switch.enabled
