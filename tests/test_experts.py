@@ -104,6 +104,9 @@ def layer(seed: int, most_tokens: int = 40, **given: Any) -> Layer:
     }
     if activation in cpu.SWIGLU and pick.random() < 0.4:
         options |= {"swiglu_alpha": pick.choice((None, 1.2)), "swiglu_limit": pick.choice((0.3, 2))}
+    if pick.random() < 0.3:  # most to one expert
+        ids = tensors["topk_ids"]
+        tensors["topk_ids"] = torch.where(torch.rand(ids.shape) < 0.9, pick.randrange(total), ids)
     return Layer(tensors, options)
 
 
