@@ -241,6 +241,13 @@ def test_fp8_rows_against_float64() -> None:
         assert error < 0.08, seed
 
 
+def nearly(result: torch.Tensor, expected: torch.Tensor) -> bool:
+    """But for the order of sums, and for activations that therefore become the code beside: a sixteenth off."""
+    difference, size = result.float() - expected.float(), expected.float()
+    few = difference.norm() <= 0.02 * size.norm() + 1e-3
+    return result.shape == expected.shape and bool(few and difference.abs().max() <= size.abs().max() / 12)
+
+
 def test_fp8_rows_of_what_cannot_be() -> None:
     for name, change, given in (
         ("fp8 by wide blocks", torch.Tensor.float, {}),
@@ -327,7 +334,7 @@ def test_sanitize_fp8_rows_against_the_cpu() -> None:
             out = memory[1:-1].fill_(torch.nan)
             called(call, quantization, lambda tensor: tensor.cuda(), out=out, kernel="wgmma_fp8")
             assert bool((memory[[0, -1]] == 77).all()), seed
-            assert close(out.cpu(), expected), seed
+            assert nearly(out.cpu(), expected), seed
 
 
 @pytest.mark.gpu

@@ -264,13 +264,13 @@ __device__ __forceinline__ void load(const ExpertsWgmmaArgs& args, Shared& share
     }
     if (job.is_end) break;
     // Padding comes last. It is not loaded: what is there is multiplied, but not written.
-    u32 rows[kMyRows];  // where my chunks begin, in chunks
+    const char* rows[kMyRows];
     u32 num_rows = 0;
 #pragma unroll
     for (u32 i = 0; i < kMyRows; ++i) {
       const u32 pair = shared.pairs[ring.index][my_row + i * kRowsAtOnce];
       if (pair < args.num_pairs) num_rows = i + 1;
-      rows[i] = (u32)(args.rows_shared.quotient(min_u32(pair, args.num_pairs)) * args.row_stride / 16) + my_chunk;
+      rows[i] = args.rows + args.rows_shared.quotient(min_u32(pair, args.num_pairs)) * args.row_stride + my_chunk * 16;
     }
     const ScaleLoader<Product> scale_loader(args, job);
     ring.next();
@@ -285,11 +285,10 @@ __device__ __forceinline__ void load(const ExpertsWgmmaArgs& args, Shared& share
         }
       }
       char* to = stages + turn.index * kStageBytes + chunk_offset(my_row, my_chunk);
-      const char* from = args.rows + step * kRowBytes;
       const bool is_within = step * Product::kStepDepth + my_chunk * Product::kPerChunk < args.depth;
 #pragma unroll
       for (u32 i = 0; i < kMyRows; ++i) {
-        copy_async_if(i < num_rows, to + i * kRowsAtOnce * kRowBytes, from + (u64)rows[i] * 16, is_within);
+        copy_async_if(i < num_rows, to + i * kRowsAtOnce * kRowBytes, rows[i] + step * kRowBytes, is_within);
       }
       scale_loader.load(args, scales[turn.index], step);
       shared.full[turn.index].arrive_with_copies();
