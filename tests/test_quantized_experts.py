@@ -242,7 +242,7 @@ def test_fp8_rows_against_float64() -> None:
 
 
 def nearly(result: torch.Tensor, expected: torch.Tensor) -> bool:
-    """But for the order of sums, and for activations that therefore become the code beside: a sixteenth off."""
+    """But for the order of sums, and activations that become the code beside for it: a sixteenth off."""
     difference, size = result.float() - expected.float(), expected.float()
     few = difference.norm() <= 0.02 * size.norm() + 1e-3
     return result.shape == expected.shape and bool(few and difference.abs().max() <= size.abs().max() / 12)
