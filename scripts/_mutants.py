@@ -240,7 +240,7 @@ MUTANTS = [
     Mutant("the same 16 elements of rows four times", WGMMA_16, "(sums, a + k * 2, b + k * 2, 1);", "(sums, a, b + k * 2, 1);"),
     Mutant("rows are stored as if not swizzled", WGMMA, "turn.index * kStageBytes + chunk_offset(my_row, my_chunk);", "turn.index * kStageBytes + my_row * kRowBytes + my_chunk * 16;"),
     Mutant("elements of rows past the depth are read", WGMMA, "const bool is_within = step * Product::kStepDepth + my_chunk * Product::kPerChunk < args.depth;", "const bool is_within = true;"),
-    Mutant("every step has the first elements of rows", WGMMA, "rows[i] + step * kRowBytes, is_within", "rows[i], is_within"),
+    Mutant("every step has the first elements of rows", WGMMA, "rows[i].of_step(args, step), is_within", "rows[i].of_step(args, 0), is_within"),
     Mutant("each pair has a row of its own", WGMMA, "args.rows_shared.quotient(min_u32(pair, args.num_pairs))", "min_u32(pair, args.num_pairs)"),
     Mutant("the last rows of a thread are not loaded", WGMMA, "if (pair < args.num_pairs) num_rows = i + 1;", "if (pair < args.num_pairs) num_rows = i;"),
     Mutant("rows of padding are loaded", WGMMA, "copy_async_if(i < num_rows,", "copy_async_if(true,"),

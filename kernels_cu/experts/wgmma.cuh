@@ -232,6 +232,24 @@ struct ScaleLoader {
   }
 };
 
+// Where a thread's chunk of a row begins: a pointer, or, where registers are few, 1/16 of the offset.
+template <bool kIsScaled>
+struct RowPlace {
+  const char* address;
+  __device__ __forceinline__ void set(const ExpertsWgmmaArgs& args, i64 offset) { address = args.rows + offset; }
+  __device__ __forceinline__ const char* of_step(const ExpertsWgmmaArgs&, u32 step) const {
+    return address + step * kRowBytes;
+  }
+};
+template <>
+struct RowPlace<true> {
+  u32 chunks;
+  __device__ __forceinline__ void set(const ExpertsWgmmaArgs&, i64 offset) { chunks = (u32)(offset / 16); }
+  __device__ __forceinline__ const char* of_step(const ExpertsWgmmaArgs& args, u32 step) const {
+    return args.rows + step * kRowBytes + (u64)chunks * 16;
+  }
+};
+
 template <typename Product>
 __device__ __forceinline__ void load(const ExpertsWgmmaArgs& args, Shared& shared, char* stages, StageScales* scales,
                                      u32 num_tiles, u32 num_steps, u32 rank) {
@@ -264,13 +282,13 @@ __device__ __forceinline__ void load(const ExpertsWgmmaArgs& args, Shared& share
     }
     if (job.is_end) break;
     // Padding comes last. It is not loaded: what is there is multiplied, but not written.
-    const char* rows[kMyRows];
+    RowPlace<Product::kScaled> rows[kMyRows];
     u32 num_rows = 0;
 #pragma unroll
     for (u32 i = 0; i < kMyRows; ++i) {
       const u32 pair = shared.pairs[ring.index][my_row + i * kRowsAtOnce];
       if (pair < args.num_pairs) num_rows = i + 1;
-      rows[i] = args.rows + args.rows_shared.quotient(min_u32(pair, args.num_pairs)) * args.row_stride + my_chunk * 16;
+      rows[i].set(args, args.rows_shared.quotient(min_u32(pair, args.num_pairs)) * args.row_stride + my_chunk * 16);
     }
     const ScaleLoader<Product> scale_loader(args, job);
     ring.next();
@@ -288,7 +306,7 @@ __device__ __forceinline__ void load(const ExpertsWgmmaArgs& args, Shared& share
       const bool is_within = step * Product::kStepDepth + my_chunk * Product::kPerChunk < args.depth;
 #pragma unroll
       for (u32 i = 0; i < kMyRows; ++i) {
-        copy_async_if(i < num_rows, to + i * kRowsAtOnce * kRowBytes, rows[i] + step * kRowBytes, is_within);
+        copy_async_if(i < num_rows, to + i * kRowsAtOnce * kRowBytes, rows[i].of_step(args, step), is_within);
       }
       scale_loader.load(args, scales[turn.index], step);
       shared.full[turn.index].arrive_with_copies();
