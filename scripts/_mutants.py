@@ -47,10 +47,10 @@ class Mutant(NamedTuple):
 
 ALIGN, SHARED, SMALL = (
     "kernels_cu/align/align.cuh",
-    "kernels_cu/align/align_shared.cu",
+    "kernels_cu/align/shared.cuh",
     "kernels_cu/align/align_small.cu",
 )
-GLOBAL, BATCHED = "kernels_cu/align/align_global.cu", "kernels_cu/align_batched/align_batched.cu"
+GLOBAL, BATCHED = "kernels_cu/align/global.cuh", "kernels_cu/align_batched/align_batched.cu"
 GATE, WARP, WIDE = "kernels_cu/gate/gate.cuh", "kernels_cu/gate/gate_warp.cu", "kernels_cu/gate/gate_wide.cu"
 SUM, COMMON, CONVERT = "kernels_cu/moe_sum/moe_sum.cu", "kernels_cu/common.cuh", "kernels_cu/convert.cuh"
 EXPERTS, MMA = "kernels_cu/experts/experts.cuh", "kernels_cu/experts/experts_mma.cu"
@@ -103,7 +103,7 @@ MUTANTS = [
     Mutant("the quotient of a divisor is shifted by one less", COMMON, "__umulhi(x << 1, magic) >> shift", "__umulhi(x << 1, magic) >> (shift - 1)"),
     Mutant("rounding up one too far", COMMON, "return quotient(x + value - 1) * value;", "return quotient(x + value) * value;"),
     Mutant("an inclusive scan", COMMON, "return scanned - value + warp_sum", "return scanned + warp_sum"),
-    Mutant("the tail is not filled", ALIGN, "  fill(args.sorted_token_ids, post_pad, args.num_slots, value, thread, num_threads);\n", ""),
+    Mutant("the tail is not filled", ALIGN, "  fill(args.sorted_token_ids, post_pad, args.num_slots, (int)value, thread, num_threads);\n", ""),
     Mutant("the padding of the first bucket of a warp only", ALIGN, "bucket < args.num_experts;\n       bucket += gridDim.x * num_warps)", "bucket < min_u32(args.num_experts, gridDim.x * num_warps);\n       bucket += gridDim.x * num_warps)"),
     Mutant("the counts of later blocks are left out", GLOBAL, "after += block > blockIdx.x ? count : 0;", "after += block > blockIdx.x + 1 ? count : 0;"),
     Mutant("bits of the bucket: one too few", ALIGN, "bits != 0; bits >>= kBits", "bits > 1; bits >>= kBits"),

@@ -177,10 +177,10 @@ def test_the_table_is_as_large_as_the_kernels_take_it() -> None:
 
 
 def test_what_clusters_exchange_is_as_large_as_the_kernels_take_it() -> None:
-    source = FILES["align/align_shared.cu"]
+    source = FILES["align/shared.cuh"]
     assert "u16* all_counts = chunk_counts + stride;" in source
     assert "u32* stage = (u32*)(all_counts + kCluster * stride);" in source
-    rounding = formula("align/align_shared.cu", r"const u32 stride = (\(.*?\) & ~7u);")
+    rounding = formula("align/shared.cuh", r"const u32 stride = (\(.*?\) & ~7u);")
     for num_experts in (1, 7, 8, 9, 256, 257):
         for cluster in (8, 16):
             stride = evaluated(rounding, num_experts=num_experts)

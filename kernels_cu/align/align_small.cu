@@ -56,7 +56,7 @@ __device__ __forceinline__ void align_small(const SmallArgs& args) {
   const u32 slot_end = min_u32(args.num_slots, slot_begin + args.slots_per_block);
   const u32 block_begin = args.block_size.quotient(slot_begin);
   const u32 block_end = min_u32(args.num_blocks, args.block_size.quotient(slot_begin + args.slots_per_block));
-  fill(args.sorted_token_ids, slot_begin, slot_end, n, thread, blockDim.x);
+  fill(args.sorted_token_ids, slot_begin, slot_end, (int)n, thread, blockDim.x);
   fill(args.expert_ids, block_begin, block_end, -1, thread, blockDim.x);
   if (thread < 4 * num_fours) {
     buckets[thread] = to_bucket(args, id);
