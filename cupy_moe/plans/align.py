@@ -89,14 +89,15 @@ def plan_align(
     reader: str,
     limits: DeviceLimits,
     kernel: str | None = None,
+    family: str = "align",
 ) -> AlignPlan:
     """Choose the kernel and its launch; `kernel`, one of ALIGN_KERNELS, forces one.
 
     `reader` is the suffix of the entry point: "i32" or "i64" for contiguous ids aligned to 16 bytes, else
-    "any".
+    "any". `family` is its prefix: "align", or "sort" for the same with by-products.
     Raises ValueError where the forced kernel cannot do it.
     """
-    sizes = _Sizes(num_ids, num_experts, num_slots, block_size, reader)
+    sizes = _Sizes(num_ids, num_experts, num_slots, block_size, reader, family)
     fastest = [name for name, least, most in _RANKING if least <= num_ids <= most]
     refused = ""
     for name in fastest if kernel is None else [kernel]:
@@ -113,9 +114,16 @@ class _Sizes(NamedTuple):
     num_slots: int
     block_size: int
     reader: str
+    family: str
+
+    def unit(self, of_align: str) -> str:
+        """Those of the other families have all their entries in one."""
+        return of_align if self.family == "align" else f"align_{self.family}"
 
 
 def _plan_small(sizes: _Sizes, limits: DeviceLimits) -> AlignPlan | str:
+    if sizes.family == "sort":
+        return "makes no by-products"
     if sizes.num_ids > SMALL_MAX_IDS:
         return f"takes at most {SMALL_MAX_IDS} ids, got {sizes.num_ids}"
     slots_per_block = max(1, SMALL_SLOTS_PER_BLOCK // sizes.block_size) * sizes.block_size
@@ -129,14 +137,18 @@ def _plan_small(sizes: _Sizes, limits: DeviceLimits) -> AlignPlan | str:
 
 def _plan_shared(sizes: _Sizes, limits: DeviceLimits, cluster: int) -> AlignPlan | str:
     """One launch; with clusters, each of these counts all ids together, and a block only its share."""
-    num_ids, reader = sizes.num_ids, sizes.reader
-    entry = f"align_shared_cluster{cluster}_{reader}" if cluster > 1 else f"align_shared_{reader}"
+    num_ids, reader, unit = sizes.num_ids, sizes.reader, sizes.unit("align_shared")
+    entry = (
+        f"{sizes.family}_shared_cluster{cluster}_{reader}"
+        if cluster > 1
+        else f"{sizes.family}_shared_{reader}"
+    )
     if cluster > 1:
         if reader == "any":
             return "takes contiguous int32 or int64 ids aligned to 16 bytes"
         if num_ids > cluster * CHUNK_MAX_IDS:
             return f"counts at most {cluster * CHUNK_MAX_IDS} ids, got {num_ids}"
-        most = limits.max_clusters("align_shared", entry, cluster) * cluster
+        most = limits.max_clusters(unit, entry, cluster) * cluster
         if most == 0:
             return f"cannot run: the device runs no cluster of {cluster} blocks"
         wanted = ceil_div(num_ids, CLUSTER_IDS_PER_BLOCK)
@@ -158,7 +170,7 @@ def _plan_shared(sizes: _Sizes, limits: DeviceLimits, cluster: int) -> AlignPlan
             f"has no room: {sizes.num_experts} experts need {pieces.shared_bytes} bytes of shared memory;"
             " kernel='global_large' does not"
         )
-    launch = LaunchPlan("align_shared", entry, grid, threads, pieces.shared_bytes)
+    launch = LaunchPlan(unit, entry, grid, threads, pieces.shared_bytes)
     name = f"cluster{cluster}" if cluster > 1 else "shared"
     return AlignPlan(name, (launch,), pieces.arguments, cluster=cluster)
 
@@ -175,10 +187,10 @@ def _plan_global(sizes: _Sizes, limits: DeviceLimits) -> AlignPlan | str:
         return (
             f"has no room for {sizes.num_experts} experts in shared memory; kernel='global_large' needs none"
         )
-    stride, reader = _stride(sizes.num_experts), sizes.reader
+    stride, unit = _stride(sizes.num_experts), sizes.unit("align_global")
     launches = (
-        LaunchPlan("align_global", f"align_count_{reader}", grid, 1024, 4 * stride),
-        LaunchPlan("align_global", f"align_scatter_{reader}", grid, 1024, pieces.shared_bytes),
+        LaunchPlan(unit, f"{sizes.family}_count_{sizes.reader}", grid, 1024, 4 * stride),
+        LaunchPlan(unit, f"{sizes.family}_scatter_{sizes.reader}", grid, 1024, pieces.shared_bytes),
     )
     return AlignPlan("global", launches, pieces.arguments, grid * stride)
 
@@ -187,9 +199,10 @@ def _plan_global_large(sizes: _Sizes, limits: DeviceLimits) -> AlignPlan:
     """The same with all tables in global memory: anything, anywhere, slowly."""
     grid = min(LARGE_MAX_BLOCKS, max(1, ceil_div(sizes.num_ids, GLOBAL_IDS_PER_BLOCK)))
     pieces = _cut(sizes, grid, 1024, limits)
+    unit = sizes.unit("align_global")
     launches = (
-        LaunchPlan("align_global", "align_count_large_any", grid, 1024),
-        LaunchPlan("align_global", "align_scatter_large_any", grid, 1024),
+        LaunchPlan(unit, f"{sizes.family}_count_large_any", grid, 1024),
+        LaunchPlan(unit, f"{sizes.family}_scatter_large_any", grid, 1024),
     )
     words = _stride(sizes.num_experts) + table_bytes(sizes.num_experts, pieces.num_rows) // 4
     return AlignPlan("global_large", launches, pieces.arguments, grid * words)
@@ -209,11 +222,11 @@ ALIGN_KERNELS = tuple(_KERNELS)
 _RANKING = (
     ("small", 0, SMALL_FAST_IDS),
     ("cluster8", SHARED_FAST_IDS + 1, CLUSTER8_FAST_IDS),
-    ("shared", SMALL_FAST_IDS + 1, CLUSTER8_FAST_IDS),
+    ("shared", 0, CLUSTER8_FAST_IDS),  # up to SMALL_FAST_IDS where "small" does not do it
     ("cluster16", CLUSTER8_FAST_IDS + 1, INT32_MAX),
     ("global", CLUSTER8_FAST_IDS + 1, INT32_MAX),
     ("small", SMALL_FAST_IDS + 1, SMALL_MAX_IDS),
-    ("global_large", SMALL_FAST_IDS + 1, INT32_MAX),
+    ("global_large", 0, INT32_MAX),
 )
 
 

@@ -134,6 +134,13 @@ __device__ __forceinline__ void note_end(const Args& args, u32 post_pad, u32 thr
   if (thread == 0) *args.num_tokens_post_pad = (int)post_pad;
 }
 
+// The first slot of a bucket, or past the last bucket the end, in 1 or 2 words.
+template <typename Args>
+__device__ __forceinline__ void write_offset(const Args& args, u32 bucket, u32 slot) {
+  args.expert_offsets[bucket * args.words_per_offset] = (int)slot;
+  if (args.words_per_offset == 2) args.expert_offsets[2 * bucket + 1] = 0;
+}
+
 // ---- what every kernel writes ---------------------------------------------------------------------------------------
 
 // What expert_ids says of a block of this bucket.
