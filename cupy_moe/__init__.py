@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .operators.align import aligned_sizes as aligned_sizes
     from .operators.align import moe_align_block_size as moe_align_block_size
     from .operators.align_batched import batched_moe_align_block_size as batched_moe_align_block_size
+    from .operators.align_lora import moe_lora_align_block_size as moe_lora_align_block_size
     from .operators.experts import experts_workspace_bytes as experts_workspace_bytes
     from .operators.experts import fused_experts as fused_experts
     from .operators.experts import fused_moe as fused_moe
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "operators.align": ("MoEAlignment", "aligned_sizes", "moe_align_block_size"),
     "operators.align_batched": ("batched_moe_align_block_size",),
+    "operators.align_lora": ("moe_lora_align_block_size",),
     "operators.moe_sum": ("moe_sum",),
     "operators.permute": ("MoEPermutation", "moe_permute", "moe_unpermute"),
     "operators.quantize": (

@@ -33,6 +33,7 @@ FIRST = (
     "quantize",
     "sort",
     "permute",
+    "align_lora",
     "launch",
     "tensor_map",
     "arguments",
@@ -50,7 +51,7 @@ class Mutant(NamedTuple):
 ALIGN, SHARED, SMALL = (
     "kernels_cu/align/align.cuh",
     "kernels_cu/align/shared.cuh",
-    "kernels_cu/align/align_small.cu",
+    "kernels_cu/align/small.cuh",
 )
 GLOBAL, BATCHED = "kernels_cu/align/global.cuh", "kernels_cu/align_batched/align_batched.cu"
 GATE, WARP, WIDE = "kernels_cu/gate/gate.cuh", "kernels_cu/gate/gate_warp.cu", "kernels_cu/gate/gate_wide.cu"
@@ -64,6 +65,7 @@ PLAN, PLAN_GATE, PLAN_SUM = "cupy_moe/plans/align.py", "cupy_moe/plans/gate.py",
 PLAN_EXPERTS = "cupy_moe/plans/experts.py"
 LAUNCH, MAP = "cupy_moe/cuda/launch.py", "cupy_moe/cuda/tensor_map.py"
 OPERATOR = "cupy_moe/operators/align.py"
+LORA = "kernels_cu/align/align_lora.cu"
 SORT, PLAN_PERMUTE = "kernels_cu/align/align_sort.cu", "cupy_moe/plans/permute.py"
 PERMUTE, PERMUTE_DIRECT = "kernels_cu/permute/permute.cuh", "kernels_cu/permute/permute_direct.cu"
 
@@ -81,6 +83,13 @@ MUTANTS = [
     Mutant("ties go to the later group, wide", WIDE, "group_keys[other] == score && other < group", "group_keys[other] == score && other > group"),
     Mutant("ties go to the later expert, wide", WIDE, "key == last.key && place > last.place", "key == last.key && place < last.place"),
     Mutant("as many groups as asked for and one more", WARP, "return rank < args.topk_group", "return rank <= args.topk_group"),
+    Mutant("adapters have one place for their slots", LORA, "    sorted_token_ids += (u64)adapter * num_slots;\n", ""),
+    Mutant("adapters share their workspace", LORA, "    scratch += (u64)adapter * scratch_words;\n", ""),
+    Mutant("ids of all tokens, one by one", LORA, "return args.has(args.topk.quotient(i)) ? id : ~Id(0);", "return id;"),
+    Mutant("ids of the first token of a load", LORA, "args.has(args.topk.quotient(i + k))", "args.has(args.topk.quotient(i))"),
+    Mutant("every adapter is enabled", LORA, "return is_enabled && ", "return "),
+    Mutant("flags of one byte are read as words", LORA, "is_enabled = flag_bytes == 1", "is_enabled = flag_bytes == 2"),
+    Mutant("the first adapter is everyone's", LORA, "u32 team_rank(const OfAdapter& args) { return args.rank; }", "u32 team_rank(const OfAdapter& args) { return blockIdx.x; }"),
     Mutant("a unit of each part is left out", PERMUTE, "unit < part.num_units)", "unit + 1 < part.num_units)"),
     Mutant("rows of tokens past the last are copied", PERMUTE, "token < part.num_tokens && unit", "unit"),
     Mutant("the last slot is not copied to", PERMUTE, "if (slots[k] < args.num_slots) f(slots[k]);", "if (slots[k] + 1 < args.num_slots) f(slots[k]);"),
@@ -128,8 +137,8 @@ MUTANTS = [
     Mutant("rounding up one too far", COMMON, "return quotient(x + value - 1) * value;", "return quotient(x + value) * value;"),
     Mutant("an inclusive scan", COMMON, "return scanned - value + warp_sum", "return scanned + warp_sum"),
     Mutant("the tail is not filled", ALIGN, "  fill(args.sorted_token_ids, post_pad, args.num_slots, (int)value, thread, num_threads);\n", ""),
-    Mutant("the padding of the first bucket of a warp only", ALIGN, "bucket < args.num_experts;\n       bucket += gridDim.x * num_warps)", "bucket < min_u32(args.num_experts, gridDim.x * num_warps);\n       bucket += gridDim.x * num_warps)"),
-    Mutant("the counts of later blocks are left out", GLOBAL, "after += block > blockIdx.x ? count : 0;", "after += block > blockIdx.x + 1 ? count : 0;"),
+    Mutant("the padding of the first bucket of a warp only", ALIGN, "bucket < args.num_experts; bucket += size * num_warps)", "bucket < min_u32(args.num_experts, size * num_warps); bucket += size * num_warps)"),
+    Mutant("the counts of later blocks are left out", GLOBAL, "after += block > team_rank(args) ? count : 0;", "after += block > team_rank(args) + 1 ? count : 0;"),
     Mutant("bits of the bucket: one too few", ALIGN, "bits != 0; bits >>= kBits", "bits > 1; bits >>= kBits"),
     Mutant("weights of the slot before", SUM, "args.weights + (i64)token * args.topk + first;", "args.weights + (i64)token * args.topk;"),
     Mutant("fused products", SUM, "__fadd_rn(sum[e], kExtends ? __fmul_rn(weights[i], values[e]) : values[e])", "fmaf(weights[i], values[e], sum[e])"),

@@ -326,6 +326,7 @@ INTS = {
     "quantize_rows": ("topk",),
     "quantize_silu": ("group_size", "topk"),
     "sort": ("block_size", "num_experts"),
+    "align_lora": ("block_size", "num_experts", "max_loras"),
     "permute": ("num_experts", "block_size"),
 }
 FLOATS = {
@@ -347,6 +348,7 @@ BOOLS = {
     "quantize_rows": ("scales_power_of_2",),
     "quantize_silu": ("column_major_scales", "scales_power_of_2"),
     "sort": ("pad_sorted_ids", "ignore_invalid_experts"),
+    "align_lora": ("pad_sorted_ids",),
     "permute": ("column_major_scales",),
 }
 

@@ -34,7 +34,7 @@ ENVIRONMENT = {
     "gpu": "NVIDIA Imaginary 9000", "driver": "999.1", "cuda": "13.0", "torch": "2.11.0", "cupy": "14.2.0",
     "nvrtc": "13.0.88", "cupy_moe": "0.1.0", "peers": {"vllm": "0.26.0", "sglang": ""}, "date": "2030-01-02",
 }  # fmt: skip
-NOT_TELLING = "transformers", "quantize_rows", "quantize_silu", "sort", "unpermute"
+NOT_TELLING = "transformers", "quantize_rows", "quantize_silu", "sort", "unpermute", "lora"
 US = {"cupy_moe": 2.0, "vllm": 5.0, "sglang": 4.0}
 MODEL_US = {"cupy_moe": 2000.0, "eager": 9000.0, "grouped_mm": 5000.0}
 SMALL = LayerCase("small", 3)

@@ -26,9 +26,16 @@ pytestmark = pytest.mark.skipif(bool(emulator.compiler()), reason=str(emulator.c
 
 DEVICES = {75: gpus.T4, 80: gpus.A100, 89: gpus.RTX4090, 90: gpus.H200, 120: gpus.RTX5090}
 SEEDS = {
-    "align": 24, "align_batched": 40, "moe_sum": 60, "gate": 50, "quantize": 120, "sort": 16, "permute": 40,
+    "align": 24,
+    "align_batched": 40,
+    "moe_sum": 60,
+    "gate": 50,
+    "quantize": 120,
+    "sort": 16,
+    "align_lora": 16,
+    "permute": 40,
     "unpermute": 40,
-}  # fmt: skip
+}
 
 
 def run(device: Emulator, call: cases.Call, kernel: str | None, what: str) -> bool:

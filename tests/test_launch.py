@@ -21,7 +21,7 @@ from cupy_moe.cuda import driver as driver_module
 from cupy_moe.cuda import launch, modules
 from cupy_moe.cuda.limits import device_limits
 from cupy_moe.errors import KernelLaunchError
-from cupy_moe.operators import align, align_batched, experts, gate, permute, quantize, sort
+from cupy_moe.operators import align, align_batched, align_lora, experts, gate, permute, quantize, sort
 from cupy_moe.operators import moe_sum as moe_sum_operator
 from cupy_moe.plans.base import LaunchPlan
 
@@ -147,7 +147,7 @@ def test_a_refused_launch_names_the_kernel(driver: Driver) -> None:
 def test_all_that_is_remembered_of_calls_takes_less_than_32_mb(
     driver: Driver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (align, gate, moe_sum_operator, experts, quantize, sort, permute):
+    for module in (align, gate, moe_sum_operator, experts, quantize, sort, permute, align_lora):
         monkeypatch.setattr(module, "device_limits", lambda device: H200)
     cuda = torch.device("cuda", 0)
 
@@ -172,8 +172,10 @@ def test_all_that_is_remembered_of_calls_takes_less_than_32_mb(
             moved_scale_strides=(56, 1),
         )  # fmt: skip
         permute._prepare(moved, torch.int32, None, cuda, True, None)  # which sorts, too
+        adapted = align_lora._Sizes(8 * i, 8, 16, 256, 4, False, False, 4)
+        align_lora._prepare(adapted, torch.int32, None, cuda, None)
 
-    operators = align, align_batched, gate, moe_sum_operator, experts, quantize, sort, permute
+    operators = align, align_batched, gate, moe_sum_operator, experts, quantize, sort, permute, align_lora
     caches = [operator._prepare for operator in operators]
     for cache in caches:
         cache.cache_clear()

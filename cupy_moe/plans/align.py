@@ -16,7 +16,7 @@ from .base import MAX_EXPERTS, WARP, Constant, DeviceLimits, LaunchPlan, ceil_di
 MAX_BLOCK_SIZE = 65_536
 
 # align_small compares all pairs of ids: fast for a few, and independent of E.
-SMALL_FAST_IDS, SMALL_MAX_IDS = 64, Constant(128, "align/align_small.cu:kMaxIds")
+SMALL_FAST_IDS, SMALL_MAX_IDS = 64, Constant(128, "align/small.cuh:kMaxIds")
 # One block writes a few thousand slots in the time that a launch takes; more are spread over more blocks.
 SMALL_SLOTS_PER_BLOCK = 1024
 # Every block counting all ids needs no barrier between blocks, as long as counting is short. On GPUs without
@@ -90,22 +90,43 @@ def plan_align(
     limits: DeviceLimits,
     kernel: str | None = None,
     family: str = "align",
+    teams: int = 1,
 ) -> AlignPlan:
     """Choose the kernel and its launch; `kernel`, one of ALIGN_KERNELS, forces one.
 
     `reader` is the suffix of the entry point: "i32" or "i64" for contiguous ids aligned to 16 bytes, else
-    "any". `family` is its prefix: "align", or "sort" for the same with by-products.
+    "any". `family` is its prefix: "align", "sort" for the same with by-products, or "lora". With several
+    `teams`, each makes an alignment on its share of the device.
     Raises ValueError where the forced kernel cannot do it.
     """
+    if teams > 1:
+        limits = _share(limits, teams)
     sizes = _Sizes(num_ids, num_experts, num_slots, block_size, reader, family)
     fastest = [name for name, least, most in _RANKING if least <= num_ids <= most]
     refused = ""
     for name in fastest if kernel is None else [kernel]:
         plan = _KERNELS[name](sizes, limits)
         if isinstance(plan, AlignPlan):
-            return plan
+            return plan if teams == 1 else _for_teams(plan, teams)
         refused = plan
     raise ValueError(f"kernel={kernel!r} {refused}")
+
+
+def _share(limits: DeviceLimits, teams: int) -> DeviceLimits:
+    """A cluster for each team, if there is any: they do not wait for each other."""
+
+    def max_clusters(unit: str, entry: str, size: int) -> int:
+        clusters = limits.max_clusters(unit, entry, size)
+        return max(min(1, clusters), clusters // teams)
+
+    return limits._replace(num_sms=max(1, limits.num_sms // teams), max_clusters=max_clusters)
+
+
+def _for_teams(plan: AlignPlan, teams: int) -> AlignPlan:
+    if plan.launches[0].grid * teams > INT32_MAX:
+        raise ValueError(f"{teams} alignments of {plan.launches[0].grid} blocks are too many for one launch")
+    launches = tuple(launch._replace(grid=launch.grid * teams) for launch in plan.launches)
+    return plan._replace(launches=launches, scratch_words=plan.scratch_words * teams)
 
 
 class _Sizes(NamedTuple):
@@ -131,7 +152,7 @@ def _plan_small(sizes: _Sizes, limits: DeviceLimits) -> AlignPlan | str:
     # A thread compares with 16 to 32 ids.
     lanes = 1 if sizes.num_ids <= 16 else 2 if sizes.num_ids <= 32 else 4
     block = round_up((sizes.num_ids + 1) * lanes, WARP)
-    launch = LaunchPlan("align_small", f"align_small_{sizes.reader}", grid, block)
+    launch = LaunchPlan(sizes.unit("align_small"), f"{sizes.family}_small_{sizes.reader}", grid, block)
     return AlignPlan("small", (launch,), {"slots_per_block": slots_per_block, "lanes_per_id": lanes})
 
 

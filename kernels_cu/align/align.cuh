@@ -37,6 +37,16 @@ struct AlignArgs {
 
 // Below, `Args` is either of the two structs.
 
+// The blocks that make an alignment together: all of the grid, unless there are several alignments.
+template <typename Args>
+__device__ __forceinline__ u32 team_rank(const Args& args) {
+  return blockIdx.x;
+}
+template <typename Args>
+__device__ __forceinline__ u32 team_size(const Args& args) {
+  return gridDim.x;
+}
+
 // How ids are read, kPerLoad at once. One unsigned comparison drops negative ids, too, if they are extended
 // with their sign; an id of all ones is never an expert, and stands for none.
 template <typename Unsigned>
@@ -112,7 +122,7 @@ __device__ __forceinline__ u32 to_bucket(const Args& args, Id id) {
 // What else kernels may want to make of what the placement finds out. These make nothing of it; arguments of other
 // kernels have overloads beside them.
 
-// Id i is placed, by one thread of the grid.
+// Id i is placed, by one thread of the team.
 template <typename Args>
 __device__ __forceinline__ void note_id(const Args& args, u32 i, u32 bucket, u32 slot) {}
 
@@ -124,11 +134,11 @@ __device__ __forceinline__ void note_dropped(const Args& args, u32 i) {}
 template <typename Args>
 __device__ __forceinline__ void note_bucket(const Args& args, u32 bucket, u32 begin, u32 count) {}
 
-// The slots [begin, end) of a bucket are padding; by one warp of the grid.
+// The slots [begin, end) of a bucket are padding; by one warp of the team.
 template <typename Args>
 __device__ __forceinline__ void note_padding(const Args& args, u32 bucket, u32 begin, u32 end) {}
 
-// So many slots are in use; by all `num_threads` of the grid.
+// So many slots are in use; by all `num_threads` of the team.
 template <typename Args>
 __device__ __forceinline__ void note_end(const Args& args, u32 post_pad, u32 thread, u32 num_threads) {
   if (thread == 0) *args.num_tokens_post_pad = (int)post_pad;
@@ -437,19 +447,19 @@ __device__ __forceinline__ void write_sorted(const Args& args, const Table& tabl
   }
 }
 
-// The padding slots, the tail, and what lies past the last block: shared out over all blocks of the grid.
+// The padding slots, the tail, and what lies past the last block: shared out over all blocks of the team.
 template <typename Args>
 __device__ __forceinline__ void write_padding(const Args& args, const u32* first_padding, u32 post_pad) {
   const u32 num_warps = blockDim.x / kWarpSize, value = args.num_ids;
+  const u32 rank = team_rank(args), size = team_size(args);
   // The last warps first, as they may have no ids to place.
 #pragma unroll 1
-  for (u32 bucket = blockIdx.x + gridDim.x * (num_warps - 1 - warp_id()); bucket < args.num_experts;
-       bucket += gridDim.x * num_warps) {
+  for (u32 bucket = rank + size * (num_warps - 1 - warp_id()); bucket < args.num_experts; bucket += size * num_warps) {
     const u32 begin = first_padding[bucket], end = args.block_size.round_up(begin);
     fill(args.sorted_token_ids, begin, end, (int)value, lane_id(), kWarpSize);
     note_padding(args, bucket, begin, end);
   }
-  const u32 thread = blockIdx.x * blockDim.x + threadIdx.x, num_threads = gridDim.x * blockDim.x;
+  const u32 thread = rank * blockDim.x + threadIdx.x, num_threads = size * blockDim.x;
   fill(args.sorted_token_ids, post_pad, args.num_slots, (int)value, thread, num_threads);
   fill(args.expert_ids, args.block_size.quotient(post_pad), args.num_blocks, -1, thread, num_threads);
   note_end(args, post_pad, thread, num_threads);

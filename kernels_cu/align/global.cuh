@@ -8,9 +8,9 @@ constexpr u32 kColumnParts = 4;  // threads that share the sum of one column of 
 template <typename Ids, bool kSharedTable, typename Args>
 __device__ __forceinline__ void align_count(const Args& args) {
   extern __shared__ uint4 memory[];
-  const Piece piece(args, blockIdx.x);
+  const Piece piece(args, team_rank(args));
   const u32 stride = Table(nullptr, args).stride;
-  u32* result = args.scratch + (u64)blockIdx.x * stride;
+  u32* result = args.scratch + (u64)team_rank(args) * stride;
   u32* counts = kSharedTable ? (u32*)memory : result;
   count_ids<Ids, 4>(args, piece.begin, piece.end, counts, stride, [&](u32) { return counts; });
   if (!kSharedTable) return;
@@ -24,11 +24,11 @@ __device__ __forceinline__ void align_scatter(const Args& args) {
   extern __shared__ uint4 memory[];
   __shared__ u32 warp_sums[kWarpSize];
   const u32 num_experts = args.num_experts, stride = Table(nullptr, args).stride;
-  u32* tables = args.scratch + (u64)gridDim.x * stride;
-  u32* table_memory = kSharedTable ? (u32*)memory : tables + (u64)blockIdx.x * Table(nullptr, args).words();
+  u32* tables = args.scratch + (u64)team_size(args) * stride;
+  u32* table_memory = kSharedTable ? (u32*)memory : tables + (u64)team_rank(args) * Table(nullptr, args).words();
   const Table table(table_memory, args);
   u32* stage = (u32*)memory + table.words();  // [per_block], if kSharedTable
-  const Piece piece(args, blockIdx.x);
+  const Piece piece(args, team_rank(args));
   const u32 begin = piece.begin_of_warp(args, table), end = piece.end_of_warp(args, begin);
   const typename Ids::Id id = load_or_none<Ids>(args, begin + lane_id(), end);
   count_ids<Ids, 4>(args, piece.begin, piece.end, table_memory, table.words(),
@@ -40,10 +40,10 @@ __device__ __forceinline__ void align_scatter(const Args& args) {
     const u32 bucket = k % num_experts, part = k / num_experts;
     u32 before = 0, after = 0;
 #pragma unroll 8
-    for (u32 block = part; block < gridDim.x; block += kColumnParts) {
+    for (u32 block = part; block < team_size(args); block += kColumnParts) {
       const u32 count = __ldg(args.scratch + (u64)block * stride + bucket);
-      before += block < blockIdx.x ? count : 0;
-      after += block > blockIdx.x ? count : 0;
+      before += block < team_rank(args) ? count : 0;
+      after += block > team_rank(args) ? count : 0;
     }
     atomicAdd(table.before() + bucket, before);
     atomicAdd(table.after() + bucket, after);

@@ -34,8 +34,8 @@ __device__ __forceinline__ void align_shared(const Args& args) {
   u32* stage = (u32*)(all_counts + kCluster * stride);       // [per_block]
 
   // Block `rank` of every cluster counts the same chunk; each cluster places another piece of it.
-  const u32 rank = cluster_rank<kCluster>(), num_clusters = gridDim.x / kCluster;
-  const Piece piece(args, rank * num_clusters + blockIdx.x / kCluster);
+  const u32 rank = cluster_rank<kCluster>(), num_clusters = team_size(args) / kCluster;
+  const Piece piece(args, rank * num_clusters + team_rank(args) / kCluster);
   const u32 chunk_begin = min_u32(args.num_ids, rank * num_clusters * args.per_block);
   const u32 chunk_end = min_u32(args.num_ids, chunk_begin + num_clusters * args.per_block);
   const u32 begin = piece.begin_of_warp(args, table), end = piece.end_of_warp(args, begin);

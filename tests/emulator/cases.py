@@ -12,6 +12,7 @@ from operator_cases import comparable
 from cupy_moe import (
     batched_moe_align_block_size,
     moe_align_block_size,
+    moe_lora_align_block_size,
     moe_permute,
     moe_sort,
     moe_sum,
@@ -19,6 +20,7 @@ from cupy_moe import (
 )
 from cupy_moe.cpu import align as cpu_align
 from cupy_moe.cpu import align_batched as cpu_align_batched
+from cupy_moe.cpu import align_lora as cpu_align_lora
 from cupy_moe.cpu import gate as cpu_gate
 from cupy_moe.cpu import moe_sum as cpu_moe_sum
 from cupy_moe.cpu import permute as cpu_permute
@@ -132,6 +134,30 @@ def sort(seed: int, most_ids: int = 700) -> Call:
         return tuple(result if keep else None for result, keep in zip(results, kept, strict=True))
 
     return Call(moe_sort, tensors, {**call.rest, **asked, **more}, expected, call.kernels[1:])
+
+
+def align_lora(seed: int, most_ids: int = 700) -> Call:
+    call, pick = align(seed, most_ids), random.Random(-seed)
+    ids, topk, max_loras = (
+        call.tensors["topk_ids"],
+        pick.choice((1, 1, 2, 3, 8)),
+        pick.choice((1, 2, 3, 5, 9)),
+    )
+    num_tokens = len(ids) // topk
+    ids = ids[: num_tokens * topk].view(num_tokens, topk)
+    low, high = pick.choice(((0, max_loras), (0, max_loras), (-2, max_loras + 2), (-(2**31), 2**31 - 1)))
+    tensors = {
+        "topk_ids": ids,
+        "token_lora_mapping": torch.randint(low, high, (num_tokens,), dtype=torch.int32),
+        **{name: tensor for name, tensor in call.tensors.items() if name == "expert_map"},
+    }
+    if pick.random() < 0.5:
+        flags = torch.randint(-1, 2, (max_loras + pick.choice((0, 1)),), dtype=torch.int32)
+        tensors["adapter_enabled"] = flags if pick.random() < 0.5 else flags > 0
+    rest = {**call.rest, "max_loras": max_loras}
+    del rest["ignore_invalid_experts"]
+    specified = cpu_align_lora.moe_lora_align_block_size
+    return Call(moe_lora_align_block_size, tensors, rest, specified, ALIGN_KERNELS)
 
 
 ROW_TYPES = (torch.bfloat16, torch.float8_e4m3fn, torch.int8, torch.float32, torch.int64, torch.float16)
@@ -362,6 +388,7 @@ OPERATORS: dict[str, Callable[[int], Call]] = {
     "gate": gate,
     "quantize": quantize,
     "sort": sort,
+    "align_lora": align_lora,
     "permute": permute,
     "unpermute": unpermute,
 }
