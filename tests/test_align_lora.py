@@ -195,6 +195,20 @@ def test_thresholds() -> None:
             assert device.launched == [f"lora_{kernel}_i32"]
 
 
+@pytest.mark.skipif(bool(emulator.compiler()), reason=str(emulator.compiler()))
+@pytest.mark.parametrize("kernel", ["global", "global_large"])
+def test_adapters_have_workspaces_of_their_own(kernel: str) -> None:
+    """Of teams of several blocks."""
+    ids = routing.make("skewed", 700, 4, 8)
+    adapters = torch.randint(-1, 3, (700,), dtype=torch.int32)
+    with Emulator(gpus.A100, 80)() as device:
+        placed = device.tensor(ids), device.tensor(adapters)
+        result = moe_lora_align_block_size(*placed, 16, 8, 3, kernel=kernel)
+    for got, right in zip(result, moe_lora_align_block_size(ids, adapters, 16, 8, 3), strict=True):
+        assert torch.equal(got, right)
+    assert len(device.launched) == 2
+
+
 # ---- on a GPU
 
 

@@ -31,10 +31,10 @@ SEEDS = {
     "moe_sum": 60,
     "gate": 50,
     "quantize": 120,
-    "sort": 16,
-    "align_lora": 16,
-    "permute": 40,
-    "unpermute": 40,
+    "sort": 12,
+    "align_lora": 12,
+    "permute": 28,
+    "unpermute": 25,
 }
 
 

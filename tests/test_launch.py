@@ -181,7 +181,7 @@ def test_all_that_is_remembered_of_calls_takes_less_than_32_mb(
         cache.cache_clear()
     tracemalloc.start()
     before, _ = tracemalloc.get_traced_memory()
-    for i in range(1, 3 * launch.CACHED_CALLS):
+    for i in range(1, 5 * launch.CACHED_CALLS // 4):
         prepare(i)
     after, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()

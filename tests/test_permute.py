@@ -4,6 +4,8 @@ the CPU, and every wrong call."""
 from __future__ import annotations
 
 import itertools
+import re
+import textwrap
 from typing import Any
 
 import emulator
@@ -18,7 +20,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from operator_cases import IDS, MAP, Case
 
-from cupy_moe import MoEPermutation, aligned_sizes, moe_align_block_size, moe_permute, moe_sum, moe_unpermute
+from cupy_moe import (
+    MoEPermutation,
+    aligned_sizes,
+    fused_experts,
+    moe_align_block_size,
+    moe_permute,
+    moe_sum,
+    moe_unpermute,
+)
 from cupy_moe.cpu.permute import as_integers
 from cupy_moe.plans.permute import (
     DIRECT_FAST_EXPERTS,
@@ -37,6 +47,7 @@ SCALES = torch.randn(5, 2, generator=_generator)
 PERMUTED = torch.randn(9, 8, generator=_generator)
 SLOTS = torch.randint(-1, 10, (5, 2), generator=_generator, dtype=torch.int32)
 WEIGHTS = torch.rand(5, 2, generator=_generator)
+OFFSETS = torch.tensor([0, 3, 7], dtype=torch.int32)
 CASES = {
     "permute": Case(
         moe_permute,
@@ -48,8 +59,8 @@ CASES = {
     "unpermute": Case(
         moe_unpermute,
         {
-            "permuted": PERMUTED, "inverse_ids": SLOTS, "topk_weights": WEIGHTS, "routed_scaling_factor": 2.5,
-            "shared_output": ROWS,
+            "permuted": PERMUTED, "inverse_ids": SLOTS, "topk_weights": WEIGHTS, "expert_offsets": OFFSETS,
+            "routed_scaling_factor": 2.5, "shared_output": ROWS,
         },
     ),
 }  # fmt: skip
@@ -163,6 +174,34 @@ def test_unpermute_has_the_bits_of_moe_sum(dtype: torch.dtype) -> None:
         assert torch.equal(moe_unpermute(permuted, slots, **keywords), expected)
 
 
+def test_rows_that_are_not_in_use_are_not_read() -> None:
+    permuted = torch.where(torch.arange(9)[:, None] < 7, PERMUTED, torch.nan)
+    inside = torch.where(SLOTS < 7, SLOTS, -1)
+    assert not torch.equal(inside, SLOTS)
+    for offsets in (OFFSETS, OFFSETS.long()):
+        result = moe_unpermute(permuted, SLOTS, expert_offsets=offsets)
+        assert torch.equal(result, moe_unpermute(permuted, inside))
+
+
+def test_the_layer_of_the_docstring() -> None:
+    grouped_mm = getattr(torch.nn.functional, "grouped_mm", None)
+    if grouped_mm is None:
+        pytest.skip("this torch has no grouped_mm")
+    example = re.search(r":\n\n((?: {8}\S.*\n)+)", str(moe_permute.__doc__))
+    assert example
+    weights = torch.rand(40, 2)
+    names: dict[str, Any] = {
+        "grouped_mm": grouped_mm, "silu": torch.nn.functional.silu, "moe_permute": moe_permute,
+        "moe_unpermute": moe_unpermute, "num_experts": 5, "topk_weights": weights,
+        "hidden_states": torch.randn(40, 16).bfloat16(), "gate_up": torch.randn(5, 48, 16).bfloat16() / 4,
+        "down": torch.randn(5, 16, 24).bfloat16() / 4, "topk_ids": routing.make("skewed", 40, 2, 5),
+    }  # fmt: skip
+    exec(textwrap.dedent(example[1]), names)
+    layer = (names[name] for name in ("hidden_states", "gate_up", "down", "topk_weights", "topk_ids"))
+    expected = fused_experts(*layer)
+    assert torch.allclose(names["output"].float(), expected.float(), rtol=0.03, atol=0.03)
+
+
 def test_arrays_of_numpy() -> None:
     result: Any = moe_permute(ROWS.numpy(), IDS.numpy(), 8)
     assert result.permuted_scales is None
@@ -245,6 +284,12 @@ WRONG_BACK: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
     "shared of others": (ValueError, r"shared_output: .*\[5, 8\]", {"shared_output": ROWS[:4]}),
     "out of others": (ValueError, r"out: .*\[5, 8\]", {"out": ROWS[:4]}),
     "out in columns": (ValueError, "out: expected rows of neighbouring", {"out": torch.zeros(8, 5).t()}),
+    "no offsets": (ValueError, r"expert_offsets: expected shape \[E \+ 1\]", {"expert_offsets": OFFSETS[:0]}),
+    "half offsets": (
+        TypeError,
+        "expert_offsets: expected torch.int32 or",
+        {"expert_offsets": OFFSETS.half()},
+    ),
     "a large factor": (ValueError, "routed_scaling_factor: .*fp32", {"routed_scaling_factor": 1e39}),
 }
 

@@ -56,12 +56,15 @@ def moe_unpermute(
     permuted: torch.Tensor,
     inverse_ids: torch.Tensor,
     topk_weights: torch.Tensor | None = None,
+    expert_offsets: torch.Tensor | None = None,
     routed_scaling_factor: float = 1.0,
     shared_output: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """As `cupy_moe.moe_unpermute`, on the tensors' device; arguments are not checked."""
     slots = inverse_ids.long()
     exists = (slots >= 0) & (slots < len(permuted))
+    if expert_offsets is not None:
+        exists &= slots < (expert_offsets[-1].long() & 0xFFFFFFFF)
     rows = permuted.new_zeros((*slots.shape, permuted.shape[1]))
     rows[exists] = permuted[slots[exists]]
     ids = torch.where(exists, slots, -1)

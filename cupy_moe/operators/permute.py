@@ -37,7 +37,7 @@ _ARGS = ArgumentStruct(
     " u32 num_rows, id_type, num_cols; i64 row_stride, col_stride",
 )
 _INT32, _FLOAT = (torch.int32,), (torch.float32,)
-_SLOTS = (torch.int32, torch.uint32)
+_SLOTS, _OFFSETS = (torch.int32, torch.uint32), (torch.int32, torch.int64)
 
 if TYPE_CHECKING:  # at run time only from Python 3.11 on
 
@@ -112,6 +112,14 @@ def moe_permute(
     >>> result.inverse_ids.tolist(), result.sorted_token_ids.tolist()
     ([[2, 0], [3, 1], [-1, 4]], [1, 3, 0, 2, 5, 6])
 
+    A layer by torch's grouped products, from ids to outputs without a wait for the GPU (gate_up [E, 2 * I, H]
+    and down [E, H, I], as for `fused_experts`; in bf16, torch wants rows of multiples of 16 bytes):
+
+        permuted, inverse_ids, offsets, *_ = moe_permute(hidden_states, topk_ids, num_experts)
+        gate, up = grouped_mm(permuted, gate_up.transpose(1, 2), offs=offsets[1:]).chunk(2, dim=1)
+        rows = grouped_mm(silu(gate) * up, down.transpose(1, 2), offs=offsets[1:])
+        output = moe_unpermute(rows, inverse_ids, topk_weights=topk_weights)
+
     The results are the same to the last bit at every call, with every kernel, on every GPU and on the CPU.
 
     Cost: a row is read once and written K times. One launch on torch's current stream for up to 4096
@@ -134,8 +142,12 @@ def moe_permute(
         or not (scales is None or is_plain(scales))
         or not (out is None or are_outputs(out, len(MoEPermutation._fields)))
     ):
-        results = _operator(hidden_states, topk_ids, num_experts, *options, out=out, kernel=kernel)
-        return results if scales is not None else results._replace(permuted_scales=None)
+        results: Any = _operator(hidden_states, topk_ids, num_experts, *options, out=out, kernel=kernel)
+        if scales is not None:
+            return results
+        permuted, inverse_ids, offsets, slots, experts, _ = results  # torch 2.8 compiles no slice of it
+        no_scales: Any = None
+        return MoEPermutation(permuted, inverse_ids, offsets, slots, experts, no_scales)
     return _permute(hidden_states, topk_ids, num_experts, *options, out=out, kernel=kernel)
 
 
@@ -383,6 +395,7 @@ def moe_unpermute(
     out: Array | None = None,
     *,
     topk_weights: DLPackArray | None = None,
+    expert_offsets: DLPackArray | None = None,
     routed_scaling_factor: float = 1.0,
     shared_output: DLPackArray | None = None,
 ) -> Array:
@@ -395,12 +408,14 @@ def moe_unpermute(
     inverse_ids             [T, K]   int32, uint32       the row of each pair
     out                     [T, H]   as permuted         written instead of allocated
     topk_weights            [T, K]   fp32                without them, all are 1
+    expert_offsets          [E + 1]  int32, int64        of which the last one says how many rows are in use
     routed_scaling_factor                                multiplies the sum, but not `shared_output`
     shared_output           [T, H]   as permuted         added at the end
 
     Returns [T, H] of the type of `permuted`; it is `out`, if that is given.
 
-    Pairs whose row is outside [0, M) have none, and add nothing: those that `moe_permute` dropped, say.
+    Pairs whose row is outside [0, M) or not in use add nothing. Those that `moe_permute` dropped have none,
+    so its results need no `expert_offsets`; a negative number of rows in use counts as all of them.
 
     It is `moe_sum` of permuted[inverse_ids], in the same order and to the same bits: in fp32, k
     ascending, each product and sum rounded by itself, and rounded to the type of the output once.
@@ -426,9 +441,10 @@ def moe_unpermute(
         or not is_plain(inverse_ids)
         or not (out is None or is_plain(out))
         or not (topk_weights is None or is_plain(topk_weights))
+        or not (expert_offsets is None or is_plain(expert_offsets))
         or not (shared_output is None or is_plain(shared_output))
     ):
-        options = topk_weights, routed_scaling_factor, shared_output
+        options = topk_weights, expert_offsets, routed_scaling_factor, shared_output
         return _unpermute_operator(permuted, inverse_ids, *options, out=out)
     factor = as_factor(routed_scaling_factor)
     check_layout("permuted", permuted)
@@ -443,11 +459,19 @@ def moe_unpermute(
         topk_weights = checked("topk_weights", topk_weights, _FLOAT, (num_tokens, topk), device)
     if shared_output is not None:
         shared_output = checked("shared_output", shared_output, (dtype,), (num_tokens, hidden), device)
+    in_use = None
+    if expert_offsets is not None:
+        check_layout("expert_offsets", expert_offsets)
+        if expert_offsets.dim() != 1 or not len(expert_offsets):
+            raise ValueError(f"expert_offsets: expected shape [E + 1], got {list(expert_offsets.shape)}")
+        check_tensor("expert_offsets", expert_offsets, _OFFSETS, expert_offsets.shape, device)
+        in_use = expert_offsets[-1:]
     output = place_for_sum(out, num_tokens, hidden, dtype, device)
     rows = permuted.expand(num_tokens, num_rows, hidden)  # any of them may be a slot of any token
-    call = prepare_sum(rows, output, topk_weights, slots, None, factor, shared_output, num_rows, rows_of=topk)
+    tensors = topk_weights, slots, in_use, factor, shared_output
+    call = prepare_sum(rows, output, *tensors, num_rows, rows_of=topk)
     if call is None:
-        result = cpu.moe_unpermute(permuted, slots, topk_weights, factor, shared_output)
+        result = cpu.moe_unpermute(permuted, slots, topk_weights, expert_offsets, factor, shared_output)
         with torch.no_grad():
             return output.copy_(result)
     launch_sum(*call)
@@ -470,8 +494,8 @@ _operator = Operator(
 )
 _unpermute_operator = Operator(
     "moe_unpermute",
-    "Tensor permuted, Tensor inverse_ids, *, Tensor? topk_weights=None, float routed_scaling_factor=1.0,"
-    " Tensor? shared_output=None",
+    "Tensor permuted, Tensor inverse_ids, *, Tensor? topk_weights=None, Tensor? expert_offsets=None,"
+    " float routed_scaling_factor=1.0, Tensor? shared_output=None",
     None,
     moe_unpermute,
     _unpermute_fake,

@@ -5,7 +5,8 @@
 //
 // in       input [T, topk, H] of Element, any strides; shared [T, H], weights [T, topk] fp32, ids [T, topk] and
 //          expert_map [num_experts]: each may be missing (null)                                      (SumArgs)
-//          rows: input [num_experts, H], slot_stride apart, and ids [T, topk] say which row is slot k of token t
+//          rows: input [num_experts, H], slot_stride apart, and ids [T, topk] say which row is slot k of token t; where
+//          expert_map is not null, it holds how many of the rows are there
 // out      output [T, H] of Element
 // grid     threads that together cover num_units; block: up to kMaxThreads threads
 //
@@ -95,29 +96,31 @@ struct Scalar {
   }
 };
 
-// Which of the slots [first, first + kInFlight) of a token are read, and their ids. Branch-free, so that all loads
-// overlap.
-template <u32 kInFlight>
-__device__ __forceinline__ void find_reads(const SumArgs& args, u32 token, u32 first, bool (&reads)[kInFlight],
-                                           u32 (&ids)[kInFlight]) {
-  const u32* of_token = args.ids + (i64)token * args.topk * args.words_per_id;
-#pragma unroll
-  for (u32 i = 0; i < kInFlight; ++i) {
-    const u32* words = of_token + min_u32(first + i, args.topk - 1) * args.words_per_id;
-    const u32 id = words[0], upper = words[args.words_per_id - 1];
-    ids[i] = id;
-    reads[i] &= id < args.num_experts && (args.words_per_id == 1 || upper == 0);
-    if (args.expert_map != nullptr) {
-      reads[i] &= args.expert_map[min_u32(id, args.num_experts - 1)] < args.num_experts;
-    }
-  }
-}
-
 enum Kind : u32 {
   kPlain,     // neither weights nor ids, nor a shared output or a factor
   kExtended,  // perhaps all of these
   kRows,      // the same, and ids say which row of the input a slot is
 };
+
+// Which of the slots [first, first + kInFlight) of a token are read, and their ids. Branch-free, so that all loads
+// overlap.
+template <Kind kKind, u32 kInFlight>
+__device__ __forceinline__ void find_reads(const SumArgs& args, u32 token, u32 first, bool (&reads)[kInFlight],
+                                           u32 (&ids)[kInFlight]) {
+  const u32* of_token = args.ids + (i64)token * args.topk * args.words_per_id;
+  u32 num_rows = args.num_experts;
+  if (kKind == kRows && args.expert_map != nullptr) num_rows = min_u32(num_rows, *args.expert_map);
+#pragma unroll
+  for (u32 i = 0; i < kInFlight; ++i) {
+    const u32* words = of_token + min_u32(first + i, args.topk - 1) * args.words_per_id;
+    const u32 id = words[0], upper = words[args.words_per_id - 1];
+    ids[i] = id;
+    reads[i] &= id < num_rows && (args.words_per_id == 1 || upper == 0);
+    if (kKind != kRows && args.expert_map != nullptr) {
+      reads[i] &= args.expert_map[min_u32(id, args.num_experts - 1)] < args.num_experts;
+    }
+  }
+}
 
 // Adds the slots [first, first + kInFlight) of a token: all of them (kExact), or those below topk.
 template <typename Unit, Kind kKind, u32 kInFlight, bool kExact>
@@ -128,7 +131,7 @@ __device__ __forceinline__ void add_slots(const SumArgs& args, u32 token, u32 fi
   u32 ids[kInFlight];
 #pragma unroll
   for (u32 i = 0; i < kInFlight; ++i) reads[i] = kExact || first + i < args.topk;
-  if (kKind == kRows || (kExtends && args.ids != nullptr)) find_reads(args, token, first, reads, ids);
+  if (kKind == kRows || (kExtends && args.ids != nullptr)) find_reads<kKind>(args, token, first, reads, ids);
   float weights[kInFlight];
 #pragma unroll
   for (u32 i = 0; i < kInFlight; ++i) weights[i] = 1;

@@ -44,7 +44,7 @@ SIZES = (
 class AlignLora(Operator):
     section = "lora"
     function = "moe_lora_align_block_size"
-    theirs: Mapping[str, str] = {"vllm": "moe_lora_align_block_size", "sglang": "moe_lora_align_block_size"}
+    theirs: Mapping[str, str] = {"vllm": "moe_lora_align_block_size"}
 
     cases: Sequence[LoraCase] = tuple(
         LoraCase(*size, adapters, target) for size, target in SIZES for adapters in (1, 4)
@@ -79,10 +79,7 @@ class AlignLora(Operator):
             enabled = torch.ones(case.adapters + 1, dtype=torch.int32, device=base.device)
             active = torch.arange(-1, case.adapters, dtype=torch.int32, device=base.device)
             sizes = case.experts, case.block_size, case.adapters, slots, blocks
-            mapping: tuple[torch.Tensor, ...] = (adapters,)
-            if contender == "sglang":  # a segment for each token
-                mapping = (torch.arange(case.tokens + 1, dtype=torch.int32, device=base.device), adapters)
-            return Bound(lambda: operator(ids, *mapping, *sizes, *out, enabled, active, None), out)
+            return Bound(lambda: operator(ids, adapters, *sizes, *out, enabled, active, None), out)
         kernel = contender.removeprefix(FORCED) if contender.startswith(FORCED) else None
         given = ids, adapters, case.block_size, case.experts, case.adapters
         return Bound(lambda: cupy_moe.moe_lora_align_block_size(*given, out=out, kernel=kernel), out)

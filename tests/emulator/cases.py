@@ -249,6 +249,9 @@ def unpermute(seed: int) -> Call:
         tensors["topk_weights"] = torch.randn(tokens, topk)
     if pick.random() < 0.4:
         tensors["shared_output"] = torch.randn(tokens, hidden).to(permuted.dtype)
+    if pick.random() < 0.4:
+        offsets = torch.randint(-1, num_rows + 2, (3,), dtype=pick.choice((torch.int32, torch.int64)))
+        tensors["expert_offsets"] = offsets
     rest = {"routed_scaling_factor": pick.choice((1.0, 2.5, 0.0, -1.0))}
     return Call(moe_unpermute, tensors, rest, cpu_permute.moe_unpermute)
 
