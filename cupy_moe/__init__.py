@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .operators.align import aligned_sizes as aligned_sizes
     from .operators.align import moe_align_block_size as moe_align_block_size
     from .operators.align_batched import batched_moe_align_block_size as batched_moe_align_block_size
+    from .operators.align_lora import moe_lora_align_block_size as moe_lora_align_block_size
     from .operators.experts import experts_workspace_bytes as experts_workspace_bytes
     from .operators.experts import fused_experts as fused_experts
     from .operators.experts import fused_moe as fused_moe
@@ -28,12 +29,17 @@ if TYPE_CHECKING:
     from .operators.gate import topk_sigmoid as topk_sigmoid
     from .operators.gate import topk_softmax as topk_softmax
     from .operators.moe_sum import moe_sum as moe_sum
+    from .operators.permute import MoEPermutation as MoEPermutation
+    from .operators.permute import moe_permute as moe_permute
+    from .operators.permute import moe_unpermute as moe_unpermute
     from .operators.quantize import Quantized as Quantized
     from .operators.quantize import per_token_group_quant_fp8 as per_token_group_quant_fp8
     from .operators.quantize import per_token_quant_fp8 as per_token_quant_fp8
     from .operators.quantize import (
         silu_and_mul_per_token_group_quant_fp8 as silu_and_mul_per_token_group_quant_fp8,
     )
+    from .operators.sort import MoESorting as MoESorting
+    from .operators.sort import moe_sort as moe_sort
     from .quantization import Quantization as Quantization
     from .repacking import repack_awq as repack_awq
     from .repacking import repack_gptq as repack_gptq
@@ -41,13 +47,16 @@ if TYPE_CHECKING:
 _MODULES = {
     "operators.align": ("MoEAlignment", "aligned_sizes", "moe_align_block_size"),
     "operators.align_batched": ("batched_moe_align_block_size",),
+    "operators.align_lora": ("moe_lora_align_block_size",),
     "operators.moe_sum": ("moe_sum",),
+    "operators.permute": ("MoEPermutation", "moe_permute", "moe_unpermute"),
     "operators.quantize": (
         "Quantized",
         "per_token_group_quant_fp8",
         "per_token_quant_fp8",
         "silu_and_mul_per_token_group_quant_fp8",
     ),
+    "operators.sort": ("MoESorting", "moe_sort"),
     "errors": (
         "CompileError",
         "ConfigError",

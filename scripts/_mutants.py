@@ -32,6 +32,9 @@ FIRST = (
     "moe_sum",
     "quantize",
     "quantized_experts",
+    "sort",
+    "permute",
+    "align_lora",
     "launch",
     "tensor_map",
     "arguments",
@@ -48,10 +51,10 @@ class Mutant(NamedTuple):
 
 ALIGN, SHARED, SMALL = (
     "kernels_cu/align/align.cuh",
-    "kernels_cu/align/align_shared.cu",
-    "kernels_cu/align/align_small.cu",
+    "kernels_cu/align/shared.cuh",
+    "kernels_cu/align/small.cuh",
 )
-GLOBAL, BATCHED = "kernels_cu/align/align_global.cu", "kernels_cu/align_batched/align_batched.cu"
+GLOBAL, BATCHED = "kernels_cu/align/global.cuh", "kernels_cu/align_batched/align_batched.cu"
 GATE, WARP, WIDE = "kernels_cu/gate/gate.cuh", "kernels_cu/gate/gate_warp.cu", "kernels_cu/gate/gate_wide.cu"
 SUM, COMMON, CONVERT = "kernels_cu/moe_sum/moe_sum.cu", "kernels_cu/common.cuh", "kernels_cu/convert.cuh"
 EXPERTS, MMA = "kernels_cu/experts/experts.cuh", "kernels_cu/experts/experts_mma.cu"
@@ -64,6 +67,9 @@ PLAN, PLAN_GATE, PLAN_SUM = "cupy_moe/plans/align.py", "cupy_moe/plans/gate.py",
 PLAN_EXPERTS = "cupy_moe/plans/experts.py"
 LAUNCH, MAP = "cupy_moe/cuda/launch.py", "cupy_moe/cuda/tensor_map.py"
 OPERATOR = "cupy_moe/operators/align.py"
+LORA = "kernels_cu/align/align_lora.cu"
+SORT, PLAN_PERMUTE = "kernels_cu/align/align_sort.cu", "cupy_moe/plans/permute.py"
+PERMUTE, PERMUTE_DIRECT = "kernels_cu/permute/permute.cuh", "kernels_cu/permute/permute_direct.cu"
 
 MUTANTS = [
     # comparisons
@@ -79,7 +85,35 @@ MUTANTS = [
     Mutant("ties go to the later group, wide", WIDE, "group_keys[other] == score && other < group", "group_keys[other] == score && other > group"),
     Mutant("ties go to the later expert, wide", WIDE, "key == last.key && place > last.place", "key == last.key && place < last.place"),
     Mutant("as many groups as asked for and one more", WARP, "return rank < args.topk_group", "return rank <= args.topk_group"),
-    Mutant("a slot of any id is read", SUM, "reads[i] &= id < args.num_experts &&", "reads[i] &= id <= args.num_experts &&"),
+    Mutant("adapters have one place for their slots", LORA, "    sorted_token_ids += (u64)adapter * num_slots;\n", ""),
+    Mutant("adapters share their workspace", LORA, "    scratch += (u64)adapter * scratch_words;\n", ""),
+    Mutant("ids of all tokens, one by one", LORA, "return args.has(args.topk.quotient(i)) ? id : ~Id(0);", "return id;"),
+    Mutant("ids of the first token of a load", LORA, "args.has(args.topk.quotient(i + k))", "args.has(args.topk.quotient(i))"),
+    Mutant("every adapter is enabled", LORA, "return is_enabled && ", "return "),
+    Mutant("flags of one byte are read as words", LORA, "is_enabled = flag_bytes == 1", "is_enabled = flag_bytes == 2"),
+    Mutant("the first adapter is everyone's", LORA, "u32 team_rank(const OfAdapter& args) { return args.rank; }", "u32 team_rank(const OfAdapter& args) { return blockIdx.x; }"),
+    Mutant("a unit of each part is left out", PERMUTE, "unit < part.num_units)", "unit + 1 < part.num_units)"),
+    Mutant("rows of tokens past the last are copied", PERMUTE, "token < part.num_tokens && unit", "unit"),
+    Mutant("the last slot is not copied to", PERMUTE, "if (slots[k] < args.num_slots) f(slots[k]);", "if (slots[k] + 1 < args.num_slots) f(slots[k]);"),
+    Mutant("pairs beyond those that are asked for at once", PERMUTE, "first < args.topk; first += Unit::kSlotsAtOnce)", "first < min_u32(args.topk, Unit::kSlotsAtOnce); first += Unit::kSlotsAtOnce)"),
+    Mutant("scales of the first columns only", PERMUTE, "scale < args.num_scales; scale += kWarpSize) {\n      Element value;", "scale < min_u32(args.num_scales, kWarpSize); scale += kWarpSize) {\n      Element value;"),
+    Mutant("padding between experts is not cleared", PERMUTE, "(args.has_padding ? 0 : used)", "used"),
+    Mutant("the tail is cleared, whatever was asked for", PERMUTE, "args.fills_tail ? args.num_slots : used", "args.num_slots"),
+    Mutant("scales of rows without a pair are not cleared", PERMUTE, "      zero.store(place_of_scale(args, slot, scale), args.scale_bytes);", "      {}"),
+    Mutant("dropped pairs go to the first slot", PERMUTE_DIRECT, "slots[k] = ~0u;", "slots[k] = 0;"),
+    Mutant("slots of the block are read before they are there", PERMUTE_DIRECT, "  write_padding(args, table.after(), used);\n  __syncthreads();", "  write_padding(args, table.after(), used);"),
+    Mutant("rows are moved before they are sorted", "kernels_cu/permute/permute_rows.cu", "  wait_for_kernel_before();\n", ""),
+    Mutant("the upper word of an offset is not written", ALIGN, "  if (args.words_per_offset == 2) args.expert_offsets[2 * bucket + 1] = 0;\n", ""),
+    Mutant("dropped ids have no inverse", SORT, "  if (args.inverse_ids != nullptr) args.inverse_ids[i] = -1;\n", ""),
+    Mutant("weights of padding stay as they were", SORT, "fill(args.sorted_weights, begin, end, 0.0f, lane_id(), kWarpSize);", "{}"),
+    Mutant("small blocks of padding have no expert", SORT, "fill(args.fine_expert_ids, first, last, expert_of(args, bucket), lane_id(), kWarpSize);", "{}"),
+    Mutant("the first small block of padding is the bucket's last", SORT, "args.fine_size.quotient(begin + args.fine_size.value - 1)", "args.fine_size.quotient(begin)", "both say the same of it"),
+    Mutant("blocks of ids that are loaded together", PLAN_PERMUTE, "_cut(sizes, limits, together // gcd(together, sizes.topk))", "_cut(sizes, limits, 1)"),
+    Mutant("too few units of a row", PLAN_PERMUTE, "units_per_part = ceil_div(units_per_row, parts)", "units_per_part = units_per_row // parts"),
+    Mutant("no room for the slots of a block", PLAN_PERMUTE, "table_bytes(sizes.num_experts, rows) + 4 * pairs", "table_bytes(sizes.num_experts, rows)"),
+    Mutant("a row for each slot of its token", SUM, "kKind == kRows ? input + ids[i] * args.slot_stride : input", "kKind == kRows ? input + i * args.slot_stride : input"),
+    Mutant("a slot of any id is read", SUM, "reads[i] &= id < num_rows &&", "reads[i] &= id <= num_rows &&"),
+    Mutant("rows past those in use are read", SUM, "num_rows = min_u32(num_rows, *args.expert_map);", "{}"),
     Mutant("the upper word of ids is not looked at", SUM, "(args.words_per_id == 1 || upper == 0)", "true"),
     Mutant("one unit too many", SUM, "if (unit >= args.num_units) return;", "if (unit > args.num_units) return;"),
     Mutant("negative counts are not 0", BATCHED, "return count < 0 ? 0 : min_u32(count, args.max_tokens);", "return min_u32(count, args.max_tokens);"),
@@ -105,12 +139,12 @@ MUTANTS = [
     Mutant("the quotient of a divisor is shifted by one less", COMMON, "__umulhi(x << 1, magic) >> shift", "__umulhi(x << 1, magic) >> (shift - 1)"),
     Mutant("rounding up one too far", COMMON, "return quotient(x + value - 1) * value;", "return quotient(x + value) * value;"),
     Mutant("an inclusive scan", COMMON, "return scanned - value + warp_sum", "return scanned + warp_sum"),
-    Mutant("the tail is not filled", ALIGN, "  fill(args.sorted_token_ids, post_pad, args.num_slots, value, thread, num_threads);\n", ""),
-    Mutant("the padding of the first bucket of a warp only", ALIGN, "bucket < args.num_experts;\n       bucket += gridDim.x * num_warps)", "bucket < min_u32(args.num_experts, gridDim.x * num_warps);\n       bucket += gridDim.x * num_warps)"),
-    Mutant("the counts of later blocks are left out", GLOBAL, "after += block > blockIdx.x ? count : 0;", "after += block > blockIdx.x + 1 ? count : 0;"),
+    Mutant("the tail is not filled", ALIGN, "  fill(args.sorted_token_ids, post_pad, args.num_slots, (int)value, thread, num_threads);\n", ""),
+    Mutant("the padding of the first bucket of a warp only", ALIGN, "bucket < args.num_experts; bucket += size * num_warps)", "bucket < min_u32(args.num_experts, size * num_warps); bucket += size * num_warps)"),
+    Mutant("the counts of later blocks are left out", GLOBAL, "after += block > team_rank(args) ? count : 0;", "after += block > team_rank(args) + 1 ? count : 0;"),
     Mutant("bits of the bucket: one too few", ALIGN, "bits != 0; bits >>= kBits", "bits > 1; bits >>= kBits"),
     Mutant("weights of the slot before", SUM, "args.weights + (i64)token * args.topk + first;", "args.weights + (i64)token * args.topk;"),
-    Mutant("fused products", SUM, "__fadd_rn(sum[e], kExtended ? __fmul_rn(weights[i], values[e]) : values[e])", "fmaf(weights[i], values[e], sum[e])"),
+    Mutant("fused products", SUM, "__fadd_rn(sum[e], kExtends ? __fmul_rn(weights[i], values[e]) : values[e])", "fmaf(weights[i], values[e], sum[e])"),
     Mutant("the factor after the shared output", SUM, "sum[e] = __fadd_rn(sum[e], values[e]);\n", "sum[e] = __fmul_rn(__fadd_rn(sum[e], values[e]), args.factor);\n"),
     Mutant("a sum that only the last lane has", GATE, "    value += __shfl_xor_sync(kFullWarp, value, distance);", "    value += __shfl_up_sync(kFullWarp, value, distance);"),
     Mutant("a key of NaN selects", GATE, "return key > kInfKey ? kMinusInfKey : key;", "return key;"),

@@ -48,6 +48,18 @@ _VLLM_OLD = {
     "vllm._custom_ops:batched_moe_align_block_size": (
         "max_tokens_per_batch, block_size, expert_num_tokens, sorted_ids, expert_ids, num_tokens_post_pad"
     ),
+    "vllm._custom_ops:moe_lora_align_block_size": (
+        "topk_ids, token_lora_mapping, num_experts, block_size, max_loras, max_num_tokens_padded,"
+        " max_num_m_blocks, sorted_token_ids, experts_ids, num_tokens_post_pad, adapter_enabled, lora_ids,"
+        " expert_map=None"
+    ),
+    f"{_VLLM_MOE}.moe_permute_unpermute:moe_permute": (
+        "hidden_states, a1q_scale, topk_ids, n_expert, n_local_expert=-1, expert_map=None,"
+        " permuted_hidden_states=None, scratch=None"
+    ),
+    f"{_VLLM_MOE}.moe_permute_unpermute:moe_unpermute": (
+        "out, permuted_hidden_states, topk_weights, inv_permuted_idx, expert_first_token_offset=None"
+    ),
     "vllm._custom_ops:moe_sum": "input, output, topk_ids=None, expert_map=None",
     "vllm._custom_ops:topk_softmax": _VLLM_GATE,
     "vllm._custom_ops:topk_sigmoid": f"{_VLLM_GATE}, routed_scaling_factor=1.0",
@@ -72,6 +84,11 @@ RELEASES = {
     },
     "sglang-kernel==0.4.3": {
         "sgl_kernel:moe_align_block_size": f"{_ALIGN}, cumsum_buffer, pad_sorted_token_ids=False",
+        "sgl_kernel:prepare_moe_input": (
+            "topk_ids, expert_offsets, problem_sizes1, problem_sizes2, input_permutation, output_permutation,"
+            " num_experts, n, k, blockscale_offsets=None"
+        ),
+        "sgl_kernel:apply_shuffle_mul_sum": "input, output, permutation, factors",
         "sgl_kernel:moe_sum_reduce": "input_tensor, output_tensor, routed_scaling_factor=0",
         "sgl_kernel:topk_softmax": f"{_GATE}, moe_softcapping=0.0, correction_bias=None",
         "sgl_kernel:topk_sigmoid": f"{_GATE}, correction_bias=None",
@@ -89,6 +106,11 @@ RELEASES = {
         ),
         "sglang.srt.layers.moe.moe_runner.triton:TritonRunnerCore.run": (
             "self, runner_input, quant_info, running_state, hooks=None"
+        ),
+        "sglang.kernels.ops.lora.moe.moe_lora_align:moe_lora_align_block_size": (
+            "topk_ids, seg_indptr, req_to_lora, num_experts, block_size, max_loras, max_num_tokens_padded,"
+            " max_num_m_blocks, sorted_token_ids, expert_ids, num_tokens_post_pad, adapter_enabled, lora_ids,"
+            " maybe_expert_map=None, cumsum_buffer=None, token_mask=None"
         ),
         "sglang.kernels.ops.moe:moe_align_block_size": (
             f"{_ALIGN}, cumsum_buffer, pad_sorted_token_ids=False, ignore_invalid_expert=False"

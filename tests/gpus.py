@@ -21,8 +21,8 @@ class Clusters:
             assert entry.startswith("experts_wgmma_")
             assert size == 2
             return self.of_2
-        assert unit == "align_shared"
-        assert entry.startswith(f"align_shared_cluster{size}_")
+        family = "align" if unit == "align_shared" else unit.removeprefix("align_")
+        assert entry.startswith(f"{family}_shared_cluster{size}_")
         return {8: self.of_8, 16: self.of_16}[size]
 
 

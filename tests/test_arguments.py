@@ -325,6 +325,9 @@ INTS = {
     "quantize": ("group_size", "topk"),
     "quantize_rows": ("topk",),
     "quantize_silu": ("group_size", "topk"),
+    "sort": ("block_size", "num_experts"),
+    "align_lora": ("block_size", "num_experts", "max_loras"),
+    "permute": ("num_experts", "block_size"),
 }
 FLOATS = {
     "sum": ("routed_scaling_factor",),
@@ -334,6 +337,7 @@ FLOATS = {
     "quantize": ("eps",),
     "quantize_rows": ("eps",),
     "quantize_silu": ("eps",),
+    "unpermute": ("routed_scaling_factor",),
 }
 BOOLS = {
     "align": ("pad_sorted_ids", "ignore_invalid_experts"),
@@ -343,6 +347,9 @@ BOOLS = {
     "quantize": ("column_major_scales", "scales_power_of_2"),
     "quantize_rows": ("scales_power_of_2",),
     "quantize_silu": ("column_major_scales", "scales_power_of_2"),
+    "sort": ("pad_sorted_ids", "ignore_invalid_experts"),
+    "align_lora": ("pad_sorted_ids",),
+    "permute": ("column_major_scales",),
 }
 
 

@@ -197,9 +197,8 @@ def test_plan() -> None:
 
 
 def test_kernels_exist(everything: Everything) -> None:
-    names = {
-        f"moe_sum_{kind}_{t}" for kind in ("2", "4", "8", "n", "ext", "any") for t in ("f32", "f16", "bf16")
-    }
+    kinds = ("2", "4", "8", "n", "ext", "any", "rows", "rows_any")
+    names = {f"moe_sum_{kind}_{t}" for kind in kinds for t in ("f32", "f16", "bf16")}
     for result in everything.results:
         assert result.unit != "moe_sum" or set(result.kernels) == names, result.target
 

@@ -23,6 +23,7 @@ from cupy_moe.plans import base
 from cupy_moe.plans import experts as experts_plans
 from cupy_moe.plans import gate as gate_plans
 from cupy_moe.plans import moe_sum as sum_plans
+from cupy_moe.plans import permute as permute_plans
 
 FOLDER = sources.source_folder()
 FILES = {str(path.relative_to(FOLDER)): path.read_text() for path in FOLDER.rglob("*.cu*")}
@@ -85,8 +86,9 @@ def test_the_compiler_lays_structs_out_with_the_same_size(everything: Everything
         unit = path.stem.rpartition("-")[0]
         (source,) = (name for name in FILES if name.endswith(f"/{unit}.cu"))
         included = re.findall(r'#include "(\S+)"', FILES[source])
+        of_family = [file for file in included if file.partition("/")[0] == source.partition("/")[0]]
         # Its own, or that of its family.
-        declared = next(one for file in (source, *included) for one in ours if one.file == file)
+        declared = next(one for file in (source, *of_family) for one in ours if one.file == file)
         for size in re.findall(r"\.entry \w+\(\s*\.param \.align 8 \.b8 \w+\[(\d+)\]\s*\)", text):
             assert int(size) == -(-declared.size // 8) * 8, unit
             entries += 1
@@ -178,10 +180,10 @@ def test_the_table_is_as_large_as_the_kernels_take_it() -> None:
 
 
 def test_what_clusters_exchange_is_as_large_as_the_kernels_take_it() -> None:
-    source = FILES["align/align_shared.cu"]
+    source = FILES["align/shared.cuh"]
     assert "u16* all_counts = chunk_counts + stride;" in source
     assert "u32* stage = (u32*)(all_counts + kCluster * stride);" in source
-    rounding = formula("align/align_shared.cu", r"const u32 stride = (\(.*?\) & ~7u);")
+    rounding = formula("align/shared.cuh", r"const u32 stride = (\(.*?\) & ~7u);")
     for num_experts in (1, 7, 8, 9, 256, 257):
         for cluster in (8, 16):
             stride = evaluated(rounding, num_experts=num_experts)
@@ -195,7 +197,7 @@ def test_what_clusters_exchange_is_as_large_as_the_kernels_take_it() -> None:
 
 def test_static_shared_memory_is_within_what_plans_leave_for_it(everything: Everything) -> None:
     reserved = {"gate_wide": gate_plans.WIDE_STATIC_SHARED, "align_shared": align_plans.STATIC_SHARED}
-    reserved["align_global"] = align_plans.STATIC_SHARED
+    reserved |= dict.fromkeys(("align_global", "align_sort", "permute_direct"), align_plans.STATIC_SHARED)
     for result in everything.results:
         for entry, figures in result.kernels.items():
             if result.unit in reserved and figures:
@@ -364,6 +366,8 @@ def test_kernels_that_overlap_wait_before_they_write_or_let_others_begin(everyth
     plans = [experts_plan(kernel, num_pairs) for kernel, num_pairs in (("direct", 8), ("mma_16", 10_000))]
     launches = [launch for plan in plans for launch in plan.products]
     launches.append(sum_plans.plan_sum(9, 8, 64, "bf16", 2, True, True, H200, True).launch)
+    rows = permute_plans.PermuteSizes(9000, 8, 64, 72_000, 896, True, False, "i32")
+    launches.append(permute_plans.plan_permute(rows, H200).launch)
     assert not sum_plans.plan_sum(
         9, 8, 64, "bf16", 2, True, True, H200
     ).launch.overlaps  # costs the host time

@@ -209,6 +209,47 @@ def pad_tails(
             buffer[head.numel() :].fill_(padding)
 
 
+def lora_heads(
+    num_ids: int,
+    num_experts: int,
+    block_size: int,
+    max_loras: int,
+    sorted_token_ids: torch.Tensor,
+    experts_ids: torch.Tensor,
+    num_tokens_post_pad: torch.Tensor,
+) -> Buffers:
+    """What `out=` takes of an engine's buffers with a row for each adapter: these, if they are as long as
+    results, or others that `fill_lora` copies from."""
+    num_slots, num_blocks = aligned_sizes(num_ids, num_experts, block_size)
+    made = []
+    for name, buffer, length in (
+        ("sorted_token_ids", sorted_token_ids, num_slots),
+        ("experts_ids", experts_ids, num_blocks),
+    ):
+        require(name, buffer)
+        if buffer.numel() < max_loras * length:
+            raise ValueError(
+                f"{name}: expected at least {length} elements for each of {max_loras} adapters"
+                f" (see aligned_sizes), got {buffer.numel()}"
+            )
+        fits = buffer.numel() == max_loras * length and buffer.is_contiguous()
+        shape = max_loras, length
+        made.append(buffer.view(shape) if fits else buffer.new_empty(shape))
+    require("num_tokens_post_pad", num_tokens_post_pad)
+    return made[0], made[1], num_tokens_post_pad.view(-1)
+
+
+def fill_lora(
+    results: Buffers, num_ids: int, sorted_token_ids: torch.Tensor, experts_ids: torch.Tensor
+) -> None:
+    """Into rows that are longer than results, and the rest of these."""
+    for result, buffer, padding in ((results[0], sorted_token_ids, num_ids), (results[1], experts_ids, -1)):
+        if result.data_ptr() != buffer.data_ptr():
+            rows = buffer.view(len(result), -1)
+            rows[:, : result.shape[1]].copy_(result)
+            rows[:, result.shape[1] :].fill_(padding)
+
+
 def require(name: str, value: Any, dim: int | None = None) -> None:
     """For what an engine has to bring, where the operator would take None, or would not be reached."""
     if not isinstance(value, torch.Tensor):

@@ -1,4 +1,4 @@
-"""SGLang's experts, MoE alignment, gating and sum, with SGLang's signatures.
+"""SGLang's experts, MoE alignment, permutation, gating and sum, with SGLang's signatures.
 
     import cupy_moe.compat.sglang
     cupy_moe.compat.sglang.enable()
@@ -38,14 +38,17 @@ import torch
 from ..dispatch.operator import is_watched
 from ..dispatch.tensors import is_plain
 from ..operators.align import moe_align_block_size as _align
+from ..operators.align_lora import moe_lora_align_block_size as _align_lora
 from ..operators.experts import fused_experts as _fused_experts
 from ..operators.gate import grouped_topk as _grouped_topk
 from ..operators.gate import topk_sigmoid as _topk_sigmoid
 from ..operators.gate import topk_softmax as _topk_softmax
 from ..operators.moe_sum import moe_sum as _sum
+from ..operators.permute import moe_unpermute as _unpermute
+from ..operators.sort import moe_sort as _sort
 from ..quantization import Quantization
 from ..values import as_float, as_int, check_range
-from ._engine import Switch, fp32, heads, pad_tails, require, unless_refused
+from ._engine import Switch, fill_lora, fp32, heads, lora_heads, pad_tails, require, unless_refused
 from ._quantized import quantization_of
 
 
@@ -100,6 +103,78 @@ def _expert_map(topk_ids: torch.Tensor, num_experts: int, ignore_invalid_expert:
     if not in_graph:
         made = _expert_maps[key] = made.to(device)
     return made
+
+
+def moe_lora_align_block_size(
+    topk_ids: torch.Tensor,
+    seg_indptr: torch.Tensor,
+    req_to_lora: torch.Tensor,
+    num_experts: int,
+    block_size: int,
+    max_loras: int,
+    max_num_tokens_padded: int,
+    max_num_m_blocks: int,
+    sorted_token_ids: torch.Tensor,
+    expert_ids: torch.Tensor,
+    num_tokens_post_pad: torch.Tensor,
+    adapter_enabled: torch.Tensor,
+    lora_ids: torch.Tensor,
+    maybe_expert_map: torch.Tensor | None = None,
+    cumsum_buffer: torch.Tensor | None = None,
+    token_mask: torch.Tensor | None = None,
+) -> None:
+    """As in sglang.kernels.ops.lora.moe.moe_lora_align. `lora_ids` and workspaces are not needed; the adapter
+    of each token takes further launches, and so do buffers that are longer than results."""
+    given = num_experts, block_size, max_loras, sorted_token_ids, expert_ids, num_tokens_post_pad
+    out = lora_heads(topk_ids.numel(), *given)
+    tokens = torch.arange(len(topk_ids), dtype=seg_indptr.dtype, device=topk_ids.device)
+    segments = torch.searchsorted(seg_indptr[1:].contiguous(), tokens, right=True)
+    inside = segments < len(req_to_lora)
+    adapters = torch.where(inside, req_to_lora[segments.clamp(max=len(req_to_lora) - 1)], -1)
+    options = block_size, num_experts, max_loras, adapter_enabled, maybe_expert_map
+    _align_lora(topk_ids, adapters.to(torch.int32), *options, out=out)
+    fill_lora(out, topk_ids.numel(), sorted_token_ids, expert_ids)
+
+
+def prepare_moe_input(
+    topk_ids: torch.Tensor,
+    expert_offsets: torch.Tensor,
+    problem_sizes1: torch.Tensor,
+    problem_sizes2: torch.Tensor,
+    input_permutation: torch.Tensor,
+    output_permutation: torch.Tensor,
+    num_experts: int,
+    n: int,
+    k: int,
+    blockscale_offsets: torch.Tensor | None = None,
+) -> None:
+    """As in sgl_kernel, in stable order. Sizes of products and tokens of rows take further launches."""
+    require("topk_ids", topk_ids, 2)
+    num_tokens, topk = topk_ids.shape
+    sort = _sort(topk_ids, 1, num_experts, return_inverse=True, return_offsets=True, return_counts=True)
+    inverse: Any = sort.inverse_ids  # -1, which no row has, for ids that are no experts
+    output_permutation.copy_(inverse.view(output_permutation.shape))
+    expert_offsets.copy_(sort.expert_offsets)
+    tokens = torch.div(sort.sorted_token_ids, max(1, topk), rounding_mode="floor")
+    input_permutation.copy_(tokens.clamp_(max=max(0, num_tokens - 1)).view(input_permutation.shape))
+    for sizes, rest in ((problem_sizes1, (2 * n, k)), (problem_sizes2, (k, n))):
+        sizes[:, 0].copy_(sort.counts)
+        sizes[:, 1].fill_(rest[0])
+        sizes[:, 2].fill_(rest[1])
+    if blockscale_offsets is not None:
+        counts: Any = sort.counts
+        blockscale_offsets[0].fill_(0)
+        blockscale_offsets[1:].copy_(((counts + 127) // 128 * 128).cumsum(0))
+
+
+def apply_shuffle_mul_sum(
+    input: torch.Tensor, output: torch.Tensor, permutation: torch.Tensor, factors: torch.Tensor | None
+) -> None:
+    """As in sgl_kernel; factors of 16 bits take a further launch."""
+    require("output", output, 2)
+    shape = len(output), permutation.numel() // max(1, len(output))
+    weights = None if factors is None else factors.float().view(shape)
+    _unpermute(input, permutation.view(shape), output, topk_weights=weights)
 
 
 def moe_sum_reduce(
@@ -329,6 +404,9 @@ _switch = Switch(
     {
         "sgl_kernel:moe_align_block_size": moe_align_block_size,
         "sglang.kernels.ops.moe:moe_align_block_size": moe_align_block_size,
+        "sglang.kernels.ops.lora.moe.moe_lora_align:moe_lora_align_block_size": moe_lora_align_block_size,
+        "sgl_kernel:prepare_moe_input": prepare_moe_input,
+        "sgl_kernel:apply_shuffle_mul_sum": apply_shuffle_mul_sum,
         "sgl_kernel:moe_sum_reduce": moe_sum_reduce,
         "sgl_kernel:topk_softmax": topk_softmax,
         "sglang.kernels.ops.moe:topk_softmax": topk_softmax,

@@ -1,4 +1,4 @@
-"""vLLM's experts, MoE alignment, gating and sum, with vLLM's signatures.
+"""vLLM's experts, MoE alignment, permutation, gating and sum, with vLLM's signatures.
 
     import cupy_moe.compat.vllm
     cupy_moe.compat.vllm.enable()
@@ -7,7 +7,8 @@ puts these functions in the place of vLLM's, in every module of vLLM that has im
 in vLLM's class `TritonExperts`. Call it in every process of vLLM, before it loads a model: the shared
 workspace of the experts is larger with it. Results are vLLM's, but for what vLLM leaves open: the order
 inside an expert is ascending, blocks past the last hold -1 with an `expert_map`, too, and scores and experts
-differ by rounding. Rows of `grouped_topk` without a finite score have weights of 0 here. Parameters that only
+differ by rounding. Pairs that `moe_permute` drops have an index of -1, and adapters that are skipped have
+padding. Rows of `grouped_topk` without a finite score have weights of 0 here. Parameters that only
 some versions of vLLM have come last.
 
 Experts run here with the activations, types and sizes of `cupy_moe.fused_experts`, for hidden states of bf16
@@ -41,14 +42,17 @@ import torch
 from ..cpu.experts import GATED
 from ..operators.align import moe_align_block_size as _align
 from ..operators.align_batched import batched_moe_align_block_size as _align_batched
+from ..operators.align_lora import moe_lora_align_block_size as _align_lora
 from ..operators.experts import ACTIVATIONS, experts_workspace_bytes
 from ..operators.experts import fused_experts as _fused_experts
 from ..operators.gate import grouped_topk as _grouped_topk
 from ..operators.gate import topk_sigmoid as _topk_sigmoid
 from ..operators.gate import topk_softmax as _topk_softmax
 from ..operators.moe_sum import moe_sum as _sum
+from ..operators.permute import moe_permute as _permute
+from ..operators.permute import moe_unpermute as _unpermute
 from ..quantization import Quantization
-from ._engine import Switch, fp32, heads, pad_tails, require, unless_refused
+from ._engine import Switch, fill_lora, fp32, heads, lora_heads, pad_tails, require, unless_refused
 from ._quantized import quantization_of
 
 
@@ -121,6 +125,74 @@ def _fill_scatter_idx(
         placed &= (local >= 0) & (local < num_experts)
     indices = torch.arange(len(ids), dtype=torch.int32, device=ids.device)
     scatter_idx.copy_(torch.where(placed, indices, -1).view_as(scatter_idx))
+
+
+def moe_lora_align_block_size(
+    topk_ids: torch.Tensor,
+    token_lora_mapping: torch.Tensor,
+    num_experts: int,
+    block_size: int,
+    max_loras: int,
+    max_num_tokens_padded: int,
+    max_num_m_blocks: int,
+    sorted_token_ids: torch.Tensor,
+    experts_ids: torch.Tensor,
+    num_tokens_post_pad: torch.Tensor,
+    adapter_enabled: torch.Tensor,
+    lora_ids: torch.Tensor,
+    expert_map: torch.Tensor | None = None,
+) -> None:
+    """As in vllm._custom_ops. `lora_ids` is not needed: an adapter without tokens gets padding. Buffers that
+    are longer than results take further launches."""
+    given = num_experts, block_size, max_loras, sorted_token_ids, experts_ids, num_tokens_post_pad
+    out = lora_heads(topk_ids.numel(), *given)
+    _align_lora(
+        topk_ids, token_lora_mapping, block_size, num_experts, max_loras, adapter_enabled, expert_map, out=out
+    )
+    fill_lora(out, topk_ids.numel(), sorted_token_ids, experts_ids)
+
+
+def moe_permute(
+    hidden_states: torch.Tensor,
+    a1q_scale: torch.Tensor | None,
+    topk_ids: torch.Tensor,
+    n_expert: int,
+    n_local_expert: int = -1,
+    expert_map: torch.Tensor | None = None,
+    permuted_hidden_states: torch.Tensor | None = None,
+    scratch: Any = None,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As in vllm.model_executor.layers.fused_moe.moe_permute_unpermute. `scratch` is not needed."""
+    scales = a1q_scale if a1q_scale is not None and a1q_scale.dim() > 1 else None
+    out = None
+    if permuted_hidden_states is not None:
+        num_ids, device = topk_ids.numel(), topk_ids.device
+        slots, owners, inverse = (torch.empty(num_ids, dtype=torch.int32, device=device) for _ in range(3))
+        offsets = torch.empty(n_expert + 1, dtype=torch.int64, device=device)
+        moved = None if scales is None else scales.new_empty((num_ids, scales.shape[1]))
+        out = permuted_hidden_states, inverse.view(topk_ids.shape), offsets, slots, owners, moved
+    permuted, inverse, offsets, slots, _, moved = _permute(
+        hidden_states, topk_ids, n_expert, expert_map=expert_map, scales=scales, offsets_dtype=torch.int64,
+        fill_tail=False, out=out,
+    )  # fmt: skip
+    offsets = offsets if n_local_expert == -1 else offsets[: n_local_expert + 1]
+    return permuted, a1q_scale if scales is None else moved, offsets, inverse.flatten(), slots
+
+
+def moe_unpermute(
+    out: torch.Tensor,
+    permuted_hidden_states: torch.Tensor,
+    topk_weights: torch.Tensor,
+    inv_permuted_idx: torch.Tensor,
+    expert_first_token_offset: torch.Tensor | None = None,
+) -> None:
+    """As in vllm.model_executor.layers.fused_moe.moe_permute_unpermute."""
+    require("out", out)
+    require("topk_weights", topk_weights, 2)
+    _unpermute(
+        permuted_hidden_states, inv_permuted_idx.view(topk_weights.shape), out, topk_weights=topk_weights,
+        expert_offsets=expert_first_token_offset,
+    )  # fmt: skip
 
 
 def moe_sum(
@@ -395,6 +467,7 @@ def _options(
 
 _FUSED_MOE = "vllm.model_executor.layers.fused_moe"
 _ALIGN = f"{_FUSED_MOE}.moe_align_block_size"
+_PERMUTE = f"{_FUSED_MOE}.moe_permute_unpermute"
 _TRITON = f"{_FUSED_MOE}.experts.triton_moe"
 _switch = Switch(
     "vLLM",
@@ -403,6 +476,9 @@ _switch = Switch(
         f"{_ALIGN}:batched_moe_align_block_size": batched_moe_align_block_size,
         "vllm._custom_ops:moe_align_block_size": moe_align_block_size_into,
         "vllm._custom_ops:batched_moe_align_block_size": batched_moe_align_block_size_into,
+        "vllm._custom_ops:moe_lora_align_block_size": moe_lora_align_block_size,
+        f"{_PERMUTE}:moe_permute": moe_permute,
+        f"{_PERMUTE}:moe_unpermute": moe_unpermute,
         "vllm._custom_ops:moe_sum": moe_sum,
         "vllm._custom_ops:topk_softmax": topk_softmax,
         "vllm._custom_ops:topk_sigmoid": topk_sigmoid,

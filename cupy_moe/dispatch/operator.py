@@ -39,7 +39,8 @@ class Operator:
     `schema` are the arguments as the dispatcher writes them, `results` the names of what comes back.
     `function` takes the arguments by their names, `out` and perhaps `kernel`, and calls the Operator unless
     nobody watches and all tensors are plain. `fake` takes the arguments and makes the results from shapes
-    alone.
+    alone. Results that are `optional` may be None, for which the dispatcher has `nothing`; so may what `out`
+    has there.
     """
 
     def __init__(
@@ -49,7 +50,9 @@ class Operator:
         results: type[tuple[torch.Tensor, ...]] | None,
         function: Callable[..., Any],
         fake: Callable[..., Any],
+        optional: tuple[str, ...] = (),
     ) -> None:
+        self._optional = optional
         self._results, self._function, self._fake = results, function, fake
         self._outputs: tuple[str, ...] = getattr(results, "_fields", ("out",))
         returned = ", ".join(f"Tensor {output}" for output in self._outputs) if results else "Tensor"
@@ -71,7 +74,11 @@ class Operator:
         given = {name: arguments[name] for name in self._tensors if arguments[name] is not None}
         outputs = self._check(given, out)
         tensors = {name: _as_tensor(name, value) for name, value in given.items()}
-        targets = {name: _as_tensor("out", value, written=True) for name, value in outputs.items()}
+        some = next(iter(tensors.values()))
+        targets = {
+            name: nothing(some) if value is None else _as_tensor("out", value, written=True)
+            for name, value in outputs.items()
+        }
         arguments.update(tensors)
         if not is_watched() and all(map(is_plain, (*tensors.values(), *targets.values()))):
             forced = {} if kernel is None else {"kernel": kernel}
@@ -90,7 +97,7 @@ class Operator:
         first = next(iter(given.values()))
         if not isinstance(first, torch.Tensor):
             convert = arrays.like(first)
-            results = map(convert, results) if self._results else convert(results)
+            results = (r if r is None else convert(r) for r in results) if self._results else convert(results)
         return self._results(*results) if self._results else results
 
     def _bundle(self, targets: dict[str, torch.Tensor]) -> Any:
@@ -120,6 +127,8 @@ class Operator:
             given_out = f"{len(out)} of them" if isinstance(out, (tuple, list)) else kind_of(out)
             raise TypeError(f"out: expected the tensors {', '.join(self._outputs)}, got {given_out}")
         for name, value in zip(self._outputs, outputs, strict=True):
+            if value is None and name in self._optional:
+                continue
             if not (isinstance(value, torch.Tensor) or hasattr(value, "__dlpack__")):
                 raise TypeError(f"out: expected a tensor for {name}, got {kind_of(value)}")
         return dict(zip(self._outputs, outputs, strict=True))
@@ -130,8 +139,13 @@ class Operator:
         keywords.update(zip(self._names, values, strict=False))
         if has_modes():  # which someone has kept from seeing this call
             with _disable_current_modes():
-                return self._function(**keywords)
-        return self._function(**keywords)
+                results = self._function(**keywords)
+        else:
+            results = self._function(**keywords)
+        if not self._optional:
+            return results
+        some = keywords[self._tensors[0]]
+        return tuple(nothing(some) if result is None else result for result in results)
 
     def _fill(self, *values: Any, **keywords: Any) -> None:
         targets = {name: keywords.pop(name) for name in self._outputs}
@@ -139,6 +153,11 @@ class Operator:
 
     def _infer(self, *values: Any, **keywords: Any) -> Any:
         return self._fake(**{**self._defaults, **dict(zip(self._names, values, strict=False)), **keywords})
+
+
+def nothing(tensor: torch.Tensor) -> torch.Tensor:
+    """Stands for a result that was not asked for."""
+    return tensor.new_empty((0,), dtype=torch.int32)
 
 
 def _as_tensor(name: str, value: Any, written: bool = False) -> torch.Tensor:

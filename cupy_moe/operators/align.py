@@ -45,7 +45,7 @@ class MapMode(enum.IntEnum):
 
 
 # Unsigned ids of 4 and 8 bytes are read as signed: what turns negative is no expert.
-_ID_TYPES = {
+ID_TYPES = {
     torch.int8: IdType.I8,
     torch.uint8: IdType.U8,
     torch.int16: IdType.I16,
@@ -56,7 +56,7 @@ _ID_TYPES = {
     torch.uint64: IdType.I64,
 }
 _NO_MAP, _MAP_BLOCKS, _MAP_IDS = map(int, MapMode)  # ints, as parts of a key: an enum is slow to hash
-_READERS = {IdType.I32: "i32", IdType.I64: "i64"}
+READERS = {IdType.I32: "i32", IdType.I64: "i64"}
 _Tensor, _int32 = torch.Tensor, torch.int32
 
 if TYPE_CHECKING:  # at run time, named tuples can be generic only from Python 3.11 on
@@ -172,7 +172,7 @@ def moe_align_block_size(
         check_layout("topk_ids", tensor)
         raise
     if ids % 16 or not tensor.is_contiguous():
-        tensor, strides = _as_rows(tensor)
+        tensor, strides = as_rows(tensor)
         ids = tensor.data_ptr()
     map_mode = _NO_MAP if expert_map is None else _MAP_IDS if ignore_invalid_experts else _MAP_BLOCKS
     call = _prepare(
@@ -263,14 +263,14 @@ def _prepare(
     map_mode: int,
     kernel: str | None,
 ) -> _Call:
-    if dtype not in _ID_TYPES:
+    if dtype not in ID_TYPES:
         raise TypeError(f"topk_ids: expected an integer tensor, got {dtype}; cast it")
     num_slots, num_blocks = aligned_sizes(num_ids, num_experts, block_size, pad_sorted_ids)
     index = cuda_index("topk_ids", device) if isinstance(device, torch.device) else device
     if index is None:
         return _Call(num_slots, num_blocks)
-    id_type = _ID_TYPES[dtype]
-    reader = "any" if strides else _READERS.get(id_type, "any")
+    id_type = ID_TYPES[dtype]
+    reader = "any" if strides else READERS.get(id_type, "any")
 
     limits = device_limits(index)
     sizes = num_ids, num_experts, num_slots, block_size, reader
@@ -330,7 +330,7 @@ def check_out(out: Any, num_slots: int, num_blocks: int, device: torch.device) -
         )
 
 
-def _as_rows(topk_ids: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int, int]]:
+def as_rows(topk_ids: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int, int]]:
     """The ids, copied if no two strides describe them; num_cols, row_stride and col_stride of AlignArgs."""
     shape, strides = list(topk_ids.shape), list(topk_ids.stride())
     merged: list[tuple[int, int]] = []  # (size, stride), outermost first
@@ -347,16 +347,19 @@ def _as_rows(topk_ids: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int, int]
     return topk_ids, (num_cols, row_stride, col_stride)
 
 
-def _fake(
-    topk_ids: torch.Tensor, block_size: int, num_experts: int, pad_sorted_ids: bool, **_: Any
-) -> tuple[torch.Tensor, ...]:
-    """Outputs of the right shapes: `aligned_sizes` without branches, for sizes that are not known yet."""
-    num_ids = topk_ids.numel()
+def symbolic_sizes(num_ids: Any, num_experts: Any, block_size: Any, pad_sorted_ids: bool) -> tuple[Any, Any]:
+    """`aligned_sizes` without branches, for sizes that are not known yet."""
     num_slots = num_ids + num_experts * (block_size - 1)
     if pad_sorted_ids:
         num_slots = round_up(num_slots, block_size)
     num_slots = torch.sym_min(num_ids * block_size, num_slots)
-    lengths = num_slots, ceil_div(num_slots, block_size), 1
+    return num_slots, ceil_div(num_slots, block_size)
+
+
+def _fake(
+    topk_ids: torch.Tensor, block_size: int, num_experts: int, pad_sorted_ids: bool, **_: Any
+) -> tuple[torch.Tensor, ...]:
+    lengths = *symbolic_sizes(topk_ids.numel(), num_experts, block_size, pad_sorted_ids), 1
     return tuple(topk_ids.new_empty((length,), dtype=torch.int32) for length in lengths)
 
 

@@ -93,10 +93,7 @@ def moe_sum(
     ):
         options = topk_weights, topk_ids, expert_map, routed_scaling_factor, shared_output
         return _operator(input, *options, out=out)
-    factor = routed_scaling_factor
-    if type(factor) is not float:
-        factor = as_float("routed_scaling_factor", factor)
-    factor = factor or 0.0  # not -0.0, which would find what is cached for 0.0
+    factor = as_factor(routed_scaling_factor)
     try:
         num_tokens, topk, hidden = input.shape
         input.data_ptr()
@@ -105,24 +102,17 @@ def moe_sum(
         raise ValueError(f"input: expected [tokens, topk, hidden], got {list(input.shape)}") from None
     dtype, device = input.dtype, input.device
     if topk_weights is not None:
-        topk_weights = _check("topk_weights", topk_weights, _FLOAT, (num_tokens, topk), device)
+        topk_weights = checked("topk_weights", topk_weights, _FLOAT, (num_tokens, topk), device)
     if topk_ids is not None:
-        topk_ids = _check("topk_ids", topk_ids, _ID_TYPES, (num_tokens, topk), device)
+        topk_ids = checked("topk_ids", topk_ids, _ID_TYPES, (num_tokens, topk), device)
     if expert_map is not None:
         check_layout("expert_map", expert_map)
         if expert_map.dim() != 1:
             raise ValueError(f"expert_map: expected shape [experts], got {list(expert_map.shape)}")
-        expert_map = _check("expert_map", expert_map, _INT32, expert_map.shape, device)
+        expert_map = checked("expert_map", expert_map, _INT32, expert_map.shape, device)
     if shared_output is not None:
-        shared_output = _check("shared_output", shared_output, (dtype,), (num_tokens, hidden), device)
-    output: PlainTensor = out
-    if out is None:
-        output = torch.empty((num_tokens, hidden), dtype=dtype, device=device)
-    else:
-        check_tensor("out", out, (dtype,), (num_tokens, hidden), device, strided=True)
-    out_strides = output.stride()
-    if hidden > 1 and out_strides[1] != 1:
-        raise ValueError(f"out: expected rows of neighbouring elements, got strides {list(out_strides)}")
+        shared_output = checked("shared_output", shared_output, (dtype,), (num_tokens, hidden), device)
+    output = place_for_sum(out, num_tokens, hidden, dtype, device)
     tensors = topk_weights, topk_ids, expert_map, factor, shared_output
     call = prepare_sum(input, output, *tensors, _NO_MAP if expert_map is None else len(expert_map))
     if call is None:
@@ -131,6 +121,27 @@ def moe_sum(
             return output.copy_(result)
     launch_sum(*call)
     return output
+
+
+# ---- what moe_unpermute has of it, too
+
+
+def as_factor(value: Any) -> float:
+    if type(value) is not float:
+        value = as_float("routed_scaling_factor", value)
+    return value or 0.0  # not -0.0, which would find what is cached for 0.0
+
+
+def place_for_sum(
+    out: PlainTensor | None, num_tokens: int, hidden: int, dtype: torch.dtype, device: torch.device
+) -> PlainTensor:
+    if out is None:
+        return torch.empty((num_tokens, hidden), dtype=dtype, device=device)
+    check_tensor("out", out, (dtype,), (num_tokens, hidden), device, strided=True)
+    strides = out.stride()
+    if hidden > 1 and strides[1] != 1:
+        raise ValueError(f"out: expected rows of neighbouring elements, got strides {list(strides)}")
+    return out
 
 
 # The launches and where each begins, and what pointers they begin from.
@@ -147,9 +158,11 @@ def prepare_sum(
     shared_output: PlainTensor | None,
     num_experts: int,
     overlaps: bool = False,
+    rows_of: int | None = None,
 ) -> _Prepared | None:
     """For `launch_sum`, of checked tensors, all but `input` contiguous; None on the CPU. Slots of ids from
     `num_experts` on are not read. `overlaps`: with the kernel before, which costs 0.7 us of the host's time.
+    `rows_of`: so many of the slots [T, num_experts, H] of `input` are a token's, those that its ids say.
     All that may be refused is refused here."""
     source, target = input.data_ptr(), output.data_ptr()
     weights = 0 if topk_weights is None else address("topk_weights", topk_weights)
@@ -158,7 +171,7 @@ def prepare_sum(
     call = _prepare(
         input.shape, input.stride(), output.stride(), input.dtype, input.device,
         (source | target | shared) % 16 == 0, bool(shared or weights or ids), factor,
-        None if topk_ids is None else topk_ids.dtype, num_experts, overlaps,
+        None if topk_ids is None else topk_ids.dtype, num_experts, overlaps, rows_of,
     )  # fmt: skip
     if call.launches is None:
         return None
@@ -195,14 +208,16 @@ def _prepare(
     factor: float,
     id_type: torch.dtype | None,
     map_length: int,
-    overlaps: bool = False,
+    overlaps: bool,
+    rows_of: int | None,
 ) -> _Call:
+    name = "input" if rows_of is None else "permuted"
     if dtype not in _ELEMENTS:
-        raise TypeError(f"input: expected torch.float32, float16 or bfloat16, got {dtype}; cast it")
+        raise TypeError(f"{name}: expected torch.float32, float16 or bfloat16, got {dtype}; cast it")
     if shape[0] > 1 and abs(out_strides[0]) < shape[2]:
         raise ValueError(f"out: expected rows that do not overlap, got strides {list(out_strides)}")
     check_fp32("routed_scaling_factor", factor)
-    index = cuda_index("input", device)
+    index = cuda_index(name, device)
     if index is None:
         return _Call(None)
     num_tokens, topk, hidden = shape
@@ -218,12 +233,13 @@ def _prepare(
     rows_aligned = (token_bytes | slot_bytes | out_bytes | row_bytes) % 16 == 0
     vectors = aligned and rows_aligned and element_bytes in (0, size)
     id_bytes = 8 if id_type is torch.int64 else 4
+    topk = topk if rows_of is None else rows_of
     limits, element = device_limits(index), _ELEMENTS[dtype]
     launches, first = [], 0
     while first < num_tokens:
         plan = plan_sum(
             num_tokens - first, topk, hidden, element, size, vectors, extended or factor != 1, limits,
-            overlaps,
+            overlaps, rows_of is not None,
         )  # fmt: skip
         constants = _ARGS.pack(
             token_stride=token_bytes,
@@ -246,7 +262,7 @@ def _prepare(
     return _Call(tuple(launches))
 
 
-def _check(
+def checked(
     name: str,
     tensor: torch.Tensor,
     dtypes: tuple[Any, ...],

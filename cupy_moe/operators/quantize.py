@@ -243,7 +243,9 @@ def _quantize(
     else:
         q, scales = out
         check_tensor("out: q", q, _CODES, (num_rows, hidden), device)
-        _check_scales(scales, (num_rows, num_groups), device, options.column_major_scales)
+        check_scales(
+            "out: scales", scales, (num_rows, num_groups), device, options.column_major_scales, _FLOAT
+        )
     target = q.data_ptr()
     launch = _prepare(
         (num_tokens, width), strides[0], scales.stride(), num_rows, x.dtype, device,
@@ -338,15 +340,20 @@ def _can_be_out(out: Any) -> bool:
     return isinstance(out, (tuple, list)) and len(out) == 2 and is_plain(out[0]) and is_plain(out[1])
 
 
-def _check_scales(
-    scales: torch.Tensor, shape: tuple[int, int], device: torch.device, column_major: bool
+def check_scales(
+    name: str,
+    scales: torch.Tensor,
+    shape: tuple[int, int],
+    device: torch.device,
+    column_major: bool,
+    dtypes: tuple[torch.dtype, ...],
 ) -> None:
-    check_tensor("out: scales", scales, _FLOAT, shape, device, strided=column_major)
+    check_tensor(name, scales, dtypes, shape, device, strided=column_major)
     if column_major:
         (num_rows, num_groups), strides = shape, scales.stride()
         if (num_rows > 1 and strides[0] != 1) or (num_groups > 1 and strides[1] < num_rows):
             raise ValueError(
-                f"out: scales: expected strides (1, {num_rows} or more), as they are to be column-major,"
+                f"{name}: expected strides (1, {num_rows} or more), as they are to be column-major,"
                 f" got {strides}"
             )
 

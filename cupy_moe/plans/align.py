@@ -16,7 +16,7 @@ from .base import MAX_EXPERTS, WARP, Constant, DeviceLimits, LaunchPlan, ceil_di
 MAX_BLOCK_SIZE = 65_536
 
 # align_small compares all pairs of ids: fast for a few, and independent of E.
-SMALL_FAST_IDS, SMALL_MAX_IDS = 64, Constant(128, "align/align_small.cu:kMaxIds")
+SMALL_FAST_IDS, SMALL_MAX_IDS = 64, Constant(128, "align/small.cuh:kMaxIds")
 # One block writes a few thousand slots in the time that a launch takes; more are spread over more blocks.
 SMALL_SLOTS_PER_BLOCK = 1024
 # Every block counting all ids needs no barrier between blocks, as long as counting is short. On GPUs without
@@ -89,22 +89,44 @@ def plan_align(
     reader: str,
     limits: DeviceLimits,
     kernel: str | None = None,
+    family: str = "align",
+    teams: int = 1,
 ) -> AlignPlan:
     """Choose the kernel and its launch; `kernel`, one of ALIGN_KERNELS, forces one.
 
     `reader` is the suffix of the entry point: "i32" or "i64" for contiguous ids aligned to 16 bytes, else
-    "any".
+    "any". `family` is its prefix: "align", "sort" for the same with by-products, or "lora". With several
+    `teams`, each makes an alignment on its share of the device.
     Raises ValueError where the forced kernel cannot do it.
     """
-    sizes = _Sizes(num_ids, num_experts, num_slots, block_size, reader)
+    if teams > 1:
+        limits = _share(limits, teams)
+    sizes = _Sizes(num_ids, num_experts, num_slots, block_size, reader, family)
     fastest = [name for name, least, most in _RANKING if least <= num_ids <= most]
     refused = ""
     for name in fastest if kernel is None else [kernel]:
         plan = _KERNELS[name](sizes, limits)
         if isinstance(plan, AlignPlan):
-            return plan
+            return plan if teams == 1 else _for_teams(plan, teams)
         refused = plan
     raise ValueError(f"kernel={kernel!r} {refused}")
+
+
+def _share(limits: DeviceLimits, teams: int) -> DeviceLimits:
+    """A cluster for each team, if there is any: they do not wait for each other."""
+
+    def max_clusters(unit: str, entry: str, size: int) -> int:
+        clusters = limits.max_clusters(unit, entry, size)
+        return max(min(1, clusters), clusters // teams)
+
+    return limits._replace(num_sms=max(1, limits.num_sms // teams), max_clusters=max_clusters)
+
+
+def _for_teams(plan: AlignPlan, teams: int) -> AlignPlan:
+    if plan.launches[0].grid * teams > INT32_MAX:
+        raise ValueError(f"{teams} alignments of {plan.launches[0].grid} blocks are too many for one launch")
+    launches = tuple(launch._replace(grid=launch.grid * teams) for launch in plan.launches)
+    return plan._replace(launches=launches, scratch_words=plan.scratch_words * teams)
 
 
 class _Sizes(NamedTuple):
@@ -113,9 +135,16 @@ class _Sizes(NamedTuple):
     num_slots: int
     block_size: int
     reader: str
+    family: str
+
+    def unit(self, of_align: str) -> str:
+        """Those of the other families have all their entries in one."""
+        return of_align if self.family == "align" else f"align_{self.family}"
 
 
 def _plan_small(sizes: _Sizes, limits: DeviceLimits) -> AlignPlan | str:
+    if sizes.family == "sort":
+        return "makes no by-products"
     if sizes.num_ids > SMALL_MAX_IDS:
         return f"takes at most {SMALL_MAX_IDS} ids, got {sizes.num_ids}"
     slots_per_block = max(1, SMALL_SLOTS_PER_BLOCK // sizes.block_size) * sizes.block_size
@@ -123,20 +152,24 @@ def _plan_small(sizes: _Sizes, limits: DeviceLimits) -> AlignPlan | str:
     # A thread compares with 16 to 32 ids.
     lanes = 1 if sizes.num_ids <= 16 else 2 if sizes.num_ids <= 32 else 4
     block = round_up((sizes.num_ids + 1) * lanes, WARP)
-    launch = LaunchPlan("align_small", f"align_small_{sizes.reader}", grid, block)
+    launch = LaunchPlan(sizes.unit("align_small"), f"{sizes.family}_small_{sizes.reader}", grid, block)
     return AlignPlan("small", (launch,), {"slots_per_block": slots_per_block, "lanes_per_id": lanes})
 
 
 def _plan_shared(sizes: _Sizes, limits: DeviceLimits, cluster: int) -> AlignPlan | str:
     """One launch; with clusters, each of these counts all ids together, and a block only its share."""
-    num_ids, reader = sizes.num_ids, sizes.reader
-    entry = f"align_shared_cluster{cluster}_{reader}" if cluster > 1 else f"align_shared_{reader}"
+    num_ids, reader, unit = sizes.num_ids, sizes.reader, sizes.unit("align_shared")
+    entry = (
+        f"{sizes.family}_shared_cluster{cluster}_{reader}"
+        if cluster > 1
+        else f"{sizes.family}_shared_{reader}"
+    )
     if cluster > 1:
         if reader == "any":
             return "takes contiguous int32 or int64 ids aligned to 16 bytes"
         if num_ids > cluster * CHUNK_MAX_IDS:
             return f"counts at most {cluster * CHUNK_MAX_IDS} ids, got {num_ids}"
-        most = limits.max_clusters("align_shared", entry, cluster) * cluster
+        most = limits.max_clusters(unit, entry, cluster) * cluster
         if most == 0:
             return f"cannot run: the device runs no cluster of {cluster} blocks"
         wanted = ceil_div(num_ids, CLUSTER_IDS_PER_BLOCK)
@@ -158,7 +191,7 @@ def _plan_shared(sizes: _Sizes, limits: DeviceLimits, cluster: int) -> AlignPlan
             f"has no room: {sizes.num_experts} experts need {pieces.shared_bytes} bytes of shared memory;"
             " kernel='global_large' does not"
         )
-    launch = LaunchPlan("align_shared", entry, grid, threads, pieces.shared_bytes)
+    launch = LaunchPlan(unit, entry, grid, threads, pieces.shared_bytes)
     name = f"cluster{cluster}" if cluster > 1 else "shared"
     return AlignPlan(name, (launch,), pieces.arguments, cluster=cluster)
 
@@ -175,10 +208,10 @@ def _plan_global(sizes: _Sizes, limits: DeviceLimits) -> AlignPlan | str:
         return (
             f"has no room for {sizes.num_experts} experts in shared memory; kernel='global_large' needs none"
         )
-    stride, reader = _stride(sizes.num_experts), sizes.reader
+    stride, unit = _stride(sizes.num_experts), sizes.unit("align_global")
     launches = (
-        LaunchPlan("align_global", f"align_count_{reader}", grid, 1024, 4 * stride),
-        LaunchPlan("align_global", f"align_scatter_{reader}", grid, 1024, pieces.shared_bytes),
+        LaunchPlan(unit, f"{sizes.family}_count_{sizes.reader}", grid, 1024, 4 * stride),
+        LaunchPlan(unit, f"{sizes.family}_scatter_{sizes.reader}", grid, 1024, pieces.shared_bytes),
     )
     return AlignPlan("global", launches, pieces.arguments, grid * stride)
 
@@ -187,9 +220,10 @@ def _plan_global_large(sizes: _Sizes, limits: DeviceLimits) -> AlignPlan:
     """The same with all tables in global memory: anything, anywhere, slowly."""
     grid = min(LARGE_MAX_BLOCKS, max(1, ceil_div(sizes.num_ids, GLOBAL_IDS_PER_BLOCK)))
     pieces = _cut(sizes, grid, 1024, limits)
+    unit = sizes.unit("align_global")
     launches = (
-        LaunchPlan("align_global", "align_count_large_any", grid, 1024),
-        LaunchPlan("align_global", "align_scatter_large_any", grid, 1024),
+        LaunchPlan(unit, f"{sizes.family}_count_large_any", grid, 1024),
+        LaunchPlan(unit, f"{sizes.family}_scatter_large_any", grid, 1024),
     )
     words = _stride(sizes.num_experts) + table_bytes(sizes.num_experts, pieces.num_rows) // 4
     return AlignPlan("global_large", launches, pieces.arguments, grid * words)
@@ -209,11 +243,11 @@ ALIGN_KERNELS = tuple(_KERNELS)
 _RANKING = (
     ("small", 0, SMALL_FAST_IDS),
     ("cluster8", SHARED_FAST_IDS + 1, CLUSTER8_FAST_IDS),
-    ("shared", SMALL_FAST_IDS + 1, CLUSTER8_FAST_IDS),
+    ("shared", 0, CLUSTER8_FAST_IDS),  # up to SMALL_FAST_IDS where "small" does not do it
     ("cluster16", CLUSTER8_FAST_IDS + 1, INT32_MAX),
     ("global", CLUSTER8_FAST_IDS + 1, INT32_MAX),
     ("small", SMALL_FAST_IDS + 1, SMALL_MAX_IDS),
-    ("global_large", SMALL_FAST_IDS + 1, INT32_MAX),
+    ("global_large", 0, INT32_MAX),
 )
 
 

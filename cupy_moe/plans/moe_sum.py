@@ -32,10 +32,12 @@ def plan_sum(
     extended: bool,
     limits: DeviceLimits,
     overlaps: bool = False,
+    rows: bool = False,
 ) -> SumPlan:
     """One launch for as many tokens as it can take.
 
     `vectors`: rows, strides and pointers are multiples of 16 bytes. `extended`: more than the plain sum.
+    `rows`: that, of rows that have to be looked up.
     """
     per_token = hidden * element_bytes // 16 if vectors else hidden
     if per_token > INT32_MAX:
@@ -48,6 +50,8 @@ def plan_sum(
     sizes = (4, 2) if light else (8, 4, 2)
     exact = [slots for slots in sizes if topk % slots == 0 and topk <= 2 * slots]
     kind = "any" if not vectors else "ext" if extended else str(exact[0]) if exact else "n"
+    if rows:
+        kind = "rows" if vectors else "rows_any"
     entry = f"moe_sum_{kind}_{element}"
     launch = LaunchPlan("moe_sum", entry, ceil_div(num_units, threads), threads, overlaps=overlaps)
     return SumPlan(launch, per_token, num_tokens)

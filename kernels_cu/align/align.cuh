@@ -37,6 +37,16 @@ struct AlignArgs {
 
 // Below, `Args` is either of the two structs.
 
+// The blocks that make an alignment together: all of the grid, unless there are several alignments.
+template <typename Args>
+__device__ __forceinline__ u32 team_rank(const Args& args) {
+  return blockIdx.x;
+}
+template <typename Args>
+__device__ __forceinline__ u32 team_size(const Args& args) {
+  return gridDim.x;
+}
+
 // How ids are read, kPerLoad at once. One unsigned comparison drops negative ids, too, if they are extended
 // with their sign; an id of all ones is never an expert, and stands for none.
 template <typename Unsigned>
@@ -50,7 +60,8 @@ struct Contiguous {  // 16-byte loads: topk_ids is aligned to 16 bytes
   __device__ static __forceinline__ Id load(const Args& args, u32 i) {
     return __ldg(static_cast<const Id*>(args.topk_ids) + i);
   }
-  __device__ static __forceinline__ Vector load_vector(const AlignArgs& args, u32 i) {
+  template <typename Args>
+  __device__ static __forceinline__ Vector load_vector(const Args& args, u32 i) {
     const uint4 loaded = __ldg(reinterpret_cast<const uint4*>(static_cast<const Id*>(args.topk_ids) + i));
     return reinterpret_cast<const Vector&>(loaded);
   }
@@ -78,7 +89,10 @@ struct Any {  // one by one, whatever their type and strides are
     }
     return (Id)id;
   }
-  __device__ static __forceinline__ Vector load_vector(const AlignArgs& args, u32 i) { return {{load(args, i)}}; }
+  template <typename Args>
+  __device__ static __forceinline__ Vector load_vector(const Args& args, u32 i) {
+    return {{load(args, i)}};
+  }
 };
 
 // The buckets of kCount ids. One that is not placed is in bucket num_experts, so that counting it takes no branch.
@@ -103,6 +117,42 @@ __device__ __forceinline__ u32 to_bucket(const Args& args, Id id) {
   return Buckets<1>(args, ids).of[0];
 }
 
+// ---- by-products ----------------------------------------------------------------------------------------------------
+//
+// What else kernels may want to make of what the placement finds out. These make nothing of it; arguments of other
+// kernels have overloads beside them.
+
+// Id i is placed, by one thread of the team.
+template <typename Args>
+__device__ __forceinline__ void note_id(const Args& args, u32 i, u32 bucket, u32 slot) {}
+
+// Id i is not placed; by the block whose piece it is in.
+template <typename Args>
+__device__ __forceinline__ void note_dropped(const Args& args, u32 i) {}
+
+// A bucket begins at a slot and has so many ids; by a thread of every block.
+template <typename Args>
+__device__ __forceinline__ void note_bucket(const Args& args, u32 bucket, u32 begin, u32 count) {}
+
+// The slots [begin, end) of a bucket are padding; by one warp of the team.
+template <typename Args>
+__device__ __forceinline__ void note_padding(const Args& args, u32 bucket, u32 begin, u32 end) {}
+
+// So many slots are in use; by all `num_threads` of the team.
+template <typename Args>
+__device__ __forceinline__ void note_end(const Args& args, u32 post_pad, u32 thread, u32 num_threads) {
+  if (thread == 0) *args.num_tokens_post_pad = (int)post_pad;
+}
+
+// The first slot of a bucket, or past the last bucket the end, in 1 or 2 words.
+template <typename Args>
+__device__ __forceinline__ void write_offset(const Args& args, u32 bucket, u32 slot) {
+  args.expert_offsets[bucket * args.words_per_offset] = (int)slot;
+  if (args.words_per_offset == 2) args.expert_offsets[2 * bucket + 1] = 0;
+}
+
+// ---- what every kernel writes ---------------------------------------------------------------------------------------
+
 // What expert_ids says of a block of this bucket.
 template <typename Args>
 __device__ __forceinline__ int expert_of(const Args& args, u32 bucket) {
@@ -118,8 +168,16 @@ __device__ __forceinline__ void name_block(const Args& args, u32 bucket, u32 slo
   if (block * args.block_size.value == slot) args.expert_ids[block] = expert_of(args, bucket);
 }
 
+template <typename Args>
+__device__ __forceinline__ void write_id(const Args& args, u32 i, u32 bucket, u32 slot) {
+  args.sorted_token_ids[slot] = (int)i;
+  name_block(args, bucket, slot);
+  note_id(args, i, bucket, slot);
+}
+
 // values[begin, end) = value, by `step` threads of which this is number `first`.
-__device__ __forceinline__ void fill(int* values, u32 begin, u32 end, int value, u32 first, u32 step) {
+template <typename Value>
+__device__ __forceinline__ void fill(Value* values, u32 begin, u32 end, Value value, u32 first, u32 step) {
 #pragma unroll 1
   for (u32 i = begin + first; i < end; i += step) values[i] = value;
 }
@@ -142,7 +200,8 @@ struct Table {
   u32* base;   // [stride] first slot of a bucket, for the ids that the table counts
   u32* rows;   // [height][stride]
 
-  __device__ __forceinline__ Table(u32* memory, const AlignArgs& args)
+  template <typename Args>
+  __device__ __forceinline__ Table(u32* memory, const Args& args)
       : stride(round_up_4(args.num_experts + 1)),
         num_rows(args.num_rows),
         height((num_rows + 2 + kRows - 1) / kRows * kRows),
@@ -157,19 +216,23 @@ struct Table {
 
 struct Piece {
   u32 begin, end;
-  __device__ __forceinline__ Piece(const AlignArgs& args, u32 index)
+  template <typename Args>
+  __device__ __forceinline__ Piece(const Args& args, u32 index)
       : begin(min_u32(args.num_ids, index * args.per_block)), end(min_u32(args.num_ids, begin + args.per_block)) {}
 
   // The ids of the calling warp.
-  __device__ __forceinline__ u32 begin_of_warp(const AlignArgs& args, const Table& table) const {
+  template <typename Args>
+  __device__ __forceinline__ u32 begin_of_warp(const Args& args, const Table& table) const {
     return warp_id() < table.num_rows ? begin + warp_id() * args.per_row.value : end;
   }
-  __device__ __forceinline__ u32 end_of_warp(const AlignArgs& args, u32 begin_of_warp) const {
+  template <typename Args>
+  __device__ __forceinline__ u32 end_of_warp(const Args& args, u32 begin_of_warp) const {
     return min_u32(end, begin_of_warp + args.per_row.value);
   }
 
   // The row that counts id i.
-  __device__ __forceinline__ u32* row(const AlignArgs& args, const Table& table, u32 i) const {
+  template <typename Args>
+  __device__ __forceinline__ u32* row(const Args& args, const Table& table, u32 i) const {
     if (i < begin) return table.before();
     return i < end ? table.of_warp(args.per_row.quotient(i - begin)) : table.after();
   }
@@ -178,8 +241,8 @@ struct Piece {
 // Clear the counters, a multiple of 4 words, then row_of(i)[bucket of id i] += 1 for the ids [begin, end). Ends with
 // a barrier. The atomics have no use for their results, so the hardware merges the equal addresses of a warp, and a
 // skewed routing costs no more than a uniform one.
-template <typename Ids, u32 kMaxLoads, typename RowOf>
-__device__ __forceinline__ void count_ids(const AlignArgs& args, u32 begin, u32 end, u32* counters, u32 num_counters,
+template <typename Ids, u32 kMaxLoads, typename Args, typename RowOf>
+__device__ __forceinline__ void count_ids(const Args& args, u32 begin, u32 end, u32* counters, u32 num_counters,
                                           RowOf row_of) {
   // In flight at once, the first of them while the counters are cleared.
   constexpr u32 kLoads = Ids::kPerLoad == 1 ? 1 : kMaxLoads;
@@ -261,7 +324,8 @@ __device__ __forceinline__ void keep_equal_bit(u32& lanes, u32 value, u32 k) {
 
 // The lanes whose ids are in the same bucket; none for a lane whose id is dropped. Ballots on the bits of the
 // bucket take the same time for every routing; __match_any_sync takes time for each distinct value.
-__device__ __forceinline__ u32 same_bucket(const AlignArgs& args, u32 bucket) {
+template <typename Args>
+__device__ __forceinline__ u32 same_bucket(const Args& args, u32 bucket) {
   const bool dropped = bucket == args.num_experts;
   u32 lanes = __ballot_sync(kFullWarp, !dropped);
   constexpr u32 kBits = 4;  // bits above those of num_experts - 1 are 0 in all lanes
@@ -277,20 +341,20 @@ __device__ __forceinline__ u32 same_bucket(const AlignArgs& args, u32 bucket) {
 struct Match {
   u32 i, bucket, peers;  // peers: the lanes with ids of the same bucket; 0: dropped
 
-  template <typename Id>
-  __device__ __forceinline__ Match(const AlignArgs& args, u32 i, Id id)
+  template <typename Args, typename Id>
+  __device__ __forceinline__ Match(const Args& args, u32 i, Id id)
       : i(i), bucket(to_bucket(args, id)), peers(same_bucket(args, bucket)) {}
 };
 
-template <typename Ids>
-__device__ __forceinline__ typename Ids::Id load_or_none(const AlignArgs& args, u32 i, u32 end) {
+template <typename Ids, typename Args>
+__device__ __forceinline__ typename Ids::Id load_or_none(const Args& args, u32 i, u32 end) {
   return i < end ? Ids::load(args, i) : ~typename Ids::Id(0);
 }
 
 // From counts to slots: sums_of(bucket) = {x, ids in all}. Afterwards base[bucket] is the first slot of the bucket plus
 // x, and after() its first padding slot. Returns the number of slots in use. Ends with a barrier.
-template <typename SumsOf>
-__device__ __forceinline__ u32 find_slots(const AlignArgs& args, const Table& table, u32* warp_sums, SumsOf sums_of) {
+template <typename Args, typename SumsOf>
+__device__ __forceinline__ u32 find_slots(const Args& args, const Table& table, u32* warp_sums, SumsOf sums_of) {
   u32 post_pad = 0;
 #pragma unroll 1
   for (u32 first = 0; first < args.num_experts; first += blockDim.x) {
@@ -303,6 +367,7 @@ __device__ __forceinline__ u32 find_slots(const AlignArgs& args, const Table& ta
     if (exists) {
       table.base[bucket] = begin + sums.x;
       table.after()[bucket] = begin + sums.y;
+      note_bucket(args, bucket, begin, sums.y);
     }
     post_pad += total;
   }
@@ -312,8 +377,8 @@ __device__ __forceinline__ u32 find_slots(const AlignArgs& args, const Table& ta
 
 // Walk over the ids [begin, end) of each warp, of which `match` has the first 32, in order: place(i, bucket, n), where
 // n is how many ids of the bucket the column counts before i.
-template <typename Ids, typename Place>
-__device__ __forceinline__ void place_ids(const AlignArgs& args, const Table& table, u32 begin, u32 end, Match match,
+template <typename Ids, typename Args, typename Place>
+__device__ __forceinline__ void place_ids(const Args& args, const Table& table, u32 begin, u32 end, Match match,
                                           Place place) {
   u32* row = table.of_warp(warp_id());
 #pragma unroll 1
@@ -326,6 +391,8 @@ __device__ __forceinline__ void place_ids(const AlignArgs& args, const Table& ta
     if (match.peers) {
       earlier = row[match.bucket];
       place(match.i, match.bucket, earlier + rank);
+    } else if (match.i < end) {
+      note_dropped(args, match.i);
     }
     if (begin >= end) break;
     __syncwarp();
@@ -336,13 +403,10 @@ __device__ __forceinline__ void place_ids(const AlignArgs& args, const Table& ta
 }
 
 // Write the ids to their slots, base[] + n.
-template <typename Ids>
-__device__ __forceinline__ void write_ids(const AlignArgs& args, const Table& table, u32 begin, u32 end, Match match) {
-  place_ids<Ids>(args, table, begin, end, match, [&](u32 i, u32 bucket, u32 n) {
-    const u32 slot = table.base[bucket] + n;
-    args.sorted_token_ids[slot] = (int)i;
-    name_block(args, bucket, slot);
-  });
+template <typename Ids, typename Args>
+__device__ __forceinline__ void write_ids(const Args& args, const Table& table, u32 begin, u32 end, Match match) {
+  place_ids<Ids>(args, table, begin, end, match,
+                 [&](u32 i, u32 bucket, u32 n) { write_id(args, i, bucket, table.base[bucket] + n); });
 }
 
 // The same in two steps, for a block with many ids: scattered writes cost a sector each, so they are sorted by bucket
@@ -350,8 +414,8 @@ __device__ __forceinline__ void write_ids(const AlignArgs& args, const Table& ta
 //
 // Fill stage[before()[bucket] + n] with (index in the piece, bucket), 16 bits each; returns the number of ids. The
 // slots are known after a barrier, and then base[] is to take n + before()[] to the slot.
-template <typename Ids>
-__device__ __forceinline__ u32 sort_ids(const AlignArgs& args, const Table& table, u32* warp_sums, u32* stage,
+template <typename Ids, typename Args>
+__device__ __forceinline__ u32 sort_ids(const Args& args, const Table& table, u32* warp_sums, u32* stage,
                                         const Piece& piece, u32 begin, u32 end, Match match) {
   u32 num_sorted = 0;
 #pragma unroll 1
@@ -373,30 +437,32 @@ __device__ __forceinline__ u32 sort_ids(const AlignArgs& args, const Table& tabl
   return num_sorted;
 }
 
-__device__ __forceinline__ void write_sorted(const AlignArgs& args, const Table& table, const u32* stage,
-                                             const Piece& piece, u32 num_sorted) {
+template <typename Args>
+__device__ __forceinline__ void write_sorted(const Args& args, const Table& table, const u32* stage, const Piece& piece,
+                                             u32 num_sorted) {
 #pragma unroll 2
   for (u32 k = threadIdx.x; k < num_sorted; k += blockDim.x) {
     const u32 entry = stage[k], bucket = entry & 0xffff, slot = table.base[bucket] + k;
-    args.sorted_token_ids[slot] = (int)(piece.begin + (entry >> 16));
-    name_block(args, bucket, slot);
+    write_id(args, piece.begin + (entry >> 16), bucket, slot);
   }
 }
 
-// The padding slots, the tail, and what lies past the last block: shared out over all blocks of the grid.
-__device__ __forceinline__ void write_padding(const AlignArgs& args, const u32* first_padding, u32 post_pad) {
+// The padding slots, the tail, and what lies past the last block: shared out over all blocks of the team.
+template <typename Args>
+__device__ __forceinline__ void write_padding(const Args& args, const u32* first_padding, u32 post_pad) {
   const u32 num_warps = blockDim.x / kWarpSize, value = args.num_ids;
+  const u32 rank = team_rank(args), size = team_size(args);
   // The last warps first, as they may have no ids to place.
 #pragma unroll 1
-  for (u32 bucket = blockIdx.x + gridDim.x * (num_warps - 1 - warp_id()); bucket < args.num_experts;
-       bucket += gridDim.x * num_warps) {
-    const u32 begin = first_padding[bucket];
-    fill(args.sorted_token_ids, begin, args.block_size.round_up(begin), value, lane_id(), kWarpSize);
+  for (u32 bucket = rank + size * (num_warps - 1 - warp_id()); bucket < args.num_experts; bucket += size * num_warps) {
+    const u32 begin = first_padding[bucket], end = args.block_size.round_up(begin);
+    fill(args.sorted_token_ids, begin, end, (int)value, lane_id(), kWarpSize);
+    note_padding(args, bucket, begin, end);
   }
-  const u32 thread = blockIdx.x * blockDim.x + threadIdx.x, num_threads = gridDim.x * blockDim.x;
-  fill(args.sorted_token_ids, post_pad, args.num_slots, value, thread, num_threads);
+  const u32 thread = rank * blockDim.x + threadIdx.x, num_threads = size * blockDim.x;
+  fill(args.sorted_token_ids, post_pad, args.num_slots, (int)value, thread, num_threads);
   fill(args.expert_ids, args.block_size.quotient(post_pad), args.num_blocks, -1, thread, num_threads);
-  if (thread == 0) *args.num_tokens_post_pad = (int)post_pad;
+  note_end(args, post_pad, thread, num_threads);
 }
 
 // Entry points: for contiguous i32 and i64 ids aligned to 16 bytes; and, in kernels that have to take any, for all

@@ -1,19 +1,22 @@
 // SPDX-License-Identifier: Apache-2.0
-// moe_sum: the outputs of the experts that a token went to, added up.
+// moe_sum: the outputs of the experts that a token went to, added up. moe_unpermute: the same, of rows in any order.
 //
 //   output[t, h] = factor * sum over k of weights[t, k] * input[t, k, h], plus shared[t, h]
 //
 // in       input [T, topk, H] of Element, any strides; shared [T, H], weights [T, topk] fp32, ids [T, topk] and
 //          expert_map [num_experts]: each may be missing (null)                                      (SumArgs)
+//          rows: input [num_experts, H], slot_stride apart, and ids [T, topk] say which row is slot k of token t; where
+//          expert_map is not null, it holds how many of the rows are there
 // out      output [T, H] of Element
 // grid     threads that together cover num_units; block: up to kMaxThreads threads
 //
 // One thread computes one unit of the output: 16 bytes, or one element where strides or alignment rule that out (any).
 // It requests kInFlight slots before it adds the first, so that their latencies overlap; more than topk would only
 // take registers. The entries 2, 4 and 8 are for multiples of that many slots, n is for any topk; none of these has
-// weights, ids, a shared output or a factor, which ext and any have.
+// weights, ids, a shared output or a factor, which ext, any, rows and rows_any have. The last two look up a row before
+// they can ask for it, and so ask for more at once.
 //
-// Slots whose id is negative, past the map, or mapped outside [0, num_experts) are not read.
+// Slots whose id is negative, past the map, or mapped outside [0, num_experts) are not read; nor are rows that are not.
 // Order: k ascending, in fp32; products and sums are rounded one by one (no fma), as on the CPU.
 #include "convert.cuh"
 
@@ -93,33 +96,46 @@ struct Scalar {
   }
 };
 
-// Which of the slots [first, first + kInFlight) of a token are read. Branch-free, so that all loads overlap.
-template <u32 kInFlight>
-__device__ __forceinline__ void find_reads(const SumArgs& args, u32 token, u32 first, bool (&reads)[kInFlight]) {
-  const u32* ids = args.ids + (i64)token * args.topk * args.words_per_id;
+enum Kind : u32 {
+  kPlain,     // neither weights nor ids, nor a shared output or a factor
+  kExtended,  // perhaps all of these
+  kRows,      // the same, and ids say which row of the input a slot is
+};
+
+// Which of the slots [first, first + kInFlight) of a token are read, and their ids. Branch-free, so that all loads
+// overlap.
+template <Kind kKind, u32 kInFlight>
+__device__ __forceinline__ void find_reads(const SumArgs& args, u32 token, u32 first, bool (&reads)[kInFlight],
+                                           u32 (&ids)[kInFlight]) {
+  const u32* of_token = args.ids + (i64)token * args.topk * args.words_per_id;
+  u32 num_rows = args.num_experts;
+  if (kKind == kRows && args.expert_map != nullptr) num_rows = min_u32(num_rows, *args.expert_map);
 #pragma unroll
   for (u32 i = 0; i < kInFlight; ++i) {
-    const u32* words = ids + min_u32(first + i, args.topk - 1) * args.words_per_id;
+    const u32* words = of_token + min_u32(first + i, args.topk - 1) * args.words_per_id;
     const u32 id = words[0], upper = words[args.words_per_id - 1];
-    reads[i] &= id < args.num_experts && (args.words_per_id == 1 || upper == 0);
-    if (args.expert_map != nullptr) {
+    ids[i] = id;
+    reads[i] &= id < num_rows && (args.words_per_id == 1 || upper == 0);
+    if (kKind != kRows && args.expert_map != nullptr) {
       reads[i] &= args.expert_map[min_u32(id, args.num_experts - 1)] < args.num_experts;
     }
   }
 }
 
 // Adds the slots [first, first + kInFlight) of a token: all of them (kExact), or those below topk.
-template <typename Unit, bool kExtended, u32 kInFlight, bool kExact>
+template <typename Unit, Kind kKind, u32 kInFlight, bool kExact>
 __device__ __forceinline__ void add_slots(const SumArgs& args, u32 token, u32 first, const char* input,
                                           float (&sum)[Unit::kElements]) {
+  constexpr bool kExtends = kKind != kPlain;
   bool reads[kInFlight];
+  u32 ids[kInFlight];
 #pragma unroll
   for (u32 i = 0; i < kInFlight; ++i) reads[i] = kExact || first + i < args.topk;
-  if (kExtended && args.ids != nullptr) find_reads(args, token, first, reads);
+  if (kKind == kRows || (kExtends && args.ids != nullptr)) find_reads<kKind>(args, token, first, reads, ids);
   float weights[kInFlight];
 #pragma unroll
   for (u32 i = 0; i < kInFlight; ++i) weights[i] = 1;
-  if (kExtended && args.weights != nullptr) {
+  if (kExtends && args.weights != nullptr) {
     const float* begin = args.weights + (i64)token * args.topk + first;
 #pragma unroll
     for (u32 i = 0; i < kInFlight; ++i) {
@@ -128,8 +144,9 @@ __device__ __forceinline__ void add_slots(const SumArgs& args, u32 token, u32 fi
   }
   Unit slots[kInFlight];
 #pragma unroll
-  for (u32 i = 0; i < kInFlight; ++i, input += args.slot_stride) {
-    if (reads[i]) slots[i].load(input);
+  for (u32 i = 0; i < kInFlight; ++i) {
+    if (reads[i]) slots[i].load(kKind == kRows ? input + ids[i] * args.slot_stride : input);
+    if (kKind != kRows) input += args.slot_stride;
   }
 #pragma unroll
   for (u32 i = 0; i < kInFlight; ++i) {
@@ -138,13 +155,14 @@ __device__ __forceinline__ void add_slots(const SumArgs& args, u32 token, u32 fi
     slots[i].unpack(values);
 #pragma unroll
     for (u32 e = 0; e < Unit::kElements; ++e) {
-      sum[e] = __fadd_rn(sum[e], kExtended ? __fmul_rn(weights[i], values[e]) : values[e]);
+      sum[e] = __fadd_rn(sum[e], kExtends ? __fmul_rn(weights[i], values[e]) : values[e]);
     }
   }
 }
 
-template <typename Unit, bool kExtended, u32 kInFlight, bool kExact>
+template <typename Unit, Kind kKind, u32 kInFlight, bool kExact>
 __device__ __forceinline__ void moe_sum(const SumArgs& args) {
+  constexpr bool kExtends = kKind != kPlain;
   const u32 unit = blockIdx.x * args.num_threads + threadIdx.x;
   if (unit >= args.num_units) return;
   wait_for_kernel_before();
@@ -154,16 +172,16 @@ __device__ __forceinline__ void moe_sum(const SumArgs& args) {
   const char* input = args.input + token * args.token_stride + offset;
 
   Unit shared;
-  if (kExtended && args.shared != nullptr) {
+  if (kExtends && args.shared != nullptr) {
     shared.load(args.shared + token * args.shared_stride + (i64)place * Unit::kBytes);
   }
   float sum[Unit::kElements] = {};
 #pragma unroll 1
   for (u32 first = 0; first < args.topk; first += kInFlight) {
-    add_slots<Unit, kExtended, kInFlight, kExact>(args, token, first, input, sum);
-    input += kInFlight * args.slot_stride;
+    add_slots<Unit, kKind, kInFlight, kExact>(args, token, first, input, sum);
+    if (kKind != kRows) input += kInFlight * args.slot_stride;
   }
-  if (kExtended) {
+  if (kExtends) {
 #pragma unroll
     for (u32 e = 0; e < Unit::kElements; ++e) sum[e] = __fmul_rn(sum[e], args.factor);
     if (args.shared != nullptr) {
@@ -176,18 +194,20 @@ __device__ __forceinline__ void moe_sum(const SumArgs& args) {
   Unit::store(args.output + token * args.output_stride + (i64)place * Unit::kBytes, sum);
 }
 
-#define ENTRY(name, Unit, kExtended, kInFlight, kExact, kMinBlocks)     \
+#define ENTRY(name, Unit, kKind, kInFlight, kExact, kMinBlocks)         \
   extern "C" __global__ void __launch_bounds__(kMaxThreads, kMinBlocks) \
       moe_sum_##name(const __grid_constant__ SumArgs args) {            \
-    moe_sum<Unit, kExtended, kInFlight, kExact>(args);                  \
+    moe_sum<Unit, kKind, kInFlight, kExact>(args);                      \
   }
-#define ENTRIES(type, Element)                          \
-  ENTRY(2_##type, Vector<Element>, false, 2, true, 8)   \
-  ENTRY(4_##type, Vector<Element>, false, 4, true, 8)   \
-  ENTRY(8_##type, Vector<Element>, false, 8, true, 8)   \
-  ENTRY(n_##type, Vector<Element>, false, 8, false, 8)  \
-  ENTRY(ext_##type, Vector<Element>, true, 4, false, 6) \
-  ENTRY(any_##type, Scalar<Element>, true, 4, false, 6)
+#define ENTRIES(type, Element)                               \
+  ENTRY(2_##type, Vector<Element>, kPlain, 2, true, 8)       \
+  ENTRY(4_##type, Vector<Element>, kPlain, 4, true, 8)       \
+  ENTRY(8_##type, Vector<Element>, kPlain, 8, true, 8)       \
+  ENTRY(n_##type, Vector<Element>, kPlain, 8, false, 8)      \
+  ENTRY(ext_##type, Vector<Element>, kExtended, 4, false, 6) \
+  ENTRY(any_##type, Scalar<Element>, kExtended, 4, false, 6) \
+  ENTRY(rows_##type, Vector<Element>, kRows, 8, false, 5)    \
+  ENTRY(rows_any_##type, Scalar<Element>, kRows, 8, false, 5)
 ENTRIES(f32, F32)
 ENTRIES(f16, F16)
 ENTRIES(bf16, BF16)

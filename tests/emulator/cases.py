@@ -9,16 +9,28 @@ from typing import Any, NamedTuple
 import torch
 from operator_cases import comparable
 
-from cupy_moe import batched_moe_align_block_size, moe_align_block_size, moe_sum
+from cupy_moe import (
+    batched_moe_align_block_size,
+    moe_align_block_size,
+    moe_lora_align_block_size,
+    moe_permute,
+    moe_sort,
+    moe_sum,
+    moe_unpermute,
+)
 from cupy_moe.cpu import align as cpu_align
 from cupy_moe.cpu import align_batched as cpu_align_batched
+from cupy_moe.cpu import align_lora as cpu_align_lora
 from cupy_moe.cpu import gate as cpu_gate
 from cupy_moe.cpu import moe_sum as cpu_moe_sum
+from cupy_moe.cpu import permute as cpu_permute
 from cupy_moe.cpu import quantize as cpu_quantize
+from cupy_moe.cpu import sort as cpu_sort
 from cupy_moe.operators import quantize as quantize_operator
 from cupy_moe.operators.gate import GateOptions, _run
 from cupy_moe.plans.align import ALIGN_KERNELS
 from cupy_moe.plans.gate import GATE_KERNELS
+from cupy_moe.plans.permute import PERMUTE_KERNELS
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ID_TYPES = (torch.int32, torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
@@ -67,7 +79,9 @@ class Call(NamedTuple):
 
 
 def as_tuple(results: Any) -> tuple[torch.Tensor, ...]:
-    return tuple(map(comparable, results)) if isinstance(results, tuple) else (comparable(results),)
+    """Those that were asked for."""
+    results = results if isinstance(results, tuple) else (results,)
+    return tuple(comparable(result) for result in results if result is not None)
 
 
 def align(seed: int, most_ids: int = 700) -> Call:
@@ -98,6 +112,148 @@ def align(seed: int, most_ids: int = 700) -> Call:
         "ignore_invalid_experts": pick.random() < 0.5,
     }
     return Call(moe_align_block_size, tensors, rest, cpu_align.moe_align_block_size, ALIGN_KERNELS)
+
+
+def sort(seed: int, most_ids: int = 700) -> Call:
+    call, pick = align(seed, most_ids), random.Random(-seed)
+    asked = {f"return_{name}": pick.random() < 0.7 for name in ("inverse", "offsets", "counts")}
+    more: dict[str, Any] = {"fine_block_size": None, "offsets_dtype": pick.choice((torch.int32, torch.int64))}
+    if pick.random() < 0.6:
+        block_size = call.rest["block_size"]
+        divisors = [size for size in range(1, block_size + 1) if block_size % size == 0]
+        more["fine_block_size"] = pick.choice(divisors)
+    tensors = dict(call.tensors)
+    if pick.random() < 0.6:
+        weights = torch.randn(2, *tensors["topk_ids"].shape)
+        tensors["topk_weights"] = weights[0] if pick.random() < 0.8 else weights.t().contiguous().t()[0]
+
+    def expected(**arguments: Any) -> Any:
+        flags = [arguments.pop(name) for name in asked]
+        kept = (True, True, True, *flags, True, True)
+        results = cpu_sort.moe_sort(**arguments)
+        return tuple(result if keep else None for result, keep in zip(results, kept, strict=True))
+
+    return Call(moe_sort, tensors, {**call.rest, **asked, **more}, expected, call.kernels[1:])
+
+
+def align_lora(seed: int, most_ids: int = 700) -> Call:
+    call, pick = align(seed, most_ids), random.Random(-seed)
+    ids, topk, max_loras = (
+        call.tensors["topk_ids"],
+        pick.choice((1, 1, 2, 3, 8)),
+        pick.choice((1, 2, 3, 5, 9)),
+    )
+    num_tokens = len(ids) // topk
+    ids = ids[: num_tokens * topk].view(num_tokens, topk)
+    low, high = pick.choice(((0, max_loras), (0, max_loras), (-2, max_loras + 2), (-(2**31), 2**31 - 1)))
+    tensors = {
+        "topk_ids": ids,
+        "token_lora_mapping": torch.randint(low, high, (num_tokens,), dtype=torch.int32),
+        **{name: tensor for name, tensor in call.tensors.items() if name == "expert_map"},
+    }
+    if pick.random() < 0.5:
+        flags = torch.randint(-1, 2, (max_loras + pick.choice((0, 1)),), dtype=torch.int32)
+        tensors["adapter_enabled"] = flags if pick.random() < 0.5 else flags > 0
+    rest = {**call.rest, "max_loras": max_loras}
+    del rest["ignore_invalid_experts"]
+    specified = cpu_align_lora.moe_lora_align_block_size
+    return Call(moe_lora_align_block_size, tensors, rest, specified, ALIGN_KERNELS)
+
+
+ROW_TYPES = (torch.bfloat16, torch.float8_e4m3fn, torch.int8, torch.float32, torch.int64, torch.float16)
+
+
+def rows(pick: random.Random, number: int, width: int, dtype: torch.dtype) -> torch.Tensor:
+    """Any bits, in any layout but with elements that lie apart."""
+    if width == 0:
+        return torch.empty((number, 0), dtype=dtype)
+    as_bytes = torch.randint(0, 256, (number, width * dtype.itemsize), dtype=torch.uint8)
+    result = as_bytes.view(dtype)
+    layout = pick.choice(("plain", "plain", "plain", "wide", "offset"))
+    if layout == "wide":
+        result = torch.cat([as_bytes, as_bytes], dim=1).view(dtype)[:, :width]
+    elif layout == "offset" and number:
+        flat = torch.cat([as_bytes.new_ones(dtype.itemsize), as_bytes.flatten()])
+        result = flat.view(dtype)[1:].view(number, width)
+    return result
+
+
+def permute(seed: int, most_tokens: int = 90) -> Call:
+    pick = random.Random(seed)
+    torch.manual_seed(seed)
+    num_experts = pick.choice((1, 2, 7, 8, 33, 64, 257, 700))
+    num_tokens = pick.choice((0, 1, 1, 2, 3, 8, 9, 31, pick.randint(4, most_tokens)))
+    topk = pick.choice((1, 2, 3, 4, 6, 8, 9))
+    low, high = pick.choice(
+        ((0, num_experts), (0, num_experts), (-3, num_experts + 3), (-(2**31), 2**31 - 1))
+    )
+    ids = torch.randint(low, high, (num_tokens, topk)).to(pick.choice(ID_TYPES))
+    if pick.random() < 0.2:
+        ids = ids.t().contiguous().t()
+    dtype = pick.choice(ROW_TYPES)
+    width = pick.choice((0, 1, 8, 16, 33, 64, 64, 128, 256, 520))
+    tensors = {"hidden_states": rows(pick, num_tokens, width, dtype), "topk_ids": ids}
+    if pick.random() < 0.4:
+        tensors["expert_map"] = torch.randint(-1, num_experts + 2, (num_experts,), dtype=torch.int32)
+    if pick.random() < 0.5:
+        scales = rows(pick, num_tokens, pick.choice((0, 1, 3, 40)), pick.choice(ROW_TYPES))
+        tensors["scales"] = scales if pick.random() < 0.7 else scales.t().contiguous().t()
+    rest = {
+        "num_experts": num_experts,
+        "block_size": pick.choice((1, 1, 1, 2, 3, 16, 64)) if num_experts < 100 else 1,
+        "offsets_dtype": pick.choice((torch.int32, torch.int64)),
+    }
+    options: dict[str, Any] = {"column_major_scales": pick.random() < 0.4, "fill_tail": pick.random() < 0.7}
+
+    def run(**arguments: Any) -> Any:
+        return _bits(moe_permute(**arguments, **options), options["fill_tail"])
+
+    def expected(**arguments: Any) -> Any:
+        return _bits(cpu_permute.moe_permute(**arguments), options["fill_tail"])
+
+    run.__name__ = "moe_permute"
+    return Call(run, tensors, rest, expected, PERMUTE_KERNELS)
+
+
+def _bits(results: tuple[Any, ...], has_tail: bool) -> tuple[Any, ...]:
+    """The bits of rows and scales; without the tail, if that is not written, which the emulator can tell."""
+    permuted, *indices, scales = results
+    used = len(permuted) if has_tail else int(indices[1][-1])
+    bits = [None if kept is None else cpu_permute.as_integers(kept) for kept in (permuted, scales)]
+    for kept in bits if hasattr(results, "_fields") and permuted.device.type == "cpu" else ():
+        if kept is not None:
+            poison = torch.full((kept.element_size(),), POISON, dtype=torch.uint8).view(kept.dtype)
+            assert (kept[used:] == poison).all()
+    return *indices, *(kept if kept is None else kept[:used] for kept in bits)
+
+
+def unpermute(seed: int) -> Call:
+    pick = random.Random(seed)
+    torch.manual_seed(seed)
+    tokens, topk = pick.choice((0, 1, 2, 3, 9)), pick.choice((1, 2, 3, 5, 8, 9, 17))
+    num_rows, hidden = pick.choice((0, 1, 5, 60)), pick.choice((1, 8, 16, 33, 64, 96))
+    values = torch.randn(num_rows, hidden) * pick.choice((1.0, 1e-5, 3e4))
+    if pick.random() < 0.3:
+        values[torch.rand(values.shape) < 0.2] = pick.choice((torch.nan, torch.inf, -0.0, 1e-40))
+    permuted = values.to(pick.choice(DTYPES))
+    if pick.random() < 0.3:
+        permuted = (
+            permuted.t().contiguous().t() if pick.random() < 0.5 else torch.cat([permuted] * 2, 1)[:, :hidden]
+        )
+    low, high = pick.choice(((0, max(1, num_rows)), (-2, num_rows + 2), (-(2**31), 2**31 - 1)))
+    tensors = {
+        "permuted": permuted,
+        "inverse_ids": torch.randint(low, high, (tokens, topk), dtype=torch.int32),
+    }
+    if pick.random() < 0.6:
+        tensors["topk_weights"] = torch.randn(tokens, topk)
+    if pick.random() < 0.4:
+        tensors["shared_output"] = torch.randn(tokens, hidden).to(permuted.dtype)
+    if pick.random() < 0.4:
+        offsets = torch.randint(-1, num_rows + 2, (3,), dtype=pick.choice((torch.int32, torch.int64)))
+        tensors["expert_offsets"] = offsets
+    rest = {"routed_scaling_factor": pick.choice((1.0, 2.5, 0.0, -1.0))}
+    return Call(moe_unpermute, tensors, rest, cpu_permute.moe_unpermute)
 
 
 def align_batched(seed: int) -> Call:
@@ -234,6 +390,10 @@ OPERATORS: dict[str, Callable[[int], Call]] = {
     "moe_sum": sum_up,
     "gate": gate,
     "quantize": quantize,
+    "sort": sort,
+    "align_lora": align_lora,
+    "permute": permute,
+    "unpermute": unpermute,
 }
 
 
@@ -262,5 +422,7 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     if not a.is_floating_point():
         return torch.equal(a.long(), b.long())
     both_nan = a.isnan() & b.isnan()
+    if a.dtype != b.dtype:
+        return False
     bits = {2: torch.int16, 4: torch.int32}[a.element_size()]
     return bool((both_nan | (a.contiguous().view(bits) == b.contiguous().view(bits))).all())
