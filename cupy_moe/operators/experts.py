@@ -97,7 +97,6 @@ _SCALES = {
     torch.float16: ScaleType.SCALE_F16,
 }
 _ID_TYPES = (torch.int32, torch.int64, torch.uint32)
-_NONE = None, None, None, None
 _FLOAT, _INT32 = (torch.float32,), (torch.int32,)
 _SILU = cpu.SWIGLU["silu"]
 _SIZES = {"bf16": 2, "f16": 2, "fp8": 1}
@@ -180,7 +179,7 @@ def fused_experts(
     and for a token in whatever batch it is, as long as that has the same kind of kernel (mma or wgmma).
     Quantised weights become 16-bit values, exactly, and scales multiply sums in fp32; there is one kind. But
     fp8 weights are multiplied as they are on Hopper, unless pairs are few: rows of both products become e4m3,
-    too, with an fp32 scale for 128 columns, as in DeepSeek-V3, which takes half the time. That is where the
+    too, with an fp32 scale for 128 columns, as in DeepSeek-V3, which takes less time. That is where the
     hidden size is a multiple of 128, and a row of weights has one scale, or blocks of 128 x 128 have fp32
     ones; kernel="quantized_16" keeps 16 bits, and kernel="wgmma_fp8" tells the result on a CPU, too.
 
@@ -191,11 +190,11 @@ def fused_experts(
     >>> fused_experts(x, w1, w1, weights, ids, "relu2_no_mul")[0, :3].tolist()
     [5.0, 5.0, 5.0]
 
-    Cost: three or four launches on torch's current stream (align, but not for a few pairs; two products;
-    sum), no synchronisation, and the output and a workspace as the only allocations. Tokens whose
-    intermediates would take more than 4 GiB go in parts, one after another. Hidden states that are not
-    aligned to 16 bytes, and ids and weights that are not contiguous, are copied first. Arrays with
-    `__dlpack__` are accepted, and give arrays of their kind.
+    Cost: three to five launches on torch's current stream (align, but not for a few pairs; rows to fp8, if
+    they become that; two products; sum), no synchronisation, and the output and a workspace as the only
+    allocations. Tokens whose intermediates would take more than 4 GiB go in parts, one after another. Hidden
+    states that are not aligned to 16 bytes, and ids and weights that are not contiguous, are copied first.
+    Arrays with `__dlpack__` are accepted, and give arrays of their kind.
 
     Raises TypeError and ValueError for wrong arguments, before anything is launched; what loading a kernel
     for the first time raises; and KernelLaunchError. Semantics: vLLM's `fused_experts`.
@@ -305,6 +304,9 @@ def fused_experts(
     router, where = address("topk_weights", weights), address("topk_ids", ids)
     bias1 = 0 if w1_bias is None else address("w1_bias", w1_bias)
     bias2 = 0 if w2_bias is None else address("w2_bias", w2_bias)
+    scale1 = scale2 = zero1 = zero2 = 0
+    if quantization is not None:
+        scale1, scale2, zero1, zero2 = (0 if t is None else address("quantization", t) for t in stored)
     mapped = 0 if local is None else address("expert_map", local)
     by_slot = memory[layout.outputs : layout.outputs + num_tokens * topk * hidden * 2].view(dtype)
     summed = prepare_sum(
@@ -322,7 +324,6 @@ def fused_experts(
             memory[layout.post_pad : layout.post_pad + 4].view(torch.int32),
         )
         moe_align_block_size(ids, call.block_size, experts, local, False, local is not None, out=aligned)
-    scale1, scale2, zero1, zero2 = (0 if t is None else address("quantization", t) for t in stored or _NONE)
     if call.quantize is not None:
         # Codes, then scales; those of the hidden states where the outputs will be.
         scales, inner_scales = outer + num_tokens * hidden, inner + num_tokens * topk * intermediate

@@ -181,7 +181,7 @@ def _sort(
         offsets_dtype.itemsize, fine_block_size,
     )  # fmt: skip
     ids, strides = contiguous_or_rows(topk_ids)
-    call = prepare_sort(sizes, topk_ids.dtype, strides, device, kernel)
+    call = _prepare(sizes, topk_ids.dtype, strides, device, kernel)
     shapes = _shapes(topk_ids.shape, num_slots, num_blocks, num_experts, fine_block_size)
     results = make_results(MoESorting._fields, asked, shapes, _dtypes(offsets_dtype), device, out)
     if call is None:
@@ -270,7 +270,8 @@ class _Sort:
             self.otherwise()(ids, slots, blocks, post_pad, mapped, *more)
 
 
-def prepare_sort(
+@functools.lru_cache(CACHED_CALLS)
+def _prepare(
     sizes: SortSizes,
     dtype: torch.dtype,
     strides: tuple[int, int, int] | None,
@@ -278,17 +279,6 @@ def prepare_sort(
     kernel: str | None = None,
 ) -> _Sort | None:
     """The launches, checked and bound; None on the CPU."""
-    return _prepare(sizes, dtype, strides, device, kernel)
-
-
-@functools.lru_cache(CACHED_CALLS)
-def _prepare(
-    sizes: SortSizes,
-    dtype: torch.dtype,
-    strides: tuple[int, int, int] | None,
-    device: torch.device,
-    kernel: str | None,
-) -> _Sort | None:
     if dtype not in ID_TYPES:
         raise TypeError(f"topk_ids: expected an integer tensor, got {dtype}; cast it")
     fine = sizes.fine_block_size
@@ -325,6 +315,9 @@ def _prepare(
         other = plan_align(*asked, limits._replace(max_clusters=lambda *_: 0), None, "sort").kernel
         call.otherwise = functools.partial(_prepare, sizes, dtype, strides, device, other)
     return call
+
+
+prepare_sort = _prepare
 
 
 def contiguous_or_rows(ids: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int, int] | None]:

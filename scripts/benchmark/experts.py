@@ -232,12 +232,16 @@ class Experts(Operator):
         return "" if self.errors(case, results, expected)["max"] <= 0.02 else "output"
 
     def errors(self, case: LayerCase, results: Results, expected: Any) -> dict[str, float]:
-        some, right = expected
-        difference = results[0][some].double() - right
-        return {
-            "rms": float(difference.norm() / right.norm()),
-            "max": float(difference.abs().max() / right.abs().max()),
-        }
+        return relative_errors(results, *expected)
+
+
+def relative_errors(results: Results, some: torch.Tensor, right: torch.Tensor) -> dict[str, float]:
+    """Of some tokens' outputs."""
+    difference = results[0][some].double() - right
+    return {
+        "rms": float(difference.norm() / right.norm()),
+        "max": float(difference.abs().max() / right.abs().max()),
+    }
 
 
 def _problem(case: LayerCase, inputs: Inputs) -> SimpleNamespace:

@@ -15,7 +15,16 @@ from cupy_moe.cpu.experts import activate
 
 from . import base, peers
 from .base import OURS, Bound, Operator, Results, Row
-from .experts import BYTES_PER_US, COMPARED_TOKENS, MODELS, LayerCase, flops, memory_of, random_routing
+from .experts import (
+    BYTES_PER_US,
+    COMPARED_TOKENS,
+    MODELS,
+    LayerCase,
+    flops,
+    memory_of,
+    random_routing,
+    relative_errors,
+)
 from .timing import CALLS_PER_GRAPH
 
 BLOCK = 128  # rows and columns with one scale of fp8, columns of int4
@@ -155,12 +164,7 @@ class QuantizedExperts(Operator):
         return "" if self.errors(case, results, expected)["max"] <= most else "output"
 
     def errors(self, case: LayerCase, results: Results, expected: Any) -> dict[str, float]:
-        some, right = expected
-        difference = results[0][some].double() - right
-        return {
-            "rms": float(difference.norm() / right.norm()),
-            "max": float(difference.abs().max() / right.abs().max()),
-        }
+        return relative_errors(results, *expected)
 
 
 def _problem(case: LayerCase, inputs: Inputs) -> SimpleNamespace:
