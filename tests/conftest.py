@@ -12,6 +12,7 @@ import hypothesis
 import pytest
 from cache_helpers import Everything, Sandbox, write_sources
 from cli_helpers import invoke
+from filelock import FileLock
 
 from cupy_moe.images import compiler, folders, lookup, prebuild, sources, targets
 from cupy_moe.images.folders import Root
@@ -78,10 +79,11 @@ def everything(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFac
     asked = [*compiler.supported_targets(), targets.PTX_TARGET]
     units = sources.units().values()
     wanted = [(unit, t) for name in asked for unit in units for t in targets.made_for(unit.targets, name)]
-    missing = [pair for pair in wanted if prebuild.state([root], *pair).status == "missing"]
-    built = list(prebuild.run(root, missing, os.cpu_count() or 1))
-    for target in {target for _, target in wanted}:
-        prebuild.finish(root, target)
+    with FileLock(folder / "lock"):  # one process of pytest-xdist builds, the others find
+        missing = [pair for pair in wanted if prebuild.state([root], *pair).status == "missing"]
+        built = list(prebuild.run(root, missing, os.cpu_count() or 1))
+        for target in {target for _, target in wanted}:
+            prebuild.finish(root, target)
     failed = {(r.unit, r.target): r for r in built if r.status == "failed"}
     found = [prebuild.state([root], *pair) for pair in wanted]
     return Everything(folder, [failed.get((r.unit, r.target), r) for r in found])

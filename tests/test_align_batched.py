@@ -161,7 +161,7 @@ def test_grid_of_vllm() -> None:
 
 
 @pytest.mark.gpu
-def test_sanitize_batched_beyond_the_grid_of_vllm() -> None:
+def test_batched_beyond_the_grid_of_vllm() -> None:
     for max_tokens, num_batches, block_size in (
         *(
             (1, 1, 1),

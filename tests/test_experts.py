@@ -557,7 +557,7 @@ def device_kernels() -> list[str]:
 
 
 @pytest.mark.gpu
-def test_sanitize_every_kernel_against_the_cpu(device_kernels: list[str]) -> None:
+def test_every_kernel_against_the_cpu(device_kernels: list[str]) -> None:
     for seed in range(120):
         call = layer(seed, 300 if seed % 10 == 0 else 40)
         expected = call(lambda tensor: tensor)

@@ -469,7 +469,7 @@ def guarded(result: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn, torch.int8, torch.float32])
-def test_sanitize_gpu_is_the_cpu_to_the_last_bit(dtype: torch.dtype) -> None:
+def test_gpu_is_the_cpu_to_the_last_bit(dtype: torch.dtype) -> None:
     for name, (tokens, topk, num_experts, hidden), block_size in itertools.product(
         routing.NAMES, ((1, 8, 256, 7168), (65, 8, 256, 512), (600, 8, 64, 96), (3000, 3, 40, 33)), (1, 16)
     ):
@@ -497,7 +497,7 @@ def test_sanitize_gpu_is_the_cpu_to_the_last_bit(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.gpu
-def test_sanitize_gpu_random_calls() -> None:
+def test_gpu_random_calls() -> None:
     for seed, operator in itertools.product(range(200), (cases.permute, cases.unpermute)):
         call = operator(seed)
         results = call.run(lambda tensor: cases.place(tensor, "cuda").tensor)

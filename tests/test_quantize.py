@@ -394,7 +394,7 @@ def test_columns_of_scales_and_ids_in_the_emulator() -> None:
 
 
 @pytest.mark.gpu
-def test_sanitize_gpu_is_the_cpu_to_the_last_bit() -> None:
+def test_gpu_is_the_cpu_to_the_last_bit() -> None:
     for seed in range(300):
         call = cases.quantize(seed)
         results = call.run(lambda tensor: cases.place(tensor, "cuda").tensor)

@@ -394,7 +394,7 @@ def test_traced() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", FORMATS)
-def test_sanitize_every_format_against_the_cpu(name: str) -> None:
+def test_every_format_against_the_cpu(name: str) -> None:
     for seed in range(10):
         call, quantization = quantized(seed, name, 200 if seed % 5 == 0 else 40)
         expected = call(lambda tensor: tensor, quantization=quantization)
@@ -410,7 +410,7 @@ def test_sanitize_every_format_against_the_cpu(name: str) -> None:
 
 
 @pytest.mark.gpu
-def test_sanitize_fp8_rows_against_the_cpu() -> None:
+def test_fp8_rows_against_the_cpu() -> None:
     runs = device_limits(torch.cuda.current_device()).runs
     kernel = next((name for name in FP8_KERNELS if runs(f"experts_{name}")), None)
     if kernel is None:

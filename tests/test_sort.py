@@ -199,7 +199,7 @@ def test_thresholds(limits: Any) -> None:
 
 
 @pytest.mark.gpu
-def test_sanitize_gpu_is_the_cpu() -> None:
+def test_gpu_is_the_cpu() -> None:
     for seed in range(100):
         call = cases.sort(seed, 30_000)
         for kernel in (None, *ALIGN_KERNELS[1:]):
