@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .operators.gate import grouped_topk as grouped_topk
     from .operators.gate import topk_sigmoid as topk_sigmoid
     from .operators.gate import topk_softmax as topk_softmax
+    from .operators.gate import topk_softplus_sqrt as topk_softplus_sqrt
     from .operators.moe_sum import moe_sum as moe_sum
     from .operators.permute import MoEPermutation as MoEPermutation
     from .operators.permute import moe_permute as moe_permute
@@ -67,7 +68,7 @@ _MODULES = {
         "KernelNotPrebuiltError",
     ),
     "operators.experts": ("experts_workspace_bytes", "fused_experts", "fused_moe"),
-    "operators.gate": ("TopK", "grouped_topk", "topk_sigmoid", "topk_softmax"),
+    "operators.gate": ("TopK", "grouped_topk", "topk_sigmoid", "topk_softmax", "topk_softplus_sqrt"),
     "quantization": ("Quantization",),
     "repacking": ("repack_awq", "repack_gptq"),
     "cuda.modules": ("warmup",),
