@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from .operators.quantize import (
         silu_and_mul_per_token_group_quant_fp8 as silu_and_mul_per_token_group_quant_fp8,
     )
+    from .operators.route import MoERouting as MoERouting
+    from .operators.route import route as route
     from .operators.sort import MoESorting as MoESorting
     from .operators.sort import moe_sort as moe_sort
     from .quantization import Quantization as Quantization
@@ -57,6 +59,7 @@ _MODULES = {
         "per_token_quant_fp8",
         "silu_and_mul_per_token_group_quant_fp8",
     ),
+    "operators.route": ("MoERouting", "route"),
     "operators.sort": ("MoESorting", "moe_sort"),
     "errors": (
         "CompileError",
