@@ -212,7 +212,7 @@ def _route(
         gated.topk_ids, block_size, num_experts + options.num_fused_shared_experts, expert_map, pads, ignores,
         out=None if out is None else (out[2], out[3], out[4]),
     )  # fmt: skip
-    return MoERouting(*gated, *aligned)
+    return MoERouting._make((*gated, *aligned))
 
 
 class _Call(NamedTuple):
