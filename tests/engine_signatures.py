@@ -76,6 +76,7 @@ _VLLM_ADDED = {
     "vllm._custom_ops:moe_align_block_size": "scatter_idx=None",
     "vllm._custom_ops:topk_softmax": "is_padding=None",
     "vllm._custom_ops:topk_sigmoid": "is_padding=None",
+    "vllm._custom_ops:topk_hash_softplus_sqrt": "is_padding=None, bias_vl=None, image_sentinel_lo=0",
 }
 
 # Release -> module:function or module:Class.method -> its parameters and their defaults; of a member of an
@@ -183,7 +184,7 @@ def main(paths: list[str]) -> None:
         for place, wanted in RELEASES[release].items():
             with zipfile.ZipFile(path) as wheel:
                 got = of_wheel(wheel, *place.split(":"))
-            if ast.dump(ast.parse(f"f({got})")) != ast.dump(ast.parse(f"f({wanted})")):
+            if ast.dump(ast.parse(f"def f({got}): 0")) != ast.dump(ast.parse(f"def f({wanted}): 0")):
                 raise SystemExit(f"{release}, {place}:\n got {got}\n not {wanted}")
         print(f"{release}: {len(RELEASES[release])} functions as declared")
 

@@ -130,6 +130,7 @@ def test_the_one_gate_of_sglang() -> None:
 
 def test_tables_of_both_engines() -> None:
     logits, table = torch.randn(4, 8), torch.tensor([[5, 0], [1, 2], [7, 3]], dtype=torch.int32)
+    taken: list[Any] = []
     input_ids = torch.tensor([2, 0, 1, 1])
     right = topk_softplus_sqrt(logits, 2, True, input_ids=input_ids, hash_table=table)
     weights, ids = sglang.hash_topk(logits, input_ids, table, 1, 2.5)
@@ -144,6 +145,9 @@ def test_tables_of_both_engines() -> None:
     vllm.topk_hash_softplus_sqrt(weights, ids, None, logits, True, 2.5, bias)
     right = topk_softplus_sqrt(logits, 2, True, e_score_correction_bias=bias, routed_scaling_factor=2.5)
     assert torch.equal(weights, right.topk_weights)
+    given = weights, ids, None, logits, True, 2.5, bias, None, None, None, bias, 7
+    vllm.topk_hash_softplus_sqrt(*given, original=lambda *arguments: taken.append(arguments))
+    assert taken == [given]
     with pytest.raises(ValueError, match="scoring_func: expected 'sqrtsoftplus', got 'sigmoid'"):
         sglang.hash_topk(logits, input_ids, table, scoring_func="sigmoid")
 

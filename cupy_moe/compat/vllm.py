@@ -254,16 +254,28 @@ def topk_hash_softplus_sqrt(
     e_score_correction_bias: torch.Tensor | None = None,
     input_tokens: torch.Tensor | None = None,
     hash_indices_table: torch.Tensor | None = None,
+    is_padding: torch.Tensor | None = None,
+    bias_vl: torch.Tensor | None = None,
+    image_sentinel_lo: int = 0,
+    *,
+    original: Any = None,
 ) -> None:
     """As in vllm._custom_ops. A bias has no effect on experts of a table; `token_expert_indices` takes two
-    more launches, and None none."""
+    more launches, and None none. `original` is vLLM's own, which takes a bias of images."""
+    if bias_vl is not None:
+        original(
+            topk_weights, topk_indices, token_expert_indices, gating_output, renormalize,
+            routed_scaling_factor, e_score_correction_bias, input_tokens, hash_indices_table, is_padding,
+            bias_vl, image_sentinel_lo,
+        )  # fmt: skip
+        return
     require("topk_indices", topk_indices, 2)
     hashed = hash_indices_table is not None
     _topk_softplus_sqrt(
         gating_output, topk_indices.shape[1], renormalize,
         e_score_correction_bias=None if hashed else fp32(e_score_correction_bias),
         routed_scaling_factor=routed_scaling_factor, input_ids=input_tokens if hashed else None,
-        hash_table=hash_indices_table, out=(topk_weights, topk_indices),
+        hash_table=hash_indices_table, padding_mask=is_padding, out=(topk_weights, topk_indices),
     )  # fmt: skip
     _fill_source_rows(token_expert_indices)
 
