@@ -157,17 +157,6 @@ __device__ __forceinline__ void copy_async_if(bool condition, void* shared, cons
 #endif
 }
 
-// 4 bytes, or zeros, beside those of 16.
-__device__ __forceinline__ void copy_word_async(float* shared, const float* global, bool exists) {
-#if EMULATED
-  emulator::copy_async(shared, global, exists, 4);
-#else
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(shared)), "l"(global),
-               "r"(exists ? 4 : 0)
-               : "memory");
-#endif
-}
-
 // ---- copies ---------------------------------------------------------------------------------------------------------
 
 // A tensor in global memory as cuTensorMapEncodeTiled describes it.

@@ -172,7 +172,9 @@ def import_all(package: Any) -> None:
 
 def holders(functions: dict[str, Any]) -> Places:
     """Where vLLM keeps each: modules or classes, and names. Fails if it keeps one elsewhere, out of reach."""
-    owners = {id(vars(module)): name for name, module in sys.modules.items() if hasattr(module, "__dict__")}
+    owners = {
+        id(vars(module)): name for name, module in sys.modules.copy().items() if hasattr(module, "__dict__")
+    }
     for known in (functions, ours._switch._functions, *ours._switch._pairs):
         owners[id(known)] = ours.__name__
     for place in functions:

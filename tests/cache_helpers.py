@@ -45,12 +45,18 @@ class Sandbox:
 
     @property
     def unit(self) -> kernel_sources.Unit:
-        kernel_sources._read_units.cache_clear()
+        forget_sources()
         return kernel_sources.unit("tiny")
 
     def publish(self, root: Path, target: str) -> Path:
         """The path of an image that is now there."""
         return store.publish(Root(root, "prebuilt"), store.compile_image(self.unit, target))
+
+
+def forget_sources() -> None:
+    """What was read of them, as they have changed."""
+    for remembers in (kernel_sources._paths, kernel_sources._read_unit, kernel_sources._read_header):
+        remembers.cache_clear()
 
 
 def files(root: Path, pattern: str) -> list[Path]:

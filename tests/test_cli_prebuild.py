@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from cache_helpers import PACKAGE, Sandbox, files
+from cache_helpers import PACKAGE, Sandbox, files, forget_sources
 from cli_helpers import doctor, invoke, invoke_json
 
 from cupy_moe.errors import DependencyError
@@ -184,7 +184,7 @@ def test_an_interrupt_stops_at_once_and_leaves_what_is_done(tmp_path: Path) -> N
         process.send_signal(signal.SIGINT)
         said = process.stderr.read()
         assert process.wait() == 130
-    assert time.monotonic() - start < 3  # the kernels that were left take half a minute
+    assert time.monotonic() - start < 10  # the kernels that were left take half a minute
     assert said.splitlines()[-1] == "interrupted; what is done is valid"
     assert prebuild.problems(Root(tmp_path, "prebuilt"), strict=False) == []
     assert {path.suffix for path in tmp_path.rglob("*.*")} == {".cubin", ".json"}
@@ -288,7 +288,7 @@ def test_without_out_it_writes_to_the_checkout_or_the_user_cache(
 def test_an_architecture_stands_for_all_that_its_devices_look_for(sandbox: Sandbox) -> None:
     """Units that want sm_90a are made for --arch sm_90, too; strict folders have both, or say what lacks."""
     (sandbox.sources / "specific.cu").write_text('// targets  sm_90a\nextern "C" __global__ void f() {}\n')
-    sources._read_units.cache_clear()
+    forget_sources()
     invoke("prebuild", "--arch", "sm_90", "--arch", "sm_80", "--out", sandbox.prebuilt)
     made = [f"{path.parent.name} {path.stem.split('-')[0]}" for path in files(sandbox.prebuilt, "*/*.cubin")]
     assert sorted(made) == ["sm_80 tiny", "sm_90 tiny", "sm_90a specific"]

@@ -16,7 +16,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from cache_helpers import HEADER, PACKAGE, REAL, TINY, Everything, Sandbox, run_python
+from cache_helpers import (
+    HEADER,
+    PACKAGE,
+    REAL,
+    TINY,
+    Everything,
+    Sandbox,
+    forget_sources,
+    run_python,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -155,7 +164,7 @@ SPECIFIC = (
 def specific(sandbox: Sandbox) -> sources.Unit:
     (sandbox.sources / "family").mkdir()
     (sandbox.sources / "family" / "specific.cu").write_bytes(SPECIFIC)
-    sources._read_units.cache_clear()
+    forget_sources()
     return sources.unit("specific")
 
 
@@ -188,14 +197,14 @@ def test_a_unit_is_looked_up_only_for_its_targets(specific: sources.Unit) -> Non
 @pytest.mark.parametrize("wrong", ["sm_90a sm_91", "hopper", "compute_80"])
 def test_unknown_targets_of_a_unit_are_named(sandbox: Sandbox, wrong: str) -> None:
     (sandbox.sources / "wrong.cu").write_text(f"// targets  {wrong}\n")
-    sources._read_units.cache_clear()
+    forget_sources()
     with pytest.raises(CupyMoeError, match=r"wrong.cu wants unknown targets: (sm_91|hopper|compute_80)"):
         sources.units()
 
 
 def test_two_units_of_one_name_are_refused(specific: sources.Unit, sandbox: Sandbox) -> None:
     (sandbox.sources / "specific.cu").write_bytes(SPECIFIC)
-    sources._read_units.cache_clear()
+    forget_sources()
     with pytest.raises(CupyMoeError, match=r"two files in .* are called specific.cu"):
         sources.units()
 

@@ -171,9 +171,9 @@ def test_operator_of_torch() -> None:
 
 
 def plan_of(
-    tokens: int, topk: int, hidden: int, vectors: bool = True, extended: bool = False
+    tokens: int, topk: int, hidden: int, vectors: bool = True, extended: bool = False, rows: bool = False
 ) -> moe_sum_plans.SumPlan:
-    return plan_sum(tokens, topk, hidden, "bf16", 2, vectors, extended, H200)
+    return plan_sum(tokens, topk, hidden, "bf16", 2, vectors, extended, H200, rows=rows)
 
 
 def test_plan() -> None:
@@ -191,13 +191,25 @@ def test_plan() -> None:
         assert plan_of(tokens, 8, 7168).launch.entry == f"moe_sum_{kind}_bf16"
     assert plan_of(64, 8, 7168, extended=True).launch.entry == "moe_sum_ext_bf16"
     assert plan_of(64, 8, 7168, vectors=False, extended=True).launch.entry == "moe_sum_any_bf16"
+    of_rows = {
+        (1, 8): "8",
+        (18, 8): "8",
+        (19, 8): "4",
+        (19, 4): "4",
+        (19, 6): "2",
+        (19, 1): "2",
+        (18, 2): "8",
+    }
+    for (tokens, topk), kind in of_rows.items():
+        assert plan_of(tokens, topk, 7168, rows=True).launch.entry == f"moe_sum_rows_{kind}_bf16"
+    assert plan_of(64, 8, 7168, vectors=False, rows=True).launch.entry == "moe_sum_rows_any_bf16"
     assert plan_of(3_000_000, 1, 1001, vectors=False).num_tokens == (2**31 - 1) // 1001
     with pytest.raises(ValueError, match="hidden size"):
         plan_of(1, 1, 2**31, vectors=False)
 
 
 def test_kernels_exist(everything: Everything) -> None:
-    kinds = ("2", "4", "8", "n", "ext", "any", "rows", "rows_any")
+    kinds = ("2", "4", "8", "n", "ext", "any", "rows_2", "rows_4", "rows_8", "rows_any")
     names = {f"moe_sum_{kind}_{t}" for kind in kinds for t in ("f32", "f16", "bf16")}
     for result in everything.results:
         assert result.unit != "moe_sum" or set(result.kernels) == names, result.target

@@ -443,6 +443,21 @@ def test_many_pairs_take_clusters() -> None:
         assert torch.equal(got, right)
 
 
+@emulated
+def test_every_kernel_that_adds_up_rows() -> None:
+    launched = set()
+    for dtype, topk, hidden, tokens in itertools.product(
+        (torch.float32, torch.float16, torch.bfloat16), (1, 3, 4, 8), (64, 33), (2, 80)
+    ):
+        rows = torch.randn(40, hidden).to(dtype)
+        slots = torch.randint(-2, 42, (tokens, topk), dtype=torch.int32)
+        with Emulator(gpus.H200._replace(num_sms=1), 90)() as device:
+            result = moe_unpermute(device.tensor(rows), device.tensor(slots))
+        assert torch.equal(result, moe_unpermute(rows, slots)), (dtype, topk, hidden, tokens)
+        launched |= set(device.launched)
+    assert launched == {entry for entry in emulator.library("moe_sum", 90).entries if "rows" in entry}
+
+
 # ---- on a GPU
 
 

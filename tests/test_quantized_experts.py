@@ -8,10 +8,11 @@ import random
 from collections.abc import Callable
 from typing import Any
 
+import emulator
 import pytest
 import torch
 from emulator import Emulator
-from gpus import A100, GPUS, H200, RTX4090, Clusters
+from gpus import A100, B200, GPUS, H200, RTX4090, RTX5090, Clusters
 from test_experts import Layer, close, exact, needs_compiler
 from test_quantization import FORMATS, quantized
 
@@ -20,7 +21,8 @@ from cupy_moe.cpu import experts as cpu
 from cupy_moe.cuda.limits import device_limits
 from cupy_moe.images import sources
 from cupy_moe.plans import experts as plans
-from cupy_moe.plans.experts import QUANTIZED_BITS, QUANTIZED_KERNELS, plan_experts
+from cupy_moe.plans.base import ceil_div
+from cupy_moe.plans.experts import FP8_KERNELS, QUANTIZED_BITS, QUANTIZED_KERNELS, plan_experts
 
 Place = Callable[[torch.Tensor], torch.Tensor]
 
@@ -73,9 +75,12 @@ def planned(num_pairs: int, num_experts: int = 128, limits: Any = H200, **more: 
 def test_kernels_by_the_pairs_of_an_expert() -> None:
     assert [planned(n).kernel for n in (1, 128, 129)] == ["quantized_8", "quantized_8", "quantized_16"]
     assert [planned(n, 8).kernel for n in (32, 33)] == ["quantized_8", "quantized_16"]
-    forced = [planned(1, kernel=name, multiplies_fp8=True) for name in QUANTIZED_KERNELS]
+    forced = [
+        planned(1, kernel=name, multiplies_fp8=True, limits=RTX4090 if name == "mma_fp8" else H200)
+        for name in QUANTIZED_KERNELS
+    ]
     assert [plan.kernel for plan in forced] == list(QUANTIZED_KERNELS)
-    assert [plan.block_size for plan in forced] == [0, 16, 128]
+    assert [plan.block_size for plan in forced] == [0, 16, 128, 128]
     with pytest.raises(ValueError, match="kernel='quantized_8': at most 128 pairs, got 129"):
         planned(129, kernel="quantized_8")
     with pytest.raises(ValueError, match=r"compute capability 8\.0"):
@@ -95,10 +100,39 @@ def test_fp8_is_multiplied_where_that_reads_weights_faster() -> None:
     assert chosen(4096, 14336, 8, 2, 16, 64) == [products] * 3  # Mixtral, whose second product has few tiles
     assert chosen(4096, 14336, 8, 2, 64, multiplies_fp8=False) == [few, "quantized_16"]
     assert chosen(4096, 14336, 8, 2, 64, weight_format="int8", multiplies_fp8=False) == [few, "quantized_16"]
-    for limits in (A100, GPUS["B200"], H200._replace(max_clusters=Clusters())):
+    for limits in (A100, B200, H200._replace(max_clusters=Clusters())):
         assert chosen(4096, 14336, 8, 64, limits=limits) == ["quantized_16"]
         with pytest.raises(ValueError, match="kernel='wgmma_fp8': this device has no wgmma"):
             chosen(4096, 14336, 8, 64, limits=limits, kernel=products)
+
+
+def test_fp8_is_multiplied_without_wgmma_where_experts_have_many_rows() -> None:
+    most = plans.MMA_FP8_MEAN_ROWS * 8
+
+    def chosen(limits: Any, *pairs: int, **more: Any) -> list[str]:
+        return [planned(n, 8, limits, **{"multiplies_fp8": True, **more}).kernel for n in pairs]
+
+    for limits in (RTX4090, B200, RTX5090):
+        assert chosen(limits, 8, most - 1, most, most + 1) == [
+            "quantized_8", "quantized_16", "mma_fp8", "mma_fp8"
+        ]  # fmt: skip
+        assert chosen(limits, most, multiplies_fp8=False) == ["quantized_16"]
+        of_others = plan_experts(most, 8, 16, 2048, 768, "bf16", True, limits, None, "fp8", True)
+        assert of_others.kernel == "quantized_16"  # half of the pairs go to other ranks
+        assert chosen(limits, 1, kernel="mma_fp8") == ["mma_fp8"]
+        for pairs, num_experts in ((1, 8), (1024, 8), (1025, 8), (1025, 3), (131_072, 128)):
+            plan = planned(pairs, num_experts, limits, kernel="mma_fp8", multiplies_fp8=True)
+            for launch, width, columns in zip(plan.products, (768, 2048), plan.columns, strict=True):
+                assert launch.grid >= ceil_div(pairs, 128) * ceil_div(width, columns)
+                assert launch.shared_bytes + 512 <= limits.shared_bytes  # and the pairs of a block
+            assert plan.columns == (128, 256)
+            assert plan.group_blocks == (1 if pairs <= 128 * num_experts else plans.MMA_GROUP_BLOCKS)
+    without_clusters = H200._replace(max_clusters=Clusters())
+    assert chosen(A100, most) == chosen(without_clusters, most) == ["quantized_16"]
+    assert chosen(H200, most) == ["wgmma_fp8"]
+    for limits in (A100, H200, without_clusters):
+        with pytest.raises(ValueError, match=r"kernel='mma_fp8' is for .* on Hopper, 'wgmma_fp8' does the"):
+            chosen(limits, most, kernel="mma_fp8")
 
 
 @pytest.mark.parametrize("weight_format", QUANTIZED_BITS)
@@ -186,8 +220,14 @@ def test_every_code(stored: torch.dtype, dtype: torch.dtype) -> None:
 FP8_ROWS = ("fp8 by blocks", "fp8 by channels", "fp8 by tensors", "fp8 by gate and up")
 
 
+FP8_DEVICES = {
+    "wgmma_fp8": (H200._replace(num_sms=4, max_clusters=Clusters(of_2=2)), 90),
+    "mma_fp8": (RTX4090._replace(num_sms=4), 89),
+}
+
+
 def fp8_rows(seed: int, **given: int) -> tuple[Layer, Quantization]:
-    """A random call that `wgmma_fp8` takes."""
+    """A random call that FP8_KERNELS take."""
     pick = random.Random(seed)
     name, inner = FP8_ROWS[seed % len(FP8_ROWS)], 128 * pick.choice((1, 2))
     sizes = {
@@ -222,7 +262,8 @@ def activated_rows(activate: Any, *args: Any) -> torch.Tensor:
 def test_fp8_rows_against_float64() -> None:
     for seed in range(8):
         call, quantization = fp8_rows(seed, tokens=5)
-        result = call(lambda tensor: tensor, quantization=quantization, kernel="wgmma_fp8")
+        result, same = (call(torch.clone, quantization=quantization, kernel=kernel) for kernel in FP8_KERNELS)
+        assert torch.equal(result, same)
         in_16_bits = call(lambda tensor: tensor, quantization=quantization)
         w1, w2 = quantization.dequantize(call.tensors["w1"], call.tensors["w2"])
         tensors = {
@@ -256,31 +297,78 @@ def test_fp8_rows_of_what_cannot_be() -> None:
         ("int8 by channels", torch.Tensor.float, {"hidden": 128}),
     ):
         call, quantization = quantized(0, name, **given)
-        with pytest.raises(ValueError, match="kernel='wgmma_fp8': expected fp8 weights with one scale"):
-            call(torch.clone, quantization=moved(quantization, change), kernel="wgmma_fp8")
+        for kernel in FP8_KERNELS:
+            with pytest.raises(ValueError, match=f"kernel='{kernel}': expected fp8 weights with one scale"):
+                call(torch.clone, quantization=moved(quantization, change), kernel=kernel)
 
 
 @needs_compiler
+@pytest.mark.parametrize("kernel", FP8_KERNELS)
 @pytest.mark.parametrize("seed", range(16))
-def test_emulated_fp8_rows(seed: int) -> None:
+def test_emulated_fp8_rows(seed: int, kernel: str) -> None:
     call, quantization = fp8_rows(seed)
-    expected = call(lambda tensor: tensor, quantization=quantization, kernel="wgmma_fp8")
-    with Emulator(H200._replace(num_sms=4, max_clusters=Clusters(of_2=2)), 90, seed)() as device:
-        result = called(call, quantization, device.tensor, kernel="wgmma_fp8")
+    expected = call(lambda tensor: tensor, quantization=quantization, kernel=kernel)
+    with Emulator(*FP8_DEVICES[kernel], seed)() as device:
+        result = called(call, quantization, device.tensor, kernel=kernel)
         assert close(result, expected)
-        assert [entry.partition("_")[0] for entry in device.launched if "align" not in entry] == [
-            "quantize", "experts", "experts", "moe"
-        ]  # fmt: skip
+        launched = [entry for entry in device.launched if "align" not in entry]
+        assert [entry.partition("_")[0] for entry in launched] == ["quantize", "experts", "experts", "moe"]
+        assert all(f"_{kernel}_" in entry for entry in launched[1:3])
         # A row has the same bits alone.
         one = call._replace(
             tensors={
                 name: tensor[-1:] if name in PER_TOKEN else tensor for name, tensor in call.tensors.items()
             }
         )
-        assert torch.equal(called(one, quantization, device.tensor, kernel="wgmma_fp8"), result[-1:])
+        assert torch.equal(called(one, quantization, device.tensor, kernel=kernel), result[-1:])
 
 
 PER_TOKEN = ("hidden_states", "topk_weights", "topk_ids", "shared_output")
+
+
+def of_one_expert(seed: int, tokens: int) -> tuple[Layer, Quantization]:
+    """The last group of columns is a part of one."""
+    call, quantization = fp8_rows(seed, tokens=tokens, topk=1, experts=1, hidden=256, inner=144)
+    tensors = {**call.tensors, "topk_ids": torch.zeros(tokens, 1, dtype=torch.int32)}
+    tensors.pop("expert_map", None)
+    return call._replace(tensors=tensors), quantization
+
+
+@needs_compiler
+@pytest.mark.parametrize("tokens", [15, 16, 17, 127, 128, 129])
+def test_emulated_fp8_rows_at_the_edges_of_a_tile(tokens: int) -> None:
+    """Where sixteen rows of it, and all of it, are full; with a gate and without."""
+    for seed in (1, 6):
+        call, quantization = of_one_expert(seed, tokens)
+        expected = call(lambda tensor: tensor, quantization=quantization, kernel="mma_fp8")
+        assert expected.any()
+        with Emulator(*FP8_DEVICES["mma_fp8"], tokens)() as device:
+            assert nearly(called(call, quantization, device.tensor, kernel="mma_fp8"), expected), seed
+
+
+@needs_compiler
+@pytest.mark.parametrize(("kernel", "nvrtc"), [("wgmma_fp8", 13.0), ("mma_fp8", 13.0), ("mma_fp8", 12.3)])
+def test_emulated_fp8_rows_that_are_not_finite(
+    kernel: str, nvrtc: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NaN stays, and what is infinite becomes 448 scales of the rest: hidden states, and what the activation
+    gives. NVRTC before 12.4 has products of fp16 in place of those of mma_fp8."""
+    parts = zip(("MAJOR", "MINOR"), str(nvrtc).split("."), strict=True)
+    versions = [f"-D__CUDACC_VER_{part}__={number}" for part, number in parts]
+    monkeypatch.setattr(emulator, "WATCHED", [*emulator.WATCHED[:-2], *versions])
+    monkeypatch.setattr(emulator, "library", functools.cache(emulator.Library))
+    for seed in (5, 9):  # silu, whose infinities torch tells on CPUs, too
+        call, quantization = of_one_expert(seed, 20)
+        x = call.tensors["hidden_states"]
+        bias = torch.zeros(1, call.tensors["w1"].shape[1], dtype=x.dtype)
+        x[3, 7], x[5, 7], bias[0, 9] = torch.nan, -torch.inf, torch.inf
+        call = call._replace(tensors={**call.tensors, "w1_bias": bias})
+        expected = call(lambda tensor: tensor, quantization=quantization, kernel=kernel)
+        with Emulator(*FP8_DEVICES[kernel], seed)() as device:
+            result = called(call, quantization, device.tensor, kernel=kernel)
+        assert expected.isnan().all(dim=1).nonzero().tolist() == [[3]]
+        assert torch.equal(result.isnan(), expected.isnan())
+        assert nearly(result.nan_to_num(), expected.nan_to_num())
 
 
 # ---- torch
@@ -323,16 +411,18 @@ def test_sanitize_every_format_against_the_cpu(name: str) -> None:
 
 @pytest.mark.gpu
 def test_sanitize_fp8_rows_against_the_cpu() -> None:
-    if not device_limits(torch.cuda.current_device()).runs("experts_wgmma_fp8"):
-        pytest.skip("this GPU has no wgmma")
+    runs = device_limits(torch.cuda.current_device()).runs
+    kernel = next((name for name in FP8_KERNELS if runs(f"experts_{name}")), None)
+    if kernel is None:
+        pytest.skip("this GPU has no products of fp8")
     for seed in range(40):
         tokens = (1, 3, 17, 70, 300, 700)[seed % 6]
         call, quantization = fp8_rows(seed, tokens=tokens, hidden=128 * (1 + seed % 9))
-        expected = call(lambda tensor: tensor, quantization=quantization, kernel="wgmma_fp8")
+        expected = call(lambda tensor: tensor, quantization=quantization, kernel=kernel)
         memory = torch.full((tokens + 2, expected.shape[1]), 77.0, dtype=expected.dtype, device="cuda")
         for _ in range(2):
             out = memory[1:-1].fill_(torch.nan)
-            called(call, quantization, lambda tensor: tensor.cuda(), out=out, kernel="wgmma_fp8")
+            called(call, quantization, lambda tensor: tensor.cuda(), out=out, kernel=kernel)
             assert bool((memory[[0, -1]] == 77).all()), seed
             assert nearly(out.cpu(), expected), seed
 

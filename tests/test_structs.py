@@ -11,12 +11,12 @@ from typing import Any
 import emulator
 import pytest
 from cache_helpers import Everything
-from gpus import H200
+from gpus import H200, RTX4090
 
 import cupy_moe.ops
 from cupy_moe.cuda import structs
 from cupy_moe.cuda.structs import ArgumentStruct
-from cupy_moe.images import sources, targets
+from cupy_moe.images import compiler, sources, targets
 from cupy_moe.operators import align, experts, gate
 from cupy_moe.plans import align as align_plans
 from cupy_moe.plans import base
@@ -239,11 +239,16 @@ def test_ids_of_a_cluster_have_the_words_that_are_planned() -> None:
 # ---- the experts
 
 
+def files_of(unit: str) -> tuple[str, ...]:
+    """Those that have its structs."""
+    header = "wgmma" if "wgmma" in unit else "mma" if "mma" in unit else "swapped"
+    return f"experts/{header}.cuh", f"experts/{unit}.cu"
+
+
 def constants_of(unit: str) -> dict[str, int]:
     """All of a unit of the experts and of what it includes."""
     values: dict[str, int] = {}
-    header = "wgmma" if "wgmma" in unit else "swapped"
-    for file in ("common.cuh", "experts/experts.cuh", f"experts/{header}.cuh", f"experts/{unit}.cu"):
+    for file in ("common.cuh", "experts/experts.cuh", *files_of(unit)):
         for declaration in re.findall(r"^constexpr u32 (.*?);", without_comments(FILES[file]), re.MULTILINE):
             for name, _, value in (part.partition(" = ") for part in declaration.split(", ")):
                 values[name] = int(eval(re.sub(r"u\b", "", value).replace("/", "//"), {}, values))
@@ -254,8 +259,8 @@ def struct_layout(unit: str, name: str) -> tuple[int, int]:
     """sizeof and alignof of a struct of words, flags, barriers, other structs of its unit, and arrays."""
     known = {"bool": (1, 1), "u32": (4, 4), "float": (4, 4), "Barrier": (8, 8), "uint4": (16, 16)}
     offset, alignment = 0, 1
-    file = "swapped.cuh" if name == "Groups" else "wgmma.cuh"
-    for kind, field in fields_of(f"experts/{file}:{name}"):
+    (file,) = (file for file in files_of(unit) if f"struct {name} {{" in FILES[file])
+    for kind, field in fields_of(f"{file}:{name}"):
         aligned = re.fullmatch(r"(?:alignas\((\d+)\) )?(\w+)", kind)
         assert aligned, kind
         size, align = known.get(aligned[2]) or struct_layout(unit, aligned[2])
@@ -277,8 +282,8 @@ def struct_bytes(unit: str, name: str) -> int:
 
 def experts_plan(kernel: str, num_pairs: int = 100, intermediate: int = 768, gated: bool = True) -> Any:
     sizes = num_pairs, 8, 8, 2048, intermediate, "bf16", gated
-    stored = ("fp8", True) if kernel == "wgmma_fp8" else ()
-    return experts_plans.plan_experts(*sizes, H200, kernel, *stored)
+    stored = ("fp8", True) if kernel in experts_plans.FP8_KERNELS else ()
+    return experts_plans.plan_experts(*sizes, RTX4090 if kernel == "mma_fp8" else H200, kernel, *stored)
 
 
 def test_wgmma_has_the_shared_memory_that_it_lays_out() -> None:
@@ -301,7 +306,12 @@ def test_wgmma_has_the_shared_memory_that_it_lays_out() -> None:
 
 @pytest.mark.skipif(bool(emulator.compiler()), reason=str(emulator.compiler()))
 @pytest.mark.parametrize(
-    ("unit", "names"), [("experts_wgmma", ("Job", "Shared")), ("experts_direct", ("Groups",))]
+    ("unit", "names"),
+    [
+        ("experts_wgmma", ("Job", "Shared")),
+        ("experts_direct", ("Groups",)),
+        ("experts_mma_fp8", ("StageScales",)),
+    ],
 )
 def test_a_compiler_lays_shared_memory_out_the_same(
     unit: str, names: tuple[str, ...], tmp_path: Path
@@ -373,17 +383,32 @@ def test_direct_is_consistent_in_itself() -> None:
     assert sizes["kThreads"] // sizes["kChunks"] >= sizes["kGroupPairs"]  # rows that are copied at once
 
 
+def test_mma_fp8_has_the_shared_memory_that_it_lays_out() -> None:
+    sizes = constants_of("experts_mma_fp8")
+    said = formula("experts/experts_mma_fp8.cu", r"// shared   (.*) bytes\n")
+    source = FILES["experts/experts_mma_fp8.cu"]
+    assert "reinterpret_cast<StageScales*>(stages + kStages * Tile::kStageBytes);" in source
+    scales = str(struct_bytes("experts_mma_fp8", "StageScales"))
+    expected = evaluated(said.replace("sizeof(StageScales)", scales), **sizes)
+    for gated in (True, False):
+        for launch in experts_plan("mma_fp8", gated=gated).products:
+            assert launch.shared_bytes == expected
+            assert launch.shared_bytes + 4 * sizes["kTileRows"] <= RTX4090.shared_bytes
+            assert launch.block == sizes["kThreads"]
+
+
 def test_tiles_are_those_of_the_entries() -> None:
     entries = re.findall(r"ENTRY\(name, type, Element, kGated, ([\d, ]+)\)", FILES["experts/experts_mma.cu"])
     rows_of = {}
     for rows, weight_rows, warp_rows, warp_columns, stages in (map(int, e.split(", ")) for e in entries):
         rows_of[f"mma_{rows}"] = rows, weight_rows, stages
-        assert warp_rows * warp_columns * base.WARP == experts_plans.MMA_THREADS
+        assert warp_rows * warp_columns * base.WARP == experts_plans.TILES[f"mma_{rows}"].threads
     assert rows_of == {name: tile[:3] for name, tile in experts_plans.TILES.items()}
 
 
 def test_kernels_that_overlap_wait_before_they_write_or_let_others_begin(everything: Everything) -> None:
-    plans = [experts_plan(kernel, num_pairs) for kernel, num_pairs in (("direct", 8), ("mma_16", 10_000))]
+    chosen = ("direct", 8), ("mma_16", 10_000), ("mma_fp8", 100_000)
+    plans = [experts_plan(kernel, num_pairs) for kernel, num_pairs in chosen]
     launches = [launch for plan in plans for launch in plan.products]
     launches.append(sum_plans.plan_sum(9, 8, 64, "bf16", 2, True, True, H200, True).launch)
     rows = permute_plans.PermuteSizes(9000, 8, 64, 72_000, 896, True, False, "i32")
@@ -395,8 +420,13 @@ def test_kernels_that_overlap_wait_before_they_write_or_let_others_begin(everyth
     entries = 0
     for unit in {launch.unit for launch in launches}:
         # An image for Hopper alone has no PTX.
-        for path in (everything.folder / "v1" / targets.PTX_TARGET).glob(f"{unit}-*.ptx"):
-            for body in re.split(r"\.entry ", path.read_text())[1:]:
+        texts = [
+            path.read_text() for path in (everything.folder / "v1" / targets.PTX_TARGET).glob(f"{unit}-*.ptx")
+        ]
+        if unit == "experts_mma_fp8":
+            texts.append(compiler.compile(sources.unit(unit), targets.PTX_TARGET).data.decode())
+        for text in texts:
+            for body in re.split(r"\.entry ", text)[1:]:
                 name = body.partition("(")[0]
                 waits = body.find("griddepcontrol.wait")
                 assert waits >= 0, name
@@ -405,4 +435,4 @@ def test_kernels_that_overlap_wait_before_they_write_or_let_others_begin(everyth
                 # The kernel before may still write what is read through the read-only cache.
                 assert "ld.global.nc" not in body, name
                 entries += 1
-    assert entries >= 30
+    assert entries >= 36

@@ -20,6 +20,7 @@ from ..plans.align import aligned_sizes
 from ..plans.base import MAX_EXPERTS, ceil_div, divisor
 from ..plans.experts import (
     EXPERTS_KERNELS,
+    FP8_KERNELS,
     MAX_LOCAL_EXPERTS,
     QUANTIZED_BITS,
     QUANTIZED_KERNELS,
@@ -38,10 +39,12 @@ from .quantize import prepare_groups
 __all__ = ["experts_workspace_bytes", "fused_experts", "fused_moe"]
 
 _MMA_ARGS = ArgumentStruct(
-    "experts/experts.cuh:ExpertsArgs",
-    "sorted_token_ids expert_ids num_tokens_post_pad rows weights output bias topk_weights",
-    "i64 row_stride, expert_stride, weight_stride; u32 num_pairs, num_experts; Divisor group_tiles,"
-    " rows_shared; u32 depth, num_columns, activation, row_step, up_offset, clears_unknown, group_blocks;"
+    "experts/mma.cuh:ExpertsArgs",
+    "sorted_token_ids expert_ids num_tokens_post_pad rows weights output row_scales weight_scales"
+    " output_scales bias topk_weights",
+    "i64 row_stride, expert_stride, weight_stride, scale_expert_stride, scale_row_stride, scale_group_stride;"
+    " u32 num_pairs, num_experts; Divisor group_tiles, rows_shared; u32 depth, num_columns, activation,"
+    " row_step, up_offset, clears_unknown, group_blocks; Divisor scale_rows; u32 scale_type, scales_steps;"
     " i64 bias_stride; float alpha, beta, limit",
 )
 _WGMMA_ARGS = ArgumentStruct(
@@ -71,6 +74,8 @@ _QUANTIZED_ARGS = ArgumentStruct(
     " words_per_id; Divisor tiles, rows_shared, scale_rows; u32 group_chunks, num_groups, scale_type, depth,"
     " num_columns, activation, row_step, up_offset, is_first; i64 bias_stride; float alpha, beta, limit",
 )
+# By what names of kernels begin with.
+_ARGS = {"mma": _MMA_ARGS, "wgmma": _WGMMA_ARGS, "direct": _DIRECT_ARGS, "quantized": _QUANTIZED_ARGS}
 
 
 class ScaleType(enum.IntEnum):
@@ -178,10 +183,12 @@ def fused_experts(
     router weight, once; the sum is that of `moe_sum`. The result is the same to the last bit at every call,
     and for a token in whatever batch it is, as long as that has the same kind of kernel (mma or wgmma).
     Quantised weights become 16-bit values, exactly, and scales multiply sums in fp32; there is one kind. But
-    fp8 weights are multiplied as they are on Hopper, unless pairs are few: rows of both products become e4m3,
-    too, with an fp32 scale for 128 columns, as in DeepSeek-V3, which takes less time. That is where the
-    hidden size is a multiple of 128, and a row of weights has one scale, or blocks of 128 x 128 have fp32
-    ones; kernel="quantized_16" keeps 16 bits, and kernel="wgmma_fp8" tells the result on a CPU, too.
+    fp8 weights are multiplied as they are on Hopper, unless pairs are few, and on compute capability 8.9,
+    10.0, 10.3, 12.0 and 12.1 from 32 pairs an expert on: rows of both products become e4m3, too, with an
+    fp32 scale for 128 columns, as in DeepSeek-V3, which takes less time. That is where the hidden size is a
+    multiple of 128, and a row of weights has one scale, or blocks of 128 x 128 have fp32 ones;
+    kernel="quantized_16" keeps 16 bits, and "wgmma_fp8", or "mma_fp8" for those without wgmma, tells the
+    result on a CPU, too.
 
     >>> eye = torch.eye(8, dtype=torch.bfloat16)
     >>> w1 = torch.stack([eye, 2 * eye])  # two experts without a gate
@@ -275,7 +282,7 @@ def fused_experts(
     if call is None:
         result = cpu.fused_experts(
             x, first, second, weights, ids, activation, on_input, local, biases[0], biases[1], factor, shared,
-            swiglu_alpha, swiglu_limit, quantization, kernel == "wgmma_fp8",
+            swiglu_alpha, swiglu_limit, quantization, kernel in FP8_KERNELS,
         )  # fmt: skip
         with torch.no_grad():
             return output.copy_(result)
@@ -324,24 +331,24 @@ def fused_experts(
             memory[layout.post_pad : layout.post_pad + 4].view(torch.int32),
         )
         moe_align_block_size(ids, call.block_size, experts, local, False, local is not None, out=aligned)
+    scales1 = scales2 = 0, 0, 0  # of rows, of weights and of what a product writes
     if call.quantize is not None:
         # Codes, then scales; those of the hidden states where the outputs will be.
         scales, inner_scales = outer + num_tokens * hidden, inner + num_tokens * topk * intermediate
         call.quantize(rows, outer, scales, 0)
-        call.first(*maps[0], *blocks, outer, inner, scales, scale1, inner_scales, bias1, router1)
-        call.second(*maps[1], *blocks, inner, outer, inner_scales, scale2, 0, bias2, router2)
-    elif quantization is not None:
-        call.first(where, mapped, *blocks, rows, gates, scale1, zero1, inner, bias1, router1)
-        call.second(where, mapped, *blocks, inner, downs, scale2, zero2, outer, bias2, router2)
+        rows, scales1, scales2 = outer, (scales, scale1, inner_scales), (inner_scales, scale2, 0)
+    if maps:
+        call.first(*maps[0], *blocks, rows, inner, *scales1, bias1, router1)
+        call.second(*maps[1], *blocks, inner, outer, *scales2, bias2, router2)
+    elif call.kernel.startswith("mma"):
+        call.first(*blocks, rows, gates, inner, *scales1, bias1, router1)
+        call.second(*blocks, inner, downs, outer, *scales2, bias2, router2)
     elif call.kernel == "direct":
         call.first(where, rows, gates, inner, mapped, bias1, router1)
         call.second(where, inner, downs, outer, mapped, bias2, router2)
-    elif maps:
-        call.first(*maps[0], *blocks, rows, inner, 0, 0, 0, bias1, router1)
-        call.second(*maps[1], *blocks, inner, outer, 0, 0, 0, bias2, router2)
     else:
-        call.first(*blocks, rows, gates, inner, bias1, router1)
-        call.second(*blocks, inner, downs, outer, bias2, router2)
+        call.first(where, mapped, *blocks, rows, gates, scale1, zero1, inner, bias1, router1)
+        call.second(where, mapped, *blocks, inner, downs, scale2, zero2, outer, bias2, router2)
     launch_sum(summed[0], summed[1])
     return output
 
@@ -481,9 +488,9 @@ def _prepare(
             raise ValueError(f"w2: expected a {name} that is a multiple of 8, got {value}")
     check_range("topk_ids: topk", topk, INT32_MAX, 0 if num_tokens == 0 else 1)
     multiplies_fp8 = stored is not None and _multiplies_fp8(stored, hidden)
-    if kernel == "wgmma_fp8" and not multiplies_fp8:
+    if kernel in FP8_KERNELS and not multiplies_fp8:
         raise ValueError(
-            "kernel='wgmma_fp8': expected fp8 weights with one scale for a row, or with fp32 scales of blocks"
+            f"kernel={kernel!r}: expected fp8 weights with one scale for a row, or with fp32 scales of blocks"
             " of 128 x 128, and a hidden size that is a multiple of 128"
         )
     index = cuda_index("hidden_states", device)
@@ -500,7 +507,7 @@ def _prepare(
         multiplies_fp8,
     )  # fmt: skip
     weight_bytes = 2 if stored is None else 1
-    is_fp8 = plan.kernel == "wgmma_fp8"
+    is_fp8 = plan.kernel in FP8_KERNELS
     row_bytes = 1 if is_fp8 else 2
     layout = _lay_out(num_pairs, hidden, intermediate, all_experts, plan.block_size)
     alternate = activation == "swigluoai"
@@ -550,10 +557,7 @@ def _prepare(
         "is_first": False,
         "bias_stride": hidden,
     }
-    declared = _MMA_ARGS if stored is None else _QUANTIZED_ARGS
-    declared = {"direct": _DIRECT_ARGS, "wgmma": _WGMMA_ARGS, "wgmma_fp8": _WGMMA_ARGS}.get(
-        plan.kernel, declared
-    )
+    declared = _ARGS[plan.kernel.partition("_")[0]]
     if stored is not None:
         first |= _scale_fields(stored, 0, 2 * intermediate if is_gated else intermediate)
         second |= _scale_fields(stored, 1, hidden)

@@ -166,7 +166,7 @@ def prepare_sum(
     All that may be refused is refused here."""
     source, target = input.data_ptr(), output.data_ptr()
     weights = 0 if topk_weights is None else address("topk_weights", topk_weights)
-    ids = 0 if topk_ids is None else address("topk_ids", topk_ids)
+    ids = 0 if topk_ids is None else address("topk_ids" if rows_of is None else "inverse_ids", topk_ids)
     shared = 0 if shared_output is None else address("shared_output", shared_output)
     call = _prepare(
         input.shape, input.stride(), output.stride(), input.dtype, input.device,

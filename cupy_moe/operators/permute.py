@@ -449,6 +449,7 @@ def moe_unpermute(
     factor = as_factor(routed_scaling_factor)
     check_layout("permuted", permuted)
     check_layout("inverse_ids", inverse_ids)
+    address("permuted", permuted)  # before views are made of it, which without memory fail with less words
     if permuted.dim() != 2 or inverse_ids.dim() != 2:
         name, tensor = ("inverse_ids", inverse_ids) if permuted.dim() == 2 else ("permuted", permuted)
         raise ValueError(f"{name}: expected two dimensions, got {list(tensor.shape)}")
@@ -465,6 +466,7 @@ def moe_unpermute(
         if expert_offsets.dim() != 1 or not len(expert_offsets):
             raise ValueError(f"expert_offsets: expected shape [E + 1], got {list(expert_offsets.shape)}")
         check_tensor("expert_offsets", expert_offsets, _OFFSETS, expert_offsets.shape, device)
+        address("expert_offsets", expert_offsets)
         in_use = expert_offsets[-1:]
     output = place_for_sum(out, num_tokens, hidden, dtype, device)
     rows = permuted.expand(num_tokens, num_rows, hidden)  # any of them may be a slot of any token

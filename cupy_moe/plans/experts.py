@@ -46,30 +46,46 @@ WGMMA_GROUP_TWOS = 8
 # Blocks of pairs that take the tiles of columns together, where an expert has several: more read its weights
 # from L2 once, fewer the rows.
 MMA_GROUP_BLOCKS = 8
-MMA_THREADS = 128
 # Blocks of a kernel that begins early go where there is room first: a few would share some SMs, and leave
 # others idle.
 MMA_OVERLAP_ROUNDS = 4
 
 
 class Tile(NamedTuple):
-    """As in the ENTRIES of experts_mma.cu."""
+    """As in the ENTRIES of experts_mma.cu, and of experts_mma_fp8.cu the only one."""
 
     rows: int
     weight_rows: int
     stages: int
-    mean_rows: float  # of an expert, up to which it is taken
+    mean_rows: float = float("inf")  # of an expert, up to which it is taken
+    threads: int = 128
+    scale_bytes: int = 0  # of a stage
 
 
 TILES = {
     "mma_16": Tile(16, 64, 8, 10),
     "mma_32": Tile(32, 128, 4, 40),
     "mma_64": Tile(64, 128, 4, 80),
-    "mma_128": Tile(128, 128, 3, float("inf")),
+    "mma_128": Tile(128, 128, 3),
 }
 EXPERTS_KERNELS = ("direct", "wgmma", *TILES)
-# By the pairs that share what is read and decoded of the weights; or products of fp8, as rows are then, too.
-QUANTIZED_KERNELS = ("quantized_8", "quantized_16", "wgmma_fp8")
+
+MMA_FP8_ROWS = Constant(128, "experts/experts_mma_fp8.cu:kTileRows")
+MMA_FP8_TILE = Tile(
+    int(MMA_FP8_ROWS),
+    int(Constant(256, "experts/experts_mma_fp8.cu:kTileWeights")),
+    int(Constant(2, "experts/experts_mma_fp8.cu:kStages")),
+    threads=int(Constant(256, "experts/experts_mma_fp8.cu:kThreads")),
+    scale_bytes=4 * (MMA_FP8_ROWS + 4),  # sizeof(StageScales)
+)
+# Of an expert, on average: quantized_16 then reads its weights twice or more, but leaves rows as they are.
+# From where on mma_fp8 takes less time, nobody has measured yet.
+MMA_FP8_MEAN_ROWS = 32
+
+# Which take products of fp8, as rows are then, too: one or the other by what a device has.
+FP8_KERNELS = ("wgmma_fp8", "mma_fp8")
+# By the pairs that share what is read and decoded of the weights.
+QUANTIZED_KERNELS = ("quantized_8", "quantized_16", *FP8_KERNELS)
 
 
 class Reading(NamedTuple):
@@ -115,20 +131,32 @@ def plan_experts(
     if not limits.runs("experts_mma"):
         raise ValueError("hidden_states: fused_experts needs a GPU of compute capability 8.0 or newer")
     kinds = "gated" if gated else "plain", "plain"
+    widths = intermediate, hidden
     if weight_format:
         few = num_pairs <= DIRECT_MAX_PAIRS and num_pairs <= DIRECT_MEAN_PAIRS * num_experts
         reads = few and _reads_faster_by_8(num_pairs, num_experts, hidden, intermediate, gated)
-        if kernel == "wgmma_fp8" or (kernel is None and not reads):
-            plan = _plan_wgmma(kinds, element, limits, True) if multiplies_fp8 else None
+        if kernel == "wgmma_fp8" or (kernel is None and multiplies_fp8 and not reads):
+            plan = _plan_wgmma(kinds, element, limits, True)
             if plan:
                 return plan
             if kernel:
                 raise ValueError("kernel='wgmma_fp8': this device has no wgmma, or no clusters of two blocks")
+        many = num_pairs >= MMA_FP8_MEAN_ROWS * all_experts
+        if kernel == "mma_fp8" or (kernel is None and multiplies_fp8 and many):
+            if limits.runs("experts_mma_fp8"):
+                return _plan_mma(
+                    "mma_fp8", num_pairs, num_experts, all_experts, widths, kinds, element, limits
+                )
+            if kernel:
+                raise ValueError(
+                    "kernel='mma_fp8' is for compute capability 8.9, 10.0, 10.3, 12.0 and 12.1; on Hopper,"
+                    " 'wgmma_fp8' does the same"
+                )
         return _plan_quantized(
             num_pairs,
             num_experts,
             all_experts,
-            (intermediate, hidden),
+            widths,
             kinds,
             element,
             weight_format,
@@ -151,21 +179,37 @@ def plan_experts(
             raise ValueError("kernel='wgmma': this device has no wgmma, or no clusters of two blocks")
     mean = num_pairs / num_experts
     name = kernel or next(name for name, tile in TILES.items() if mean <= tile.mean_rows)
-    tile = TILES[name]
+    return _plan_mma(name, num_pairs, num_experts, all_experts, widths, kinds, element, limits)
+
+
+def _plan_mma(
+    name: str,
+    num_pairs: int,
+    num_experts: int,
+    all_experts: int,
+    widths: tuple[int, int],
+    kinds: tuple[str, str],
+    element: str,
+    limits: DeviceLimits,
+) -> ExpertsPlan:
+    if name == "mma_fp8":
+        unit, tile, names = "experts_mma_fp8", MMA_FP8_TILE, (f"first_{kinds[0]}", "second")
+    else:
+        unit, tile = "experts_mma", TILES[name]
+        names = f"{kinds[0]}_{tile.rows}", f"{kinds[1]}_{tile.rows}"
     # The most blocks, where every expert has a pair, and all others go to one.
     blocks = min(num_pairs, all_experts) + max(0, num_pairs - all_experts) // tile.rows
-    group_blocks = 1 if mean <= tile.rows else MMA_GROUP_BLOCKS
-    columns = tile.weight_rows // 2 if gated else tile.weight_rows, tile.weight_rows
-    shared_bytes = tile.stages * (tile.rows + tile.weight_rows) * ROW_BYTES
+    group_blocks = 1 if num_pairs <= tile.rows * num_experts else MMA_GROUP_BLOCKS
+    columns = tile.weight_rows // 2 if kinds[0] == "gated" else tile.weight_rows, tile.weight_rows
+    shared_bytes = tile.stages * ((tile.rows + tile.weight_rows) * ROW_BYTES + tile.scale_bytes)
 
-    def launch(kind: str, width: int, tile_columns: int) -> LaunchPlan:
+    def launch(name: str, width: int, tile_columns: int) -> LaunchPlan:
         grid = round_up(blocks, group_blocks) * ceil_div(width, tile_columns)
-        entry = f"experts_mma_{kind}_{tile.rows}_{element}"
         overlaps = grid >= MMA_OVERLAP_ROUNDS * limits.num_sms
-        return LaunchPlan("experts_mma", entry, grid, MMA_THREADS, shared_bytes, overlaps)
+        return LaunchPlan(unit, f"{unit}_{name}_{element}", grid, tile.threads, shared_bytes, overlaps)
 
-    products = launch(kinds[0], intermediate, columns[0]), launch(kinds[1], hidden, columns[1])
-    return ExpertsPlan(name, tile.rows, group_blocks, products, columns)
+    first, second = map(launch, names, widths, columns)
+    return ExpertsPlan(name, tile.rows, group_blocks, (first, second), columns)
 
 
 def _reads_faster_by_8(num_pairs: int, num_experts: int, hidden: int, intermediate: int, gated: bool) -> bool:

@@ -51,7 +51,8 @@ def plan_sum(
     exact = [slots for slots in sizes if topk % slots == 0 and topk <= 2 * slots]
     kind = "any" if not vectors else "ext" if extended else str(exact[0]) if exact else "n"
     if rows:
-        kind = "rows" if vectors else "rows_any"
+        in_flight = 8 if per_sm <= SUM_THREADS else 4 if topk % 4 == 0 else 2
+        kind = f"rows_{in_flight}" if vectors else "rows_any"
     entry = f"moe_sum_{kind}_{element}"
     launch = LaunchPlan("moe_sum", entry, ceil_div(num_units, threads), threads, overlaps=overlaps)
     return SumPlan(launch, per_token, num_tokens)

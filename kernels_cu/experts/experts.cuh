@@ -11,30 +11,6 @@
 
 enum Activation : u32 { kNone, kSilu, kGelu, kGeluTanh, kRelu2, kSwiglu };
 
-// What every block reads comes first, as the first look at a line of 64 bytes of the arguments takes 200 cycles.
-struct ExpertsArgs {
-  const int* sorted_token_ids;  // [num_tokens_post_pad] pairs; those from num_pairs on are padding
-  const int* expert_ids;        // [blocks]
-  const int* num_tokens_post_pad;
-  const char* rows;                              // [num_pairs / rows_shared, depth], row_stride bytes apart
-  const char* weights;                           // [num_experts][rows of an expert][depth]
-  char* output;                                  // [num_pairs, num_columns]
-  const char* bias;                              // [num_experts][rows of an expert] of Element, or null
-  const float* topk_weights;                     // [num_pairs] or null: multiplies what the activation gets
-  i64 row_stride, expert_stride, weight_stride;  // in bytes
-  u32 num_pairs, num_experts;
-  Divisor group_tiles;  // tiles of group_blocks blocks of pairs, which together read the weights of a tile
-  Divisor rows_shared;  // pairs that have one row: topk in GEMM 1, 1 in GEMM 2
-  u32 depth, num_columns;
-  u32 activation;      // an Activation
-  u32 row_step;        // of the row of weights for the next column: 2 where gate and up rows alternate
-  u32 up_offset;       // from the row of a gate to that of its up
-  u32 clears_unknown;  // pairs of experts that are not here get rows of zeros
-  u32 group_blocks;
-  i64 bias_stride;           // in elements, of an expert
-  float alpha, beta, limit;  // of kSwiglu
-};
-
 __device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 
 // Not inlined: an epilogue has up to 128 of them, and each would bring all activations.
@@ -87,6 +63,17 @@ __device__ __forceinline__ void copy_async_of(u32 num_bytes, void* shared, const
 }
 __device__ __forceinline__ void copy_async(void* shared, const void* global, bool exists) {
   copy_async_of(exists ? 16 : 0, shared, global);
+}
+
+// 4 bytes, or zeros, in the same way.
+__device__ __forceinline__ void copy_word_async(void* shared, const void* global, bool exists) {
+#if EMULATED
+  emulator::copy_async(shared, global, exists, 4);
+#else
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"((u32)__cvta_generic_to_shared(shared)), "l"(global),
+               "r"(exists ? 4 : 0)
+               : "memory");
+#endif
 }
 
 // What a thread has asked to be copied since the last time is one group.
@@ -149,19 +136,21 @@ MULTIPLY_ADD(F16, "f16")
 
 // ---- tiles ----------------------------------------------------------------------------------------------------------
 
-constexpr u32 kDepth = 64, kRowBytes = kDepth * 2, kChunks = kRowBytes / 16;  // of a step along the depth
+constexpr u32 kDepth = 64, kRowBytes = kDepth * 2, kChunks = kRowBytes / 16;  // of a step along the depth, of 16 bits
 
 // Chunks of 16 bytes are stored so that neither rows nor columns of them meet in a bank; as TMA's swizzle of 128 bytes.
 __device__ __forceinline__ u32 chunk_offset(u32 row, u32 chunk) { return row * kRowBytes + ((chunk ^ row % 8) * 16); }
 
 // A tile of the output. With a gate, a column takes two rows of weights: those of eight gates and of their eight ups
 // alternate, so that a thread has the sums of both.
-template <typename ElementType, bool kHasGate, u32 kTileRows, u32 kTileWeightRows, u32 kNumThreads>
+template <typename ElementType, bool kHasGate, u32 kTileRows, u32 kTileWeightRows, u32 kNumThreads, u32 kNumBytes = 2>
 struct TileOf {
   using Element = ElementType;
   static constexpr bool kGated = kHasGate;
   static constexpr u32 kRows = kTileRows, kWeightRows = kTileWeightRows, kThreads = kNumThreads;
   static constexpr u32 kColumns = kGated ? kWeightRows / 2 : kWeightRows;
+  static constexpr u32 kBytes = kNumBytes;  // of what is multiplied
+  static constexpr u32 kStepDepth = kRowBytes / kBytes, kPerChunk = 16 / kBytes;
   static constexpr u32 kStageBytes = (kRows + kWeightRows) * kRowBytes;
 
   // The column of the tile that row r of its weights is for.
@@ -174,39 +163,6 @@ struct TileOf {
   }
 };
 
-// Which tile a block of the grid has. Groups of blocks of pairs take all columns, a tile of these after another.
-struct Place {
-  u32 block, first_column;
-  __device__ __forceinline__ Place(const ExpertsArgs& args, u32 columns) {
-    const u32 group = args.group_tiles.quotient(blockIdx.x), rest = blockIdx.x - group * args.group_tiles.value;
-    const u32 tile = rest / args.group_blocks;
-    block = group * args.group_blocks + rest - tile * args.group_blocks;
-    first_column = tile * columns;
-  }
-};
-
-template <typename Tile>
-__device__ __forceinline__ void load_pairs(const ExpertsArgs& args, u32 block, u32* pairs) {
-#pragma unroll 1
-  for (u32 r = threadIdx.x; r < Tile::kRows; r += Tile::kThreads) {
-    pairs[r] = (u32)args.sorted_token_ids[block * Tile::kRows + r];
-  }
-  __syncthreads();
-}
-
-// For pairs of an expert that is not here.
-template <typename Tile>
-__device__ __forceinline__ void clear_rows(const ExpertsArgs& args, const u32* pairs, u32 first_column) {
-  if (!args.clears_unknown) return;
-#pragma unroll 1
-  for (u32 i = threadIdx.x; i < Tile::kRows * Tile::kColumns; i += Tile::kThreads) {
-    const u32 pair = pairs[i / Tile::kColumns], column = first_column + i % Tile::kColumns;
-    if (pair < args.num_pairs && column < args.num_columns) {
-      reinterpret_cast<u16*>(args.output)[(i64)pair * args.num_columns + column] = 0;
-    }
-  }
-}
-
 // The row of one pair, by a block.
 template <u32 kThreads, typename Args>
 __device__ __forceinline__ void clear_row(const Args& args, u32 pair) {
@@ -214,56 +170,6 @@ __device__ __forceinline__ void clear_row(const Args& args, u32 pair) {
 #pragma unroll 1
   for (u32 i = threadIdx.x; i < args.num_columns / 8; i += kThreads) row[i] = make_uint4(0, 0, 0, 0);
 }
-
-// What a thread copies at each step: chunks of the same rows.
-template <typename Tile>
-struct Loader {
-  static constexpr u32 kRowsAtOnce = Tile::kThreads / kChunks;
-  static constexpr u32 kMyRows = (Tile::kRows + kRowsAtOnce - 1) / kRowsAtOnce;
-  static constexpr u32 kMyWeights = Tile::kWeightRows / kRowsAtOnce;
-  const char *rows[kMyRows], *weights[kMyWeights];  // null: zeros
-  u32 my_row, my_chunk;
-
-  __device__ __forceinline__ Loader(const ExpertsArgs& args, const u32* pairs, u32 expert, u32 first_column)
-      : my_row(threadIdx.x / kChunks), my_chunk(threadIdx.x % kChunks) {
-#pragma unroll
-    for (u32 i = 0; i < kMyRows; ++i) {
-      const u32 r = my_row + i * kRowsAtOnce;
-      const u32 pair = r < Tile::kRows ? pairs[r] : args.num_pairs;
-      rows[i] = pair < args.num_pairs ? args.rows + args.rows_shared.quotient(pair) * args.row_stride : nullptr;
-    }
-    const char* mine = args.weights + expert * args.expert_stride;
-#pragma unroll
-    for (u32 i = 0; i < kMyWeights; ++i) {
-      const u32 r = my_row + i * kRowsAtOnce;
-      const bool exists = first_column + Tile::column(r) < args.num_columns;
-      weights[i] = exists ? mine + Tile::weight_row(args, first_column, r) * args.weight_stride : nullptr;
-    }
-  }
-
-  // Asks for a step, if there is one; a group of copies even if not, so that the number of groups tells the step.
-  __device__ __forceinline__ void ask(const ExpertsArgs& args, char* stage, u32 step, u32 num_steps) const {
-    if (step < num_steps) {
-      const u32 element = step * kDepth + my_chunk * 8;
-      const bool is_within = element < args.depth;
-#pragma unroll
-      for (u32 i = 0; i < kMyRows; ++i) {
-        const u32 r = my_row + i * kRowsAtOnce;
-        if (Tile::kRows % kRowsAtOnce != 0 && r >= Tile::kRows) continue;
-        const bool exists = is_within && rows[i] != nullptr;
-        copy_async(stage + chunk_offset(r, my_chunk), exists ? rows[i] + element * 2 : args.rows, exists);
-      }
-      stage += Tile::kRows * kRowBytes;
-#pragma unroll
-      for (u32 i = 0; i < kMyWeights; ++i) {
-        const u32 r = my_row + i * kRowsAtOnce;
-        const bool exists = is_within && weights[i] != nullptr;
-        copy_async(stage + chunk_offset(r, my_chunk), exists ? weights[i] + element * 2 : args.weights, exists);
-      }
-    }
-    commit_copies();
-  }
-};
 
 // Of rows l / 4 and l / 4 + 8 of the tile, in lane l; not looked at where a call has none.
 template <typename Args>

@@ -2,7 +2,7 @@
 // The products of the experts with mma.sync: every device from compute capability 8.0 on.
 //
 // in       rows, weights, bias, topk_weights of Element or fp32; sorted_token_ids, expert_ids and num_tokens_post_pad
-//          of moe_align_block_size with blocks of kRows                                          (ExpertsArgs, experts.cuh)
+//          of moe_align_block_size with blocks of kRows                                          (ExpertsArgs, mma.cuh)
 // out      output [num_pairs, num_columns] of Element, the rows of pairs that are in a block
 // grid     blocks * column_tiles; block: kThreads
 // shared   kStages * (kRows + kWeightRows) * 128 bytes
@@ -18,7 +18,7 @@
 //
 // Order: over the depth ascending, 16 at a time, for each element alone: a row has the same bits in every batch and
 // with every size of a tile.
-#include "experts/experts.cuh"
+#include "experts/mma.cuh"
 
 // kWarpRows x kWarpColumns warps share the tile.
 template <typename Element, bool kGated, u32 kRows, u32 kWeightRows, u32 kWarpRows, u32 kWarpColumns, u32 kNumStages>
@@ -27,52 +27,6 @@ struct Tile : TileOf<Element, kGated, kRows, kWeightRows, kWarpRows * kWarpColum
   static constexpr u32 kM = kRows / kWarpRows / 16, kN = kWeightRows / kWarpColumns / 8;  // products of a warp
   static_assert(kN % 2 == 0, "two at a time are loaded, and with a gate belong together");
 };
-
-// What the lanes l, l + 1, l + 2, l + 3 of a quad have as words 0 to 3 of lane l + i is word i of each of them after.
-__device__ __forceinline__ void transpose_in_quads(u32 (&words)[4]) {
-  const auto exchange = [](u32& mine, u32& other, bool is_upper, u32 distance) {
-    const u32 taken = __shfl_xor_sync(kFullWarp, is_upper ? mine : other, distance);
-    (is_upper ? mine : other) = taken;
-  };
-  const bool is_odd = lane_id() % 2 != 0, is_upper = lane_id() / 2 % 2 != 0;
-  exchange(words[0], words[1], is_odd, 1);
-  exchange(words[2], words[3], is_odd, 1);
-  exchange(words[0], words[2], is_upper, 2);
-  exchange(words[1], words[3], is_upper, 2);
-}
-
-// 16 rows of the tile by a warp, which has them in the layout of m16n8k16.
-template <typename Tile>
-__device__ __forceinline__ void write_rows(const ExpertsArgs& args, const u32* pairs, u32 first_column,
-                                           u32 first_weight_row, const float (&sums)[Tile::kN][4]) {
-  using Element = typename Tile::Element;
-  constexpr u32 kStep = Tile::kGated ? 2 : 1, kWords = Tile::kN / kStep;  // products for a word; words of a row
-  constexpr u32 kAtOnce = kWords % 4 == 0 ? 4 : 1;
-  const u32 quad_lane = lane_id() % 4;
-  const auto column_of = [&](u32 n) { return first_column + Tile::column(first_weight_row + n * 8); };
-#pragma unroll
-  for (u32 half = 0; half < 2; ++half) {
-    const u32 pair = pairs[half * 8 + lane_id() / 4];
-    const bool exists = pair < args.num_pairs;
-    char* output = args.output + (exists ? (i64)pair * args.num_columns * 2 : 0);
-#pragma unroll
-    for (u32 first = 0; first < kWords; first += kAtOnce) {
-      u32 words[kAtOnce];
-#pragma unroll
-      for (u32 w = 0; w < kAtOnce; ++w) words[w] = Element::pack(sums[(first + w) * kStep] + half * 2);
-      if constexpr (kAtOnce == 4) {
-        transpose_in_quads(words);
-        const u32 column = column_of((first + quad_lane) * kStep);
-        if (exists && column < args.num_columns) {
-          *reinterpret_cast<uint4*>(output + column * 2) = make_uint4(words[0], words[1], words[2], words[3]);
-        }
-      } else {
-        const u32 column = column_of(first * kStep) + quad_lane * 2;
-        if (exists && column < args.num_columns) *reinterpret_cast<u32*>(output + column * 2) = words[0];
-      }
-    }
-  }
-}
 
 template <typename Tile>
 __device__ __forceinline__ void experts_mma(const ExpertsArgs& args) {
@@ -88,7 +42,7 @@ __device__ __forceinline__ void experts_mma(const ExpertsArgs& args) {
   if (expert >= args.num_experts) return clear_rows<Tile>(args, pairs, place.first_column);
 
   const Loader<Tile> loader(args, pairs, expert, place.first_column);
-  const u32 num_steps = ceil_div(args.depth, kDepth);
+  const u32 num_steps = ceil_div(args.depth, Tile::kStepDepth);
   const auto stage_of = [&](u32 step) { return stages + step % Tile::kStages * Tile::kStageBytes; };
   const u32 warp_row = warp_id() / Tile::kAcross * (Tile::kM * 16);
   const u32 warp_column = warp_id() % Tile::kAcross * (Tile::kN * 8);

@@ -8,7 +8,6 @@ template <typename ElementType, bool kHasGate>
 struct Product : TileOf<ElementType, kHasGate, kTileRows, kWeightRows, kThreads> {
   using Base = TileOf<ElementType, kHasGate, kTileRows, kWeightRows, kThreads>;
   static constexpr bool kScaled = false;
-  static constexpr u32 kStepDepth = kDepth, kPerChunk = 8;  // elements of a row
   static constexpr u32 kProductRegisters = 208, kLoaderRegisters = 88;
 
   __device__ static __forceinline__ void sum_up(const ExpertsWgmmaArgs&, Shared& shared, const char* stages,

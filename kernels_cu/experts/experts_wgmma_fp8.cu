@@ -9,15 +9,14 @@
 // scales and added up in fp32: half of the tile after the other, as there are no registers for two sums of all of it.
 //
 // targets  sm_90a
-#include "experts/formats.cuh"
+#include "experts/rows_fp8.cuh"
 #include "experts/wgmma.cuh"
 
 template <typename ElementType, bool kHasGate>
-struct Product : TileOf<ElementType, kHasGate, kTileRows, kWeightRows, kThreads> {
-  using Base = TileOf<ElementType, kHasGate, kTileRows, kWeightRows, kThreads>;
+struct Product : TileOf<ElementType, kHasGate, kTileRows, kWeightRows, kThreads, 1> {
+  using Base = TileOf<ElementType, kHasGate, kTileRows, kWeightRows, kThreads, 1>;
   using Base::kGated;
   static constexpr bool kScaled = true;
-  static constexpr u32 kStepDepth = kRowBytes, kPerChunk = 16;  // elements of a row
   static constexpr u32 kProductRegisters = 216, kLoaderRegisters = 72;
 
   __device__ static __forceinline__ void sum_up(const ExpertsWgmmaArgs& args, Shared& shared, const char* stages,
@@ -93,8 +92,7 @@ struct Product : TileOf<ElementType, kHasGate, kTileRows, kWeightRows, kThreads>
     float* scales = reinterpret_cast<float*>(memory);
 #pragma unroll 1
     for (u32 r = lane_id(); r < kWeightRows; r += kWarpSize) {
-      const u32 row = first_column + Base::column(r) < args.num_columns ? Base::weight_row(args, first_column, r) : 0;
-      const i64 at = expert * args.scale_expert_stride + args.scale_rows.quotient(row) * args.scale_row_stride;
+      const i64 at = weight_scale_at<Base>(args, expert, first_column, r);
       scales[r] = load_scale(args.weight_scales, args.scale_type, at);
     }
     __syncwarp();
@@ -128,9 +126,7 @@ struct FirstProduct : Product<ElementType, kHasGate> {
         float largest = 0;
 #pragma unroll
         for (u32 c = 0; c < kGroupColumns / 8; ++c) largest = larger(larger(largest, value(c, 0)), value(c, 1));
-        largest = fmaxf(largest, __shfl_xor_sync(kFullWarp, largest, 1));
-        largest = fmaxf(largest, __shfl_xor_sync(kFullWarp, largest, 2));
-        const float scale = to_e4m3_scale(largest, kLeastLargest), factor = inverse(scale);
+        const float scale = group_scale(largest_of_quad(largest)), factor = inverse(scale);
         const u32 row = my_row + half * 8, pair = pairs[row];
         if (lane_id() % 4 == 0 && pair < args.num_pairs) {
           args.output_scales[(i64)pair * num_groups + column / kGroupColumns] = scale;
@@ -153,16 +149,6 @@ struct FirstProduct : Product<ElementType, kHasGate> {
       }
       __syncwarp();
     }
-  }
-
- private:
-  static constexpr u32 kGroupColumns = 128;
-  static constexpr float kLeastLargest = 1e-10f;
-
-  // Of magnitudes; what is not finite counts as little as in quantize.cu.
-  __device__ static __forceinline__ float larger(float largest, float value) {
-    const float magnitude = fabsf(value);
-    return magnitude <= kLargestFinite ? fmaxf(largest, magnitude) : largest;
   }
 };
 

@@ -13,8 +13,9 @@
 // One thread computes one unit of the output: 16 bytes, or one element where strides or alignment rule that out (any).
 // It requests kInFlight slots before it adds the first, so that their latencies overlap; more than topk would only
 // take registers. The entries 2, 4 and 8 are for multiples of that many slots, n is for any topk; none of these has
-// weights, ids, a shared output or a factor, which ext, any, rows and rows_any have. The last two look up a row before
-// they can ask for it, and so ask for more at once.
+// weights, ids, a shared output or a factor, which ext, any, rows_X and rows_any have. The last ones look up a row before
+// they can ask for it, so more threads on an SM are worth more than more loads of each: rows_4 is for multiples of 4
+// slots and rows_2 for any topk, rows_8 for few tokens, which do not fill the device.
 //
 // Slots whose id is negative, past the map, or mapped outside [0, num_experts) are not read; nor are rows that are not.
 // Order: k ascending, in fp32; products and sums are rounded one by one (no fma), as on the CPU.
@@ -39,9 +40,10 @@ struct SumArgs {
 };
 
 constexpr u32 kMaxThreads = 128;
+constexpr u32 kRowsBlocks = __CUDA_ARCH__ < 1000 ? 12 : 10;  // of rows_2 on an SM; twelve would spill there
 
 // 16 bytes at a time. Not as what stays the same for all of a kernel's life (.nc), as the kernel before may still write
-// when this one begins. Stores are marked as not to be read again (.cs), which leaves more of the L2 to loads.
+// when this one begins.
 __device__ __forceinline__ uint4 load_vector(const char* address) {
 #if EMULATED
   return *reinterpret_cast<const uint4*>(address);
@@ -49,15 +51,6 @@ __device__ __forceinline__ uint4 load_vector(const char* address) {
   uint4 v;
   asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(address));
   return v;
-#endif
-}
-
-__device__ __forceinline__ void store_vector(char* address, uint4 v) {
-#if EMULATED
-  *reinterpret_cast<uint4*>(address) = v;
-#else
-  asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
-               : "memory");
 #endif
 }
 
@@ -199,14 +192,16 @@ __device__ __forceinline__ void moe_sum(const SumArgs& args) {
       moe_sum_##name(const __grid_constant__ SumArgs args) {            \
     moe_sum<Unit, kKind, kInFlight, kExact>(args);                      \
   }
-#define ENTRIES(type, Element)                               \
-  ENTRY(2_##type, Vector<Element>, kPlain, 2, true, 8)       \
-  ENTRY(4_##type, Vector<Element>, kPlain, 4, true, 8)       \
-  ENTRY(8_##type, Vector<Element>, kPlain, 8, true, 8)       \
-  ENTRY(n_##type, Vector<Element>, kPlain, 8, false, 8)      \
-  ENTRY(ext_##type, Vector<Element>, kExtended, 4, false, 6) \
-  ENTRY(any_##type, Scalar<Element>, kExtended, 4, false, 6) \
-  ENTRY(rows_##type, Vector<Element>, kRows, 8, false, 5)    \
+#define ENTRIES(type, Element)                                        \
+  ENTRY(2_##type, Vector<Element>, kPlain, 2, true, 8)                \
+  ENTRY(4_##type, Vector<Element>, kPlain, 4, true, 8)                \
+  ENTRY(8_##type, Vector<Element>, kPlain, 8, true, 8)                \
+  ENTRY(n_##type, Vector<Element>, kPlain, 8, false, 8)               \
+  ENTRY(ext_##type, Vector<Element>, kExtended, 4, false, 6)          \
+  ENTRY(any_##type, Scalar<Element>, kExtended, 4, false, 6)          \
+  ENTRY(rows_2_##type, Vector<Element>, kRows, 2, false, kRowsBlocks) \
+  ENTRY(rows_4_##type, Vector<Element>, kRows, 4, true, 9)            \
+  ENTRY(rows_8_##type, Vector<Element>, kRows, 8, false, 5)           \
   ENTRY(rows_any_##type, Scalar<Element>, kRows, 8, false, 5)
 ENTRIES(f32, F32)
 ENTRIES(f16, F16)

@@ -44,7 +44,7 @@ struct Vector {
   __device__ __forceinline__ void clear() { words = make_uint4(0, 0, 0, 0); }
   static __device__ __forceinline__ u64 offset(u32 unit, u32) { return (u64)unit * sizeof(uint4); }
   __device__ __forceinline__ void load(const char* address, u32) { words = *reinterpret_cast<const uint4*>(address); }
-  __device__ __forceinline__ void store(char* address, u32) const { *reinterpret_cast<uint4*>(address) = words; }
+  __device__ __forceinline__ void store(char* address, u32) const { store_vector(address, words); }
 };
 
 struct Element {

@@ -93,8 +93,6 @@ class Inputs(NamedTuple):
 class QuantizedExperts(Operator):
     function = "fused_experts"
     columns: Mapping[str, Sequence[str]] = {"model": ("model",), "tokens": ("tokens",)}
-    size = "{model}, {tokens} tokens"
-    telling = ()
 
     def __init__(
         self,
@@ -106,6 +104,8 @@ class QuantizedExperts(Operator):
     ) -> None:
         self.format, self.section, self.title = weight_format, f"experts_{weight_format}", title
         self.cases, self.theirs, self.note = cases, theirs, note
+        self.size = f"{{model}}, {{tokens}} tokens, {weight_format}"
+        self.telling = [LayerCase("DeepSeek-V3/64", 4096)] if theirs else []
         self.more_columns = {
             "roofline": lambda row: f"{self.floor_us(row):.0f}",
             "share": lambda row: f"{self.floor_us(row) / row['us']['random'][OURS]:.0%}",

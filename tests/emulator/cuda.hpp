@@ -67,6 +67,7 @@ void commit_copies();
 void wait_copies(unsigned num_groups);
 void load_matrices(unsigned* words, const void* row, int line);
 void store_matrices(void* row, const unsigned* words, int line);
+// Of 16 bits, or, without `to_float`, of e4m3.
 void multiply_add(float* sums, const unsigned* a, unsigned b0, unsigned b1, float (*to_float)(unsigned short), int line);
 
 // Of Hopper, as hopper.cuh has them.
@@ -81,7 +82,7 @@ void barrier_send(void* barrier, void* mine, unsigned rank, unsigned value);
 void barrier_wait(void* barrier, unsigned parity, bool of_cluster, int line);
 void copy_box(void* shared, const unsigned long long* map, void* barrier, const unsigned* at, bool to_both);
 void begin_products();
-// Of 16 bits, or, without `to_float`, of e4m3.
+// Of what multiply_add takes.
 void multiply(unsigned columns, float* sums, unsigned a, unsigned b, unsigned adds, float (*to_float)(unsigned short),
               int line);
 void commit_products(int line);

@@ -534,10 +534,16 @@ void begin_product(Warp& warp) {
 }
 
 float e4m3_to_float(unsigned char bits) {
-  const int exponent = bits >> 3 & 15, mantissa = bits & 7;
-  if (exponent == 15 && mantissa == 7) return NAN;
-  const float magnitude = exponent ? ldexpf(float(8 + mantissa), exponent - 10) : ldexpf(float(mantissa), -9);
-  return bits & 128 ? -magnitude : magnitude;
+  static const std::vector<float> values = [] {
+    std::vector<float> found;
+    for (int code = 0; code < 256; ++code) {
+      const int exponent = code >> 3 & 15, mantissa = code & 7;
+      const float magnitude = exponent ? ldexpf(float(8 + mantissa), exponent - 10) : ldexpf(float(mantissa), -9);
+      found.push_back(exponent == 15 && mantissa == 7 ? NAN : code & 128 ? -magnitude : magnitude);
+    }
+    return found;
+  }();
+  return values[bits];
 }
 
 // An element of an operand, whose rows are swizzled by their addresses.
@@ -980,14 +986,17 @@ void multiply_add(float* sums, const unsigned* a, unsigned b0, unsigned b1, floa
   const unsigned own[6] = {a[0], a[1], a[2], a[3], b0, b1};
   const unsigned* all = gather(own, 6, line);
   const unsigned lane = current->index % kWarp;
-  const auto element = [&](unsigned from, unsigned word, unsigned half) {
-    return to_float(static_cast<unsigned short>(all[from * 6 + word] >> (16 * half)));
+  const unsigned per_word = to_float ? 2 : 4, in_quad = 4 * per_word;
+  const auto element = [&](unsigned from, unsigned word, unsigned place) {
+    const unsigned bits = all[from * 6 + word] >> (32 / per_word * place);
+    return to_float ? to_float(static_cast<unsigned short>(bits)) : e4m3_to_float(static_cast<unsigned char>(bits));
   };
   for (unsigned i = 0; i < 4; ++i) {
     const unsigned row = lane / 4, column = lane % 4 * 2 + i % 2, lower = i / 2;
-    for (unsigned k = 0; k < 16; ++k) {
-      const unsigned part = k % 8 / 2, upper = k / 8;
-      sums[i] += element(row * 4 + part, upper * 2 + lower, k % 2) * element(column * 4 + part, 4 + upper, k % 2);
+    for (unsigned k = 0; k < 2 * in_quad; ++k) {
+      const unsigned lane_of_quad = k % in_quad / per_word, upper = k / in_quad, place = k % per_word;
+      sums[i] += element(row * 4 + lane_of_quad, upper * 2 + lower, place) *
+                 element(column * 4 + lane_of_quad, 4 + upper, place);
     }
   }
 }
