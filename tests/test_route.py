@@ -17,6 +17,7 @@ from emulator import Emulator, cases
 from operator_cases import BIAS, LOGITS, MASK, Case
 
 from cupy_moe import MoERouting, aligned_sizes, moe_align_block_size, route, topk_softmax, topk_softplus_sqrt
+from cupy_moe.errors import KernelLaunchError
 from cupy_moe.operators.gate import _run as run_gate
 from cupy_moe.plans.gate import plan_gate
 from cupy_moe.plans.route import (
@@ -258,6 +259,24 @@ def test_thresholds() -> None:
         assert equal(results[1:], route(**arguments)[1:])
         assert len(device.launched) == (1 if kind else 2)
         assert device.launched[0] == (f"route_{kind}_plain_{share}" if kind else f"gate_plain_{share}")
+
+
+@pytest.mark.skipif(bool(emulator.compiler()), reason=str(emulator.compiler()))
+def test_where_the_driver_refuses_clusters_one_follows_the_other() -> None:
+    class Refusing(Emulator):
+        def _launch(self, function: int, *rest: Any) -> None:
+            if "cluster8" in self._functions[function][1]:
+                raise KernelLaunchError("no room for clusters")
+            super()._launch(function, *rest)
+
+    x = torch.randn(20, 64)
+    with Refusing(gpus.H200, 90)() as device:
+        placed_x = device.tensor(x)
+        results = route(placed_x, 8, 16)
+        with pytest.raises(KernelLaunchError, match="no room"):
+            route(placed_x, 8, 16, kernel="cluster8")
+    assert device.launched == ["gate_plain_4", "align_shared_i32"]
+    assert equal(results[1:], route(x, 8, 16)[1:])
 
 
 # ---- on a GPU
