@@ -275,6 +275,8 @@ def test_where_the_driver_refuses_clusters_one_follows_the_other() -> None:
         results = route(placed_x, 8, 16)
         with pytest.raises(KernelLaunchError, match="no room"):
             route(placed_x, 8, 16, kernel="cluster8")
+        with pytest.raises(TypeError, match="input_ids, hash_table: expected both"):
+            route(placed_x, 8, 16, input_ids=torch.zeros(20).int())
     assert device.launched == ["gate_plain_4", "align_shared_i32"]
     assert equal(results[1:], route(x, 8, 16)[1:])
 

@@ -65,7 +65,7 @@ def gate(
     if input_ids is not None and hash_table is not None:
         known = (input_ids >= 0) & (input_ids < len(hash_table))
         padding_mask = ~known if padding_mask is None else padding_mask | ~known
-        ids = torch.full((num_tokens, topk), -1)
+        ids = torch.full((num_tokens, topk), -1, device=logits.device)
         ids[known] = hash_table[input_ids[known].long()].long()
         ids = torch.where((ids >= 0) & (ids < num_experts), ids, -1)
     weights = torch.where(ids < 0, 0.0, scores.gather(1, ids.clamp(min=0)))

@@ -340,27 +340,30 @@ def run_gate(
     options = options.checked()
     if kernel is not None:
         check_choice("kernel", kernel, GATE_KERNELS)
-    logits = as_logits(gating_output)
-    num_tokens, num_experts = logits.rows.shape
-    device = logits.rows.device
+    gating_output, logits, row_stride = as_logits(gating_output)
+    num_tokens, num_experts = gating_output.shape
+    device = gating_output.device
     if out is not None:
         check_gate_out(out, (num_tokens, options.num_results), device)
         ids_dtype = out[1].dtype
-    else:
+    elif ids_dtype is not torch.int32:
         ids_dtype = check_ids_dtype(ids_dtype)
-    hashed = check_hash(options, bias, input_ids, hash_table, num_tokens, device)
+    hashed = None
+    if input_ids is not None or hash_table is not None:
+        hashed = check_hash(options, bias, input_ids, hash_table, num_tokens, device)
     launch = _prepare(
-        num_tokens, num_experts, logits.stride, logits.rows.dtype, device, logits.address % 16 == 0, options,
+        num_tokens, num_experts, row_stride, gating_output.dtype, device, logits % 16 == 0, options,
         bias is not None, ids_dtype, kernel, hashed,
     )  # fmt: skip
-    check_gate_tensors(bias, padding_mask, num_tokens, num_experts, device)
+    if bias is not None or padding_mask is not None:
+        check_gate_tensors(bias, padding_mask, num_tokens, num_experts, device)
     if out is None:
         topk_weights = torch.empty((num_tokens, options.num_results), dtype=torch.float32, device=device)
         topk_ids = torch.empty((num_tokens, options.num_results), dtype=ids_dtype, device=device)
     else:
         topk_weights, topk_ids = out
     if launch is None:
-        weights, ids = cpu.gate(logits.rows, bias, padding_mask, input_ids, hash_table, **options._asdict())
+        weights, ids = cpu.gate(gating_output, bias, padding_mask, input_ids, hash_table, **options._asdict())
         with torch.no_grad():
             topk_weights.copy_(weights)
             topk_ids.copy_(ids)
@@ -371,27 +374,21 @@ def run_gate(
             else (address("input_ids", input_ids), address("hash_table", hash_table))
         )
         launch(
-            logits.address or address("gating_output", logits.rows), *read,
+            logits or address("gating_output", gating_output), *read,
             0 if padding_mask is None else address("padding_mask", padding_mask),
             address("out: topk_weights", topk_weights), address("out: topk_ids", topk_ids),
         )  # fmt: skip
     return TopK(topk_weights, topk_ids)
 
 
-class Logits(NamedTuple):
-    rows: PlainTensor  # [T, E], the elements of a row contiguous
-    address: int
-    stride: int  # of rows, in elements
-
-
-def as_logits(gating_output: PlainTensor) -> Logits:
-    """Copied, where the elements of a row are strided."""
+def as_logits(gating_output: PlainTensor) -> tuple[PlainTensor, int, int]:
+    """The logits, copied where the elements of a row are strided; their address and the stride of rows."""
     try:
         (_, num_experts), strides = gating_output.shape, gating_output.stride()
         if num_experts > 1 and strides[1] != 1:
             gating_output = gating_output.contiguous()
             strides = gating_output.stride()
-        return Logits(gating_output, gating_output.data_ptr(), strides[0])
+        return gating_output, gating_output.data_ptr(), strides[0]
     except (RuntimeError, ValueError):
         check_layout("gating_output", gating_output)
         raise ValueError(
@@ -435,10 +432,7 @@ def check_hash(
     hash_table: PlainTensor | None,
     num_tokens: int,
     device: torch.device,
-) -> Hashed | None:
-    """None where experts are not told by a table."""
-    if input_ids is None and hash_table is None:
-        return None
+) -> Hashed:
     if input_ids is None or hash_table is None:
         raise TypeError("input_ids, hash_table: expected both or none of them")
     is_plain_score = options.scoring_func == "softplus_sqrt" and not options.softcap

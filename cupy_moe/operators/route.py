@@ -174,13 +174,14 @@ def _route(
     ignores = as_bool("ignore_invalid_experts", ignore_invalid_experts)
     if kernel is not None:
         check_choice("kernel", kernel, ROUTE_KERNELS)
-    logits = as_logits(gating_output)
-    (num_tokens, num_experts), device = logits.rows.shape, logits.rows.device
+    gating_output, logits, row_stride = as_logits(gating_output)
+    (num_tokens, num_experts), device = gating_output.shape, gating_output.device
     ids_dtype = check_ids_dtype(ids_dtype) if out is None else out[1].dtype
+    hashes = input_ids is not None or hash_table is not None
     mode = MapMode.NO_MAP if expert_map is None else MapMode.MAP_IDS if ignores else MapMode.MAP_BLOCKS
     call = _prepare(
-        num_tokens, num_experts, logits.stride, logits.rows.dtype, device, logits.address % 16 == 0, options,
-        bias is not None, hash_table is not None, ids_dtype, block_size, pads, int(mode), kernel,
+        num_tokens, num_experts, row_stride, gating_output.dtype, device, logits % 16 == 0, options,
+        bias is not None, hashes, ids_dtype, block_size, pads, int(mode), kernel,
     )  # fmt: skip
     if expert_map is not None:
         buckets = num_experts + options.num_fused_shared_experts
@@ -195,7 +196,7 @@ def _route(
         )
         try:
             call.launch(
-                logits.address or address("gating_output", logits.rows),
+                logits or address("gating_output", gating_output),
                 0 if bias is None else address("e_score_correction_bias", bias),
                 0 if padding_mask is None else address("padding_mask", padding_mask),
                 *(address(f"out: {name}", result) for name, result in results._asdict().items()),
@@ -207,7 +208,7 @@ def _route(
                 raise
             out = results  # the driver refuses to launch clusters here: one after the other
     tensors = bias, padding_mask, ids_dtype, None if out is None else out[:2], None, input_ids, hash_table
-    gated = run_gate(logits.rows, options, *tensors)
+    gated = run_gate(gating_output, options, *tensors)
     aligned = moe_align_block_size(
         gated.topk_ids, block_size, num_experts + options.num_fused_shared_experts, expert_map, pads, ignores,
         out=None if out is None else (out[2], out[3], out[4]),

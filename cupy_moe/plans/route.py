@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from math import gcd
 from typing import Any, NamedTuple
 
 from .align import (
     SHARED_MAX_BLOCKS,
+    SHARED_SLOTS_PER_BLOCK,
     SMALL_MAX_IDS,
     STATIC_SHARED,
     count_threads,
@@ -17,18 +18,17 @@ from .align import (
 from .base import WARP, Constant, DeviceLimits, LaunchPlan, ceil_div, divisor, round_up
 from .gate import GatePlan
 
-ROUTE_KERNELS = ("small", "cluster8", "separate")
-
 SMALL_THREADS = Constant(544, "route/route_small.cu:kMaxThreads")
 CLUSTER_THREADS = Constant(512, "route/route_cluster8.cu:kMaxThreads")
 ROUTE_CLUSTER = Constant(8, "route/route_cluster8.cu:kCluster")
 # A warp for each token. More take turns, and then gating is faster on all SMs, with a launch of its own.
 SMALL_MAX_TOKENS = 16
 CLUSTER_FAST_TOKENS = ROUTE_CLUSTER * CLUSTER_THREADS // WARP
-# What one block writes in the time that a further cluster takes to begin.
-CLUSTER_SLOTS_PER_BLOCK = 512
+# Twice those of align_shared, as each further cluster gates all tokens again.
+CLUSTER_SLOTS_PER_BLOCK = 2 * SHARED_SLOTS_PER_BLOCK
 # Of gate_warp, those that are here by their name; "any" does what all others do.
 _BODIES = ("plain_4", "plain_8")
+_NO_BODY = "takes what a warp can gate"
 
 
 class RouteSizes(NamedTuple):
@@ -53,18 +53,14 @@ def plan_route(
 
     Raises ValueError where the forced kernel cannot do it.
     """
-    if kernel != "separate":
-        body = _body(gate)
-        for name, plan in (("small", _plan_small), ("cluster8", _plan_cluster)):
-            if kernel not in (None, name):
-                continue
-            is_fast = name == "small" or sizes.num_tokens <= CLUSTER_FAST_TOKENS
-            planned = plan(body, sizes, limits) if body else "takes what a warp can gate"
-            if isinstance(planned, RoutePlan) and (is_fast or kernel):
-                return planned
-            if kernel:
-                raise ValueError(f"kernel={kernel!r} {planned}; kernel='separate' does all")
-    return RoutePlan("separate")
+    body, refused = _body(gate), ""
+    names = ROUTE_KERNELS if sizes.num_tokens <= CLUSTER_FAST_TOKENS else ("separate",)
+    for name in names if kernel is None else (kernel,):
+        plan = _KERNELS[name](body, sizes, limits)
+        if isinstance(plan, RoutePlan):
+            return plan
+        refused = plan
+    raise ValueError(f"kernel={kernel!r} {refused}; kernel='separate' does all")
 
 
 def _body(gate: GatePlan | None) -> str:
@@ -80,6 +76,8 @@ def _body(gate: GatePlan | None) -> str:
 
 def _plan_small(body: str, sizes: RouteSizes, limits: DeviceLimits) -> RoutePlan | str:
     num_ids = sizes.num_tokens * sizes.ids_per_token
+    if not body:
+        return _NO_BODY
     if sizes.num_tokens > SMALL_MAX_TOKENS or num_ids > SMALL_MAX_IDS:
         return f"takes at most {SMALL_MAX_TOKENS} tokens and {SMALL_MAX_IDS} ids"
     aligned = plan_align(num_ids, *sizes[2:], "i32", limits, "small")
@@ -96,6 +94,8 @@ def _plan_cluster(body: str, sizes: RouteSizes, limits: DeviceLimits) -> RoutePl
     # Ids travel in vectors of 4.
     step = 4 // gcd(4, sizes.ids_per_token)
     rows = max(step, round_up(ceil_div(sizes.num_tokens, ROUTE_CLUSTER), step))
+    if not body:
+        return _NO_BODY
     ids_bytes = 4 * ROUTE_CLUSTER * rows * sizes.ids_per_token
     if ids_bytes > limits.shared_bytes // 2:
         return "takes fewer tokens"
@@ -112,3 +112,15 @@ def _plan_cluster(body: str, sizes: RouteSizes, limits: DeviceLimits) -> RoutePl
     launch = LaunchPlan("route_cluster8", entry, grid, threads, pieces.shared_bytes + ids_bytes)
     unused = {"slots_per_block": 0, "lanes_per_id": 1}
     return RoutePlan("cluster8", launch, {**pieces.arguments, **unused, "rows_per_block": rows})
+
+
+def _plan_separate(body: str, sizes: RouteSizes, limits: DeviceLimits) -> RoutePlan | str:
+    return RoutePlan("separate")
+
+
+_KERNELS: dict[str, Callable[[str, RouteSizes, DeviceLimits], RoutePlan | str]] = {  # or why there is none
+    "small": _plan_small,
+    "cluster8": _plan_cluster,
+    "separate": _plan_separate,
+}
+ROUTE_KERNELS = tuple(_KERNELS)  # the fastest first
