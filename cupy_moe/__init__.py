@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .operators.gate import grouped_topk as grouped_topk
     from .operators.gate import topk_sigmoid as topk_sigmoid
     from .operators.gate import topk_softmax as topk_softmax
+    from .operators.gate import topk_softplus_sqrt as topk_softplus_sqrt
     from .operators.moe_sum import moe_sum as moe_sum
     from .operators.permute import MoEPermutation as MoEPermutation
     from .operators.permute import moe_permute as moe_permute
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
     from .operators.quantize import (
         silu_and_mul_per_token_group_quant_fp8 as silu_and_mul_per_token_group_quant_fp8,
     )
+    from .operators.route import MoERouting as MoERouting
+    from .operators.route import route as route
     from .operators.sort import MoESorting as MoESorting
     from .operators.sort import moe_sort as moe_sort
     from .quantization import Quantization as Quantization
@@ -56,6 +59,7 @@ _MODULES = {
         "per_token_quant_fp8",
         "silu_and_mul_per_token_group_quant_fp8",
     ),
+    "operators.route": ("MoERouting", "route"),
     "operators.sort": ("MoESorting", "moe_sort"),
     "errors": (
         "CompileError",
@@ -67,7 +71,7 @@ _MODULES = {
         "KernelNotPrebuiltError",
     ),
     "operators.experts": ("experts_workspace_bytes", "fused_experts", "fused_moe"),
-    "operators.gate": ("TopK", "grouped_topk", "topk_sigmoid", "topk_softmax"),
+    "operators.gate": ("TopK", "grouped_topk", "topk_sigmoid", "topk_softmax", "topk_softplus_sqrt"),
     "quantization": ("Quantization",),
     "repacking": ("repack_awq", "repack_gptq"),
     "cuda.modules": ("warmup",),

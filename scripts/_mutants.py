@@ -29,6 +29,7 @@ FIRST = (
     "align",
     "align_batched",
     "gate",
+    "route",
     "moe_sum",
     "quantize",
     "quantized_experts",
@@ -55,7 +56,7 @@ ALIGN, SHARED, SMALL = (
     "kernels_cu/align/small.cuh",
 )
 GLOBAL, BATCHED = "kernels_cu/align/global.cuh", "kernels_cu/align_batched/align_batched.cu"
-GATE, WARP, WIDE = "kernels_cu/gate/gate.cuh", "kernels_cu/gate/gate_warp.cu", "kernels_cu/gate/gate_wide.cu"
+GATE, WARP, WIDE = "kernels_cu/gate/gate.cuh", "kernels_cu/gate/warp.cuh", "kernels_cu/gate/gate_wide.cu"
 SUM, COMMON, CONVERT = "kernels_cu/moe_sum/moe_sum.cu", "kernels_cu/common.cuh", "kernels_cu/convert.cuh"
 EXPERTS, MMA = "kernels_cu/experts/experts.cuh", "kernels_cu/experts/experts_mma.cu"
 MMA_BOTH, MMA_FP8 = "kernels_cu/experts/mma.cuh", "kernels_cu/experts/experts_mma_fp8.cu"
@@ -71,6 +72,7 @@ LAUNCH, MAP = "cupy_moe/cuda/launch.py", "cupy_moe/cuda/tensor_map.py"
 OPERATOR = "cupy_moe/operators/align.py"
 LORA = "kernels_cu/align/align_lora.cu"
 SORT, PLAN_PERMUTE = "kernels_cu/align/align_sort.cu", "cupy_moe/plans/permute.py"
+HASH, CLUSTER8 = "kernels_cu/gate/gate_hash.cu", "kernels_cu/route/route_cluster8.cu"
 PERMUTE, PERMUTE_DIRECT = "kernels_cu/permute/permute.cuh", "kernels_cu/permute/permute_direct.cu"
 
 MUTANTS = [
@@ -158,7 +160,7 @@ MUTANTS = [
     Mutant("a table that is too narrow", PLAN, "return round_up(num_experts + 1, 4)", "return round_up(num_experts, 4)"),
     Mutant("no room for the counts of one block", PLAN, "(cluster + 1) * 2 * round_up(num_experts, 8)", "cluster * 2 * round_up(num_experts, 8)"),
     Mutant("too few scratch words", PLAN, 'pieces.arguments, grid * stride)', 'pieces.arguments, (grid - 1) * stride)'),
-    Mutant("pieces that do not cover the ids", PLAN, "round_up(ceil_div(sizes.num_ids, grid), WARP)", "round_up(sizes.num_ids // grid, WARP)"),
+    Mutant("pieces that do not cover the ids", PLAN, "round_up(ceil_div(num_ids, grid), WARP)", "round_up(num_ids // grid, WARP)"),
     Mutant("too few threads for the last id", PLAN, "round_up((sizes.num_ids + 1) * lanes, WARP)", "round_up(sizes.num_ids * lanes, WARP)"),
     Mutant("too little shared memory for many experts", PLAN_GATE, "4 * (num_experts + num_groups + 2 * topk)", "4 * (num_experts + num_groups + topk)"),
     Mutant("lanes with one expert too few", PLAN_GATE, "share for share in GATE_SHARES[kernel] if num_experts // num_groups <= share * lanes", "share for share in GATE_SHARES[kernel] if num_experts // num_groups <= share * lanes + 1"),
@@ -166,7 +168,7 @@ MUTANTS = [
     # structs and enums
     Mutant("two fields of a struct change places", ALIGN, "u32 num_ids, num_experts, num_slots, num_blocks;\n  u32 map_mode;", "u32 num_experts, num_ids, num_slots, num_blocks;\n  u32 map_mode;"),
     Mutant("a field has another type", GATE, "float factor, softcap;", "u32 factor; float softcap;"),
-    Mutant("an enumerator is put before another", GATE, "enum Scoring : u32 { kSoftmax, kSigmoid, kAsIs };", "enum Scoring : u32 { kSigmoid, kSoftmax, kAsIs };"),
+    Mutant("an enumerator is put before another", GATE, "enum Scoring : u32 { kSoftmax, kSigmoid, ", "enum Scoring : u32 { kSigmoid, kSoftmax, "),
     Mutant("the map's modes change places", OPERATOR, "NO_MAP, MAP_BLOCKS, MAP_IDS = range(3)", "NO_MAP, MAP_IDS, MAP_BLOCKS = range(3)"),
     Mutant("pointers change places", OPERATOR, "            for launch in launches:\n                launch(ids, a, b, c)\n    except", "            for launch in launches:\n                launch(ids, b, a, c)\n    except"),
     Mutant("the words of an id are its bytes", "cupy_moe/operators/moe_sum.py", "words_per_id=id_bytes // 4,", "words_per_id=id_bytes // 8 or 1,"),
@@ -414,6 +416,27 @@ MUTANTS = [
     # without consequence
     Mutant("ids equal to num_experts keep their value", ALIGN, "ids[k] < args.num_experts ?", "ids[k] <= args.num_experts ?", "it is that of the bucket of those that are dropped"),
     Mutant("more threads that share a column", GLOBAL, "kColumnParts = 4;", "kColumnParts = 8;", "the same results, at another speed"),
+    # gating by a table, shared experts, route
+    Mutant("an input id past the table is looked up", HASH, "input >= args.num_rows ||", "input > args.num_rows ||"),
+    Mutant("an expert of a table that is none is weighed", HASH, "if (expert >= args.num_experts) continue;", "if (expert > args.num_experts) continue;"),
+    Mutant("only the first half of a long row of a table", HASH, "constexpr u32 kMaxThreads = 128, kHeld = 2;", "constexpr u32 kMaxThreads = 128, kHeld = 1;"),
+    Mutant("a logarithm with a term less", GATE, "fmaf(square, 1.0f / 13, 1.0f / 11)", "fmaf(square, 0.0f, 1.0f / 11)", "half a unit in the last place"),
+    Mutant("a logarithm of another series", GATE, "fmaf(series, square, 1.0f / 5)", "fmaf(series, square, 1.0f / 4)"),
+    Mutant("a score that is infinite counts", GATE, "score >= kLeastNormal && is_finite(score)", "score >= kLeastNormal"),
+    Mutant("shared experts are scaled", GATE, "padded ? 0.0f : args.shared_weight,", "padded ? 0.0f : args.shared_weight * args.factor,"),
+    Mutant("shared experts begin where the others end, less one", GATE, "args.num_experts + k)", "args.num_experts - 1 + k)"),
+    Mutant("one shared expert alone", WARP, "if (lane < num_results) write_shared", "if (lane == args.topk) write_shared"),
+    Mutant("padding rows keep shared experts", GATE, "padded ? ~0u : args.num_experts", "args.num_experts"),
+    Mutant("ids are placed before all are there", "kernels_cu/route/route_small.cu", "kWarpSize);\n  __syncthreads();\n", "kWarpSize);\n"),
+    Mutant("no cluster writes what gating finds", CLUSTER8, "blockIdx.x < kCluster);", "false);"),
+    Mutant("every cluster writes what gating finds", CLUSTER8, "blockIdx.x < kCluster);", "true);", "the same to the same places"),
+    Mutant("what no token has is sent as it was", CLUSTER8, "fill(mine, used, ids_per_block", "fill(mine, ids_per_block, ids_per_block"),
+    Mutant("ids are sent before all are there", CLUSTER8, "~0u, threadIdx.x, num_threads);\n  __syncthreads();\n", "~0u, threadIdx.x, num_threads);\n"),
+    Mutant("ids are sent to a block that does not run yet", CLUSTER8, "  cluster_wait<kCluster>();\n", ""),
+    Mutant("nobody waits for the ids of others", CLUSTER8, "  inbox.wait();\n", ""),
+    Mutant("the last tokens of a cluster are not gated", "cupy_moe/plans/route.py", "round_up(ceil_div(sizes.num_tokens, ROUTE_CLUSTER), step)", "round_up(sizes.num_tokens // ROUTE_CLUSTER, step)"),
+    Mutant("ids of a block are no whole vectors", "cupy_moe/plans/route.py", "step = 4 // gcd(4, sizes.ids_per_token)", "step = 1"),
+    Mutant("shared experts are no experts of an alignment", "kernels_cu/route/route.cuh", "num_experts(args.num_experts + args.num_shared)", "num_experts(args.num_experts)"),
     Mutant("one load in flight", SHARED, "kMaxLoads = kCluster == 1 ? 2 : 4;", "kMaxLoads = 1;", "the same results, at another speed"),
 ]  # fmt: skip
 

@@ -63,6 +63,10 @@ _VLLM_OLD = {
     "vllm._custom_ops:moe_sum": "input, output, topk_ids=None, expert_map=None",
     "vllm._custom_ops:topk_softmax": _VLLM_GATE,
     "vllm._custom_ops:topk_sigmoid": f"{_VLLM_GATE}, routed_scaling_factor=1.0",
+    "vllm._custom_ops:topk_hash_softplus_sqrt": (
+        "topk_weights, topk_indices, token_expert_indices, gating_output, renormalize=False,"
+        " routed_scaling_factor=1.0, e_score_correction_bias=None, input_tokens=None, hash_indices_table=None"
+    ),
     "vllm._custom_ops:grouped_topk": (
         "scores, num_expert_group, topk_group, topk, renormalize, routed_scaling_factor, bias, scoring_func=0"
     ),
@@ -72,6 +76,7 @@ _VLLM_ADDED = {
     "vllm._custom_ops:moe_align_block_size": "scatter_idx=None",
     "vllm._custom_ops:topk_softmax": "is_padding=None",
     "vllm._custom_ops:topk_sigmoid": "is_padding=None",
+    "vllm._custom_ops:topk_hash_softplus_sqrt": "is_padding=None, bias_vl=None, image_sentinel_lo=0",
 }
 
 # Release -> module:function or module:Class.method -> its parameters and their defaults; of a member of an
@@ -118,6 +123,16 @@ RELEASES = {
         "sglang.kernels.ops.moe:topk_softmax": f"{_GATE}, moe_softcapping=0.0, correction_bias=None",
         "sglang.kernels.ops.moe.moe_topk_sigmoid:topk_sigmoid": (
             f"{_GATE}, correction_bias=None, routed_scaling_factor=1.0, num_fused_shared_experts=0"
+        ),
+        "sglang.kernels.ops.moe.moe_fused_gate:moe_fused_gate": (
+            "scores, bias, topk, scoring_func='sigmoid', num_fused_shared_experts=0, renormalize=True,"
+            " routed_scaling_factor=1.0, apply_routed_scaling_factor_on_output=False, moe_softcapping=0.0,"
+            " num_expert_group=1, topk_group=1, *, bias_alt=None, input_ids=None, bias_alt_token_id=None,"
+            " num_token_non_padded=None, renormalize_epsilon=0.0, packed_out=None, sqrtsoftplus_log1p=False"
+        ),
+        "sglang.kernels.ops.moe.dsv4:hash_topk": (
+            "router_logits, input_ids, tid2eid, num_fused_shared_experts=0, routed_scaling_factor=1.0,"
+            " scoring_func='sqrtsoftplus'"
         ),
     },
 }
@@ -169,7 +184,7 @@ def main(paths: list[str]) -> None:
         for place, wanted in RELEASES[release].items():
             with zipfile.ZipFile(path) as wheel:
                 got = of_wheel(wheel, *place.split(":"))
-            if ast.dump(ast.parse(f"f({got})")) != ast.dump(ast.parse(f"f({wanted})")):
+            if ast.dump(ast.parse(f"def f({got}): 0")) != ast.dump(ast.parse(f"def f({wanted}): 0")):
                 raise SystemExit(f"{release}, {place}:\n got {got}\n not {wanted}")
         print(f"{release}: {len(RELEASES[release])} functions as declared")
 

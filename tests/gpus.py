@@ -21,6 +21,9 @@ class Clusters:
             assert entry.startswith("experts_wgmma_")
             assert size == 2
             return self.of_2
+        if unit == "route_cluster8":
+            assert entry.startswith("route_cluster8_")
+            return self.of_8
         family = "align" if unit == "align_shared" else unit.removeprefix("align_")
         assert entry.startswith(f"{family}_shared_cluster{size}_")
         return {8: self.of_8, 16: self.of_16}[size]

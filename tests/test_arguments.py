@@ -421,7 +421,9 @@ def test_a_kernel_that_is_none_is_refused_on_any_device(name: str, kernel: Any) 
 
 @pytest.mark.parametrize("scoring", ["tanh", ["softmax"], None, 1])
 def test_a_scoring_function_that_is_none_is_refused(scoring: Any) -> None:
-    with pytest.raises(ValueError, match="scoring_func: expected one of 'softmax', 'sigmoid', 'none', got"):
+    with pytest.raises(
+        ValueError, match="scoring_func: expected one of 'softmax', 'sigmoid', 'none', 'softplus_sqrt', got"
+    ):
         CASES["grouped"](scoring_func=scoring)
 
 

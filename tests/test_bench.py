@@ -22,8 +22,9 @@ from benchmark.align import Align, AlignCase, sweep
 from benchmark.align_batched import AlignBatched, BatchedCase
 from benchmark.base import Bound
 from benchmark.experts import Experts, LayerCase
-from benchmark.gate import NUM_GROUPS, TOPK_GROUP, GateCase, Grouped, Sigmoid, Softmax
+from benchmark.gate import NUM_GROUPS, TOPK_GROUP, GateCase, Grouped, Sigmoid, Softmax, SoftplusSqrt
 from benchmark.moe_sum import Sum, SumCase
+from benchmark.route import Route, RouteCase
 from benchmark.transformers import Model, ModelCase
 from click.testing import CliRunner, Result
 
@@ -38,6 +39,8 @@ NOT_TELLING = (
     "transformers",
     "quantize_rows",
     "quantize_silu",
+    "route",
+    "softplus_sqrt",
     "sort",
     "unpermute",
     "lora",
@@ -482,7 +485,7 @@ def test_wrong_sums_and_gates_are_noticed(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize(
-    "operator", [Softmax(), Sigmoid(), Grouped()], ids=lambda operator: operator.function
+    "operator", [Softmax(), Sigmoid(), SoftplusSqrt(), Grouped()], ids=lambda operator: operator.function
 )
 def test_wrong_gates_are_noticed(operator: Softmax, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(base, "device", "cpu")
@@ -501,7 +504,7 @@ def test_wrong_gates_are_noticed(operator: Softmax, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize(
-    "operator", [Softmax(), Sigmoid(), Grouped()], ids=lambda operator: operator.function
+    "operator", [Softmax(), Sigmoid(), SoftplusSqrt(), Grouped()], ids=lambda operator: operator.function
 )
 def test_one_wrong_row_of_many_is_noticed(operator: Softmax, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(base, "device", "cpu")
@@ -518,6 +521,23 @@ def test_one_wrong_row_of_many_is_noticed(operator: Softmax, monkeypatch: pytest
     swapped = ids.clone()
     swapped[-1] = ids[-1, [1, 0, 2, 3]]
     assert operator.wrong("cupy_moe", case, (weights, swapped), expected)  # its weights, if groups may differ
+
+
+def test_wrong_alignments_of_routes_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base, "device", "cpu")
+    case, operator = RouteCase(5, 2, 8, 4), Route()
+    inputs = operator.inputs(case, "random", 0)
+    expected = operator.expected(case, inputs)
+    bound = operator.bind("cupy_moe", case, inputs)
+    bound.call()
+    results = bound.results()
+    assert operator.wrong("cupy_moe", case, results, expected) == ""
+    for index, name in ((2, "sorted_token_ids"), (3, "expert_ids"), (4, "num_tokens_post_pad")):
+        changed = list(results)
+        changed[index] = results[index] + 1
+        assert operator.wrong("cupy_moe", case, tuple(changed), expected) == name
+    others = results[0] * 2, *results[1:]
+    assert operator.wrong("cupy_moe", case, others, expected) == "topk_weights"
 
 
 def test_groups_that_are_not_chosen_are_out(monkeypatch: pytest.MonkeyPatch) -> None:

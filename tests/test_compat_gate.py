@@ -11,7 +11,7 @@ from test_compat import require
 
 import cupy_moe.compat.sglang
 import cupy_moe.compat.vllm
-from cupy_moe import grouped_topk, moe_sum, topk_sigmoid, topk_softmax
+from cupy_moe import grouped_topk, moe_sum, topk_sigmoid, topk_softmax, topk_softplus_sqrt
 
 vllm: Any = cupy_moe.compat.vllm
 sglang: Any = cupy_moe.compat.sglang
@@ -99,6 +99,59 @@ def test_shared_experts_of_sglang() -> None:
     assert torch.equal(weights, torch.cat([expected.topk_weights, shared], 1))
 
 
+def test_the_one_gate_of_sglang() -> None:
+    logits, bias = torch.randn(5, 8), torch.randn(8).bfloat16()
+    shared: Any = {"num_fused_shared_experts": 1, "shared_expert_weight": 1 / 2.5}
+    got = sglang.fused_gate(logits, bias, 3, "sqrtsoftplus", 1, True, 2.5)
+    right = topk_softplus_sqrt(logits, 2, True, e_score_correction_bias=bias.float(), **shared)
+    assert all(torch.equal(a, b) for a, b in zip(got, right, strict=True))
+    got = sglang.fused_gate(logits, bias, 3, "sigmoid", 1, False, 2.5, True, 0.0, 4, 2)
+    right = grouped_topk(
+        logits, 2, False, 4, 2, "sigmoid", 2.5, bias.float(), num_fused_shared_experts=1
+    )  # fmt: skip
+    assert all(torch.equal(a, b) for a, b in zip(got, right, strict=True))
+    got = sglang.fused_gate(logits, None, 3, "softmax", 0, True, None, False, 30.0)
+    right = topk_softmax(logits, 3, True, softcap=30.0)
+    assert all(torch.equal(a, b) for a, b in zip(got, right, strict=True))
+    left = []
+
+    def original(*arguments: Any, **options: Any) -> str:
+        left.append((arguments, options))
+        return "SGLang's"
+
+    for more in (
+        {"renormalize_epsilon": 1e-6}, {"sqrtsoftplus_log1p": True}, {"packed_out": torch.ones(1)},
+        {"num_token_non_padded": torch.ones(1)}, {"scoring_func": "softmax"}, {"moe_softcapping": 30.0},
+    ):  # fmt: skip
+        assert sglang.fused_gate(logits, bias, 3, original=original, **more) == "SGLang's", more
+    assert sglang.fused_gate(logits, None, 3, "softmax", num_expert_group=2, original=original) == "SGLang's"
+    assert left[0][0][:3] == (logits, bias, 3)
+
+
+def test_tables_of_both_engines() -> None:
+    logits, table = torch.randn(4, 8), torch.tensor([[5, 0], [1, 2], [7, 3]], dtype=torch.int32)
+    taken: list[Any] = []
+    input_ids = torch.tensor([2, 0, 1, 1])
+    right = topk_softplus_sqrt(logits, 2, True, input_ids=input_ids, hash_table=table)
+    weights, ids = sglang.hash_topk(logits, input_ids, table, 1, 2.5)
+    assert torch.equal(ids, torch.cat([right.topk_ids, torch.full((4, 1), 8)], 1))
+    assert torch.equal(weights, torch.cat([right.topk_weights, torch.full((4, 1), 1 / 2.5)], 1))
+    weights, ids, rows = outputs(4, 2)
+    vllm.topk_hash_softplus_sqrt(weights, ids, rows, logits, True, 1.0, torch.ones(8), input_ids, table)
+    assert torch.equal(weights, right.topk_weights)
+    assert torch.equal(ids, right.topk_ids)
+    assert rows.tolist() == [[t, 4 + t] for t in range(4)]
+    bias = torch.randn(8)
+    vllm.topk_hash_softplus_sqrt(weights, ids, None, logits, True, 2.5, bias)
+    right = topk_softplus_sqrt(logits, 2, True, e_score_correction_bias=bias, routed_scaling_factor=2.5)
+    assert torch.equal(weights, right.topk_weights)
+    given = weights, ids, None, logits, True, 2.5, bias, None, None, None, bias, 7
+    vllm.topk_hash_softplus_sqrt(*given, original=lambda *arguments: taken.append(arguments))
+    assert taken == [given]
+    with pytest.raises(ValueError, match="scoring_func: expected 'sqrtsoftplus', got 'sigmoid'"):
+        sglang.hash_topk(logits, input_ids, table, scoring_func="sigmoid")
+
+
 def test_the_factor_of_sglang_is_for_renormalised_weights() -> None:
     logits = torch.randn(5, 8)
     for renormalize, factor in ((True, 2.5), (False, 1.0)):
@@ -159,6 +212,10 @@ def test_equal_to_vllm() -> None:
         ours, theirs = outputs(tokens, topk, "cuda"), outputs(tokens, topk, "cuda")
         bias = torch.randn(num_experts, device="cuda")
         for with_bias in (None, bias):
+            if num_experts in (256, 512):
+                vllm.topk_hash_softplus_sqrt(*ours, logits, renormalize, 2.5, with_bias)
+                ops.topk_softplus_sqrt(*theirs, logits, renormalize, 2.5, with_bias, None, None)
+                same(ours[:2], theirs[:2], f"softplus, {tokens=} {num_experts=} {renormalize=}")
             case = f"{tokens=} {num_experts=} {topk=} {renormalize=} bias={with_bias is not None}"
             vllm.topk_softmax(*ours, logits, renormalize, with_bias)
             ops.topk_softmax(*theirs, logits, renormalize, with_bias)

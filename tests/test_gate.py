@@ -5,6 +5,7 @@ Grids: those of vLLM's and SGLang's tests and more, looped so that a few tests h
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from typing import Any
@@ -16,7 +17,7 @@ from cache_helpers import Everything
 from gpus import H200
 from operator_cases import BIAS, LOGITS, MASK, Case
 
-from cupy_moe import grouped_topk, topk_sigmoid, topk_softmax
+from cupy_moe import grouped_topk, topk_sigmoid, topk_softmax, topk_softplus_sqrt
 from cupy_moe.cpu import gate as cpu_gate
 from cupy_moe.operators import gate
 from cupy_moe.operators.gate import GateOptions
@@ -29,6 +30,16 @@ CASES = {
     "softmax": Case(topk_softmax, {**TENSORS, "topk": 2}),
     "sigmoid": Case(topk_sigmoid, {**TENSORS, "topk": 2}),
     "grouped": Case(grouped_topk, {**TENSORS, "topk": 2, **GROUPS}),
+    "softplus_sqrt": Case(topk_softplus_sqrt, {**TENSORS, "topk": 2, "num_fused_shared_experts": 1}),
+    "hash": Case(
+        topk_softplus_sqrt,
+        {
+            "gating_output": LOGITS,
+            "topk": 2,
+            "input_ids": torch.tensor([2, 0, 1, 9, 2]),
+            "hash_table": torch.tensor([[0, 7], [3, 1], [5, 8]]),
+        },
+    ),
 }
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -53,6 +64,9 @@ def naive(
         scores = [x if math.isfinite(x) else 0.0 for x in capped]
     elif scoring == "sigmoid":
         scores = [1 / (1 + math.exp(-x)) if x > -80 else 0.0 for x in capped]  # 0 for NaN
+    elif scoring == "softplus_sqrt":
+        scores = [math.sqrt(max(x, 0) + math.log1p(math.exp(-abs(x)))) for x in capped]
+        scores = [s if math.isfinite(s) else 0.0 for s in scores]
     elif not math.isfinite(max(capped)) or any(map(math.isnan, capped)):
         scores = [0.0] * len(capped)
     else:
@@ -86,7 +100,8 @@ def make(case: int, tokens: int, num_experts: int, dtype: torch.dtype) -> torch.
 
 
 def test_agrees_with_loops() -> None:
-    sizes = itertools.product((1, 2, 6, 8, 16, 60), (1, 3, 4, 8), ("softmax", "sigmoid", "none"), DTYPES)
+    scorings = ("softmax", "sigmoid", "none", "softplus_sqrt")
+    sizes = itertools.product((1, 2, 6, 8, 16, 60), (1, 3, 4, 8), scorings, DTYPES)
     for case, (num_experts, topk, scoring, dtype) in enumerate(sizes):
         if topk > num_experts:
             continue
@@ -107,6 +122,34 @@ def test_agrees_with_loops() -> None:
             )  # fmt: skip
             assert ids[row].tolist() == expected[1], (case, row)
             assert weights[row].tolist() == pytest.approx(expected[0], rel=rel, abs=1e-37), (case, row)
+
+
+def test_a_table_tells_experts_and_scores_weigh_them() -> None:
+    x, table = torch.randn(6, 8), torch.tensor([[5, 0], [1, 1], [7, 8], [-1, -1]])
+    input_ids = torch.tensor([0, 1, 2, 3, 4, -1], dtype=torch.int32)
+    weights, ids = topk_softplus_sqrt(x, 2, True, input_ids=input_ids, hash_table=table)
+    assert ids.tolist() == [[5, 0], [1, 1], [7, -1], [-1, -1], [-1, -1], [-1, -1]]
+    scores = torch.nn.functional.softplus(x[0].double()).sqrt()[[5, 0]]
+    torch.testing.assert_close(weights[0].double(), scores / scores.sum(), rtol=1e-6, atol=0)
+    assert weights[1:].tolist() == [[0.5, 0.5], [1, 0], [0, 0], [0, 0], [0, 0]]
+
+
+def test_shared_experts_come_last_with_their_weight() -> None:
+    x, mask = torch.randn(3, 8), torch.tensor([False, True, False])
+    table, input_ids = torch.randint(8, (4, 2)), torch.tensor([3, 0, 9])
+    for function, options in (
+        (topk_softmax, {}), (topk_sigmoid, {"renormalize": True, "routed_scaling_factor": 2.5}),
+        (topk_softplus_sqrt, {}), (topk_softplus_sqrt, {"input_ids": input_ids, "hash_table": table}),
+        (functools.partial(grouped_topk, renormalize=True, num_expert_group=4, topk_group=2), {}),
+    ):  # fmt: skip
+        plain = function(x, 2, padding_mask=mask, **options)
+        shared: Any = {"num_fused_shared_experts": 3, "shared_expert_weight": 0.4}
+        weights, ids = function(x, 2, padding_mask=mask, **options, **shared)
+        assert torch.equal(weights[:, :2], plain.topk_weights)
+        assert torch.equal(ids[:, :2], plain.topk_ids)
+        is_padding = plain.topk_ids[:, :1] < 0
+        assert torch.equal(ids[:, 2:], torch.where(is_padding, -1, torch.tensor([[8, 9, 10]])).int())
+        assert torch.equal(weights[:, 2:], torch.where(is_padding, 0.0, 0.4).expand(3, 3))
 
 
 def test_padding_rows_and_types() -> None:
@@ -212,7 +255,10 @@ def test_wrong_arguments(arguments: dict[str, Any], error: type[Exception], mess
         ((2, False, 9, 1), "num_expert_group: expected 1 to 8, got 9"),
         ((2, False, 4, 5), "topk_group: expected 1 to 4, got 5"),
         ((3, False, 4, 1), "topk: expected 1 to 2, got 3"),
-        ((2, False, 4, 1, "tanh"), "scoring_func: expected one of 'softmax', 'sigmoid', 'none', got 'tanh'"),
+        (
+            (2, False, 4, 1, "tanh"),
+            "scoring_func: expected one of 'softmax', 'sigmoid', 'none', 'softplus_sqrt', got",
+        ),
     ],
 )
 def test_wrong_groups(arguments: Any, message: str) -> None:
@@ -261,10 +307,16 @@ def test_operator_of_torch() -> None:
         ((GATE_WARP_MAX_TOKENS, 256, 8, 8, 4, True, False), "gate_full_8"),
         ((GATE_WARP_MAX_TOKENS + 1, 256, 8, 8, 4, True, False), "gate_wide"),
         ((2**27 + 1, 64, 2, 1, 4, False, False), "gate_wide"),
+        ((1, 256, 8, 1, 4, True, False, 1), "gate_any_8"),
+        ((4096, 256, 8, 8, 4, True, False, 0, True), "gate_any_8"),
+        ((4096, 8, 2, 1, 4, False, False, 0, True), "gate_any_8"),
+        ((1, 384, 6, 1, 4, True, False, 26, True), "gate_any_16"),
+        ((1, 384, 6, 1, 4, True, False, 27, True), "gate_wide"),
     ],
 )
 def test_plan(size: Any, kernel: str) -> None:
-    chosen = plan_gate(*(*size, H200))
+    sizes: Any = *size[:7], H200, None, *size[7:]
+    chosen = plan_gate(*sizes)
     assert chosen.launch.entry == kernel
     rows = chosen.launch.grid * chosen.launch.block // chosen.lanes_per_row
     assert "wide" in kernel or chosen.launch.grid * chosen.launch.block <= 2**32
@@ -291,8 +343,8 @@ def test_plan_refuses() -> None:
 def test_kernels_exist(everything: Everything) -> None:
     names = {f"gate_{mode}_{share}" for mode, shares in gate_plans.GATE_SHARES.items() for share in shares}
     for result in everything.results:
-        if result.unit in ("gate_warp", "gate_wide"):
-            assert set(result.kernels) == (names if result.unit == "gate_warp" else {"gate_wide"}), (
+        if result.unit in ("gate_warp", "gate_wide", "gate_hash"):
+            assert set(result.kernels) == (names if result.unit == "gate_warp" else {result.unit}), (
                 result.target
             )
 
@@ -306,14 +358,16 @@ def check(
     kernel: str | None,
 ) -> bool:
     """One case on the GPU, if the kernel can do it."""
-    topk, tokens = options.topk, len(x)
+    tokens = len(x)
     buffers = [
-        torch.full((tokens + 2, topk), -77, device="cuda", dtype=torch.float32),
-        torch.full((tokens + 2, topk), 77, device="cuda", dtype=SIGNED.get(ids_dtype, ids_dtype)),
+        torch.full((tokens + 2, options.num_results), -77, device="cuda", dtype=torch.float32),
+        torch.full(
+            (tokens + 2, options.num_results), 77, device="cuda", dtype=SIGNED.get(ids_dtype, ids_dtype)
+        ),
     ]
     out = buffers[0][1:-1], buffers[1][1:-1].view(ids_dtype)
     try:
-        gate._gate(x, options, bias, mask, ids_dtype, out, kernel)
+        gate.run_gate(x, options, bias, mask, ids_dtype, out, kernel)
     except ValueError:
         assert kernel not in (None, "wide")
         return False
@@ -363,10 +417,11 @@ def test_gpu_agrees_with_the_cpu() -> None:
         ]
         grouping = groups[case % len(groups)] if groups and case % 3 == 0 else (1, 1)
         scoring, factor = (
-            ("softmax", "sigmoid", "none", "sigmoid", "softmax")[case % 5],
+            ("softmax", "sigmoid", "none", "sigmoid", "softplus_sqrt")[case % 5],
             2.5 if case % 6 == 0 else 1.0,
         )
-        options = GateOptions(topk, case // 3 % 2 == 1, scoring, *grouping, factor, softcap)
+        num_shared = case % 4 if case % 11 == 4 else 0
+        options = GateOptions(topk, case // 3 % 2 == 1, scoring, *grouping, factor, softcap, num_shared, 0.3)
         for kernel in (None, *gate_plans.GATE_KERNELS):
             count += check(x, options, bias, mask, ID_TYPES[case % 3], kernel)
     assert count > 2000
@@ -389,6 +444,11 @@ def test_gpu_many_rows() -> None:
                 check(x, options, with_bias, None, torch.int32, kernel)
 
 
+SCORED: dict[str, tuple[Any, Any]] = {
+    "softmax": (topk_softmax, lambda x: torch.softmax(x, 1)),
+    "sigmoid": (topk_sigmoid, torch.sigmoid),
+    "softplus_sqrt": (topk_softplus_sqrt, lambda x: torch.logaddexp(x, torch.zeros_like(x)).sqrt()),
+}
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
@@ -398,9 +458,9 @@ def test_weights_are_exact(device: str) -> None:
     for num_experts, scale in itertools.product((8, 64, 256, 512, 4096), (0.0, 0.1, 1.0, 4.0, 20.0, 60.0)):
         x = torch.randn(500 if device == "cuda" else 50, num_experts, device=device) * scale
         x[:, 0] = scale + 5  # one far above many equals: the worst case for a sum of approximate exponentials
-        for renormalize, scoring in itertools.product((False, True), ("softmax", "sigmoid")):
-            scores = torch.softmax(x.double(), 1) if scoring == "softmax" else torch.sigmoid(x.double())
-            function = topk_softmax if scoring == "softmax" else topk_sigmoid
+        for renormalize, scoring in itertools.product((False, True), SCORED):
+            function, score = SCORED[scoring]
+            scores = score(x.double())
             for kernel in (None, "several", "wide") if device == "cuda" else (None,):
                 try:
                     weights, ids = function(x, 8, renormalize, kernel=kernel)

@@ -24,6 +24,7 @@ from cupy_moe.plans import experts as experts_plans
 from cupy_moe.plans import gate as gate_plans
 from cupy_moe.plans import moe_sum as sum_plans
 from cupy_moe.plans import permute as permute_plans
+from cupy_moe.plans import route as route_plans
 
 FOLDER = sources.source_folder()
 FILES = {str(path.relative_to(FOLDER)): path.read_text() for path in FOLDER.rglob("*.cu*")}
@@ -197,7 +198,9 @@ def test_what_clusters_exchange_is_as_large_as_the_kernels_take_it() -> None:
 
 def test_static_shared_memory_is_within_what_plans_leave_for_it(everything: Everything) -> None:
     reserved = {"gate_wide": gate_plans.WIDE_STATIC_SHARED, "align_shared": align_plans.STATIC_SHARED}
-    reserved |= dict.fromkeys(("align_global", "align_sort", "permute_direct"), align_plans.STATIC_SHARED)
+    reserved |= dict.fromkeys(
+        ("align_global", "align_sort", "permute_direct", "route_cluster8"), align_plans.STATIC_SHARED
+    )
     for result in everything.results:
         for entry, figures in result.kernels.items():
             if result.unit in reserved and figures:
@@ -214,6 +217,23 @@ def test_gate_wide_has_the_words_that_are_planned() -> None:
     assert "u32* group_keys = keys + num_experts;" in source
     assert "u32* winners = group_keys + args.num_groups;" in source
     assert "reinterpret_cast<float*>(winners + args.topk)" in source
+
+
+def test_ids_of_a_cluster_have_the_words_that_are_planned() -> None:
+    source = FILES["route/route_cluster8.cu"]
+    assert (
+        "shared   the table (align.cuh), and kCluster * rows_per_block * (topk + num_shared) words" in source
+    )
+    for tokens, topk in ((17, 8), (50, 1), (100, 3)):
+        gate = gate_plans.plan_gate(tokens, 256, topk, 1, 4, False, False, H200)
+        slots, _ = align_plans.aligned_sizes(tokens * topk, 256, 16)
+        plan = route_plans.plan_route(gate, route_plans.RouteSizes(tokens, topk, 256, slots, 16), H200)
+        assert plan.launch
+        rows = plan.arguments["rows_per_block"]
+        table = align_plans.table_bytes(256, plan.arguments["num_rows"])
+        assert plan.launch.shared_bytes == table + 4 * 8 * rows * topk
+        assert rows * 8 >= tokens
+        assert rows * topk % 4 == 0
 
 
 # ---- the experts

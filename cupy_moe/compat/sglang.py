@@ -40,9 +40,11 @@ from ..dispatch.tensors import is_plain
 from ..operators.align import moe_align_block_size as _align
 from ..operators.align_lora import moe_lora_align_block_size as _align_lora
 from ..operators.experts import fused_experts as _fused_experts
+from ..operators.gate import MAX_SHARED
 from ..operators.gate import grouped_topk as _grouped_topk
 from ..operators.gate import topk_sigmoid as _topk_sigmoid
 from ..operators.gate import topk_softmax as _topk_softmax
+from ..operators.gate import topk_softplus_sqrt as _topk_softplus_sqrt
 from ..operators.moe_sum import moe_sum as _sum
 from ..operators.permute import moe_unpermute as _unpermute
 from ..operators.sort import moe_sort as _sort
@@ -212,26 +214,20 @@ def topk_sigmoid(
 ) -> None:
     """As in sgl_kernel and sglang.kernels.ops.moe: the factor is for renormalised weights only.
 
-    The last `num_fused_shared_experts` of the topk slots are for shared experts, and take further launches.
-    Each has 1 as its weight, or where nothing is renormalised the sum of the others over the factor.
+    The last `num_fused_shared_experts` of the topk slots are for shared experts. Each has 1 as its weight; or
+    where nothing is renormalised the sum of the others over the factor, which takes further launches.
     """
     require("topk_ids", topk_ids, 2)
-    topk, factor = topk_ids.shape[1], routed_scaling_factor if renormalize else 1.0
-    if not num_fused_shared_experts:
-        _topk_sigmoid(
-            gating_output, topk, renormalize, e_score_correction_bias=correction_bias,
-            routed_scaling_factor=factor, out=(topk_weights, topk_ids),
-        )  # fmt: skip
-        return
-    _check_shared(num_fused_shared_experts, topk, routed_scaling_factor)
-    weights, ids = _topk_sigmoid(
-        gating_output, topk - num_fused_shared_experts, renormalize, e_score_correction_bias=correction_bias,
-        routed_scaling_factor=factor, ids_dtype=topk_ids.dtype,
+    num_shared, factor = num_fused_shared_experts, routed_scaling_factor if renormalize else 1.0
+    if num_shared:
+        _check_shared(num_shared, topk_ids.shape[1], routed_scaling_factor)
+    _topk_sigmoid(
+        gating_output, topk_ids.shape[1] - num_shared, renormalize, e_score_correction_bias=correction_bias,
+        routed_scaling_factor=factor, num_fused_shared_experts=num_shared, out=(topk_weights, topk_ids),
     )  # fmt: skip
-    shared = torch.ones_like(weights[:, :1]) if renormalize else weights.sum(1, True) / routed_scaling_factor
-    weights, ids = _with_shared(weights, ids, shared, gating_output.shape[1], num_fused_shared_experts)
-    topk_weights.copy_(weights)
-    topk_ids.copy_(ids)
+    if num_shared and not renormalize:
+        routed = topk_weights[:, :-num_shared].sum(1, keepdim=True)
+        topk_weights[:, -num_shared:] = routed / routed_scaling_factor
 
 
 def moe_fused_gate(
@@ -246,22 +242,108 @@ def moe_fused_gate(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As in sgl_kernel: sigmoid, renormalised, times the factor only with `apply_...`.
 
-    The last `num_fused_shared_experts` of the topk slots are for shared experts, and take further launches.
-    Each has the sum of the others' weights over the factor as its weight, so that multiplying by the factor
-    later leaves a shared expert as it is. SGLang divides by 0, the default, all the same; here it raises
-    ValueError.
+    The last `num_fused_shared_experts` of the topk slots are for shared experts. Each has 1 over the factor
+    as its weight, or with `apply_...` 1, so that multiplying by the factor later leaves a shared expert as it
+    is. SGLang divides by 0, the default, all the same; here it raises ValueError.
     """
     factor = routed_scaling_factor if apply_routed_scaling_factor_on_output else 1.0
     if num_fused_shared_experts:
         _check_shared(num_fused_shared_experts, topk, routed_scaling_factor)
-    weights, ids = _grouped_topk(
+    return _grouped_topk(
         input_tensor, topk - num_fused_shared_experts, True, num_expert_group, topk_group, "sigmoid", factor,
-        fp32(bias),
+        fp32(bias), **_shared(num_fused_shared_experts, factor, routed_scaling_factor),
     )  # fmt: skip
+
+
+def fused_gate(
+    scores: torch.Tensor,
+    bias: torch.Tensor | None,
+    topk: int,
+    scoring_func: str = "sigmoid",
+    num_fused_shared_experts: int = 0,
+    renormalize: bool = True,
+    routed_scaling_factor: float = 1.0,
+    apply_routed_scaling_factor_on_output: bool = False,
+    moe_softcapping: float = 0.0,
+    num_expert_group: int = 1,
+    topk_group: int = 1,
+    *,
+    bias_alt: torch.Tensor | None = None,
+    input_ids: torch.Tensor | None = None,
+    bias_alt_token_id: int | None = None,
+    num_token_non_padded: torch.Tensor | None = None,
+    renormalize_epsilon: float = 0.0,
+    packed_out: torch.Tensor | None = None,
+    sqrtsoftplus_log1p: bool = False,
+    original: Any = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `moe_fused_gate` in sglang.kernels.ops.moe.moe_fused_gate. `original` is SGLang's own, which runs
+    instead where this would raise TypeError or ValueError: with another bias for some tokens, a number of
+    tokens on the device, an epsilon, packed results, NaN above all, or a softmax of biased logits."""
+    factor = 1.0 if routed_scaling_factor is None else routed_scaling_factor
+    with unless_refused(original):
+        asked = bias_alt, input_ids, num_token_non_padded, packed_out
+        if any(tensor is not None for tensor in asked) or renormalize_epsilon or sqrtsoftplus_log1p:
+            raise ValueError("gating with an option that cupy_moe does not have")
+        scoring = _SCORING.get(scoring_func.lower(), scoring_func)
+        if (scoring == "softmax") == (bias is not None) or (moe_softcapping and scoring != "softmax"):
+            raise ValueError(f"gating by {scoring}, with or without a bias")
+        if num_fused_shared_experts:
+            _check_shared(num_fused_shared_experts, topk, factor)
+        applied = factor if apply_routed_scaling_factor_on_output else 1.0
+        num_routed, shared = (
+            topk - num_fused_shared_experts,
+            _shared(num_fused_shared_experts, applied, factor),
+        )
+        if scoring == "softmax" and num_expert_group == 1:
+            return _topk_softmax(
+                scores,
+                num_routed,
+                renormalize,
+                routed_scaling_factor=applied,
+                softcap=moe_softcapping,
+                **shared,
+            )
+        return _grouped_topk(
+            scores, num_routed, renormalize, num_expert_group, topk_group, scoring, applied, _needed(bias),
+            **shared,
+        )  # fmt: skip
+    return original(
+        scores, bias, topk, scoring_func, num_fused_shared_experts, renormalize, routed_scaling_factor,
+        apply_routed_scaling_factor_on_output, moe_softcapping, num_expert_group, topk_group,
+        bias_alt=bias_alt, input_ids=input_ids, bias_alt_token_id=bias_alt_token_id,
+        num_token_non_padded=num_token_non_padded, renormalize_epsilon=renormalize_epsilon,
+        packed_out=packed_out, sqrtsoftplus_log1p=sqrtsoftplus_log1p,
+    )  # fmt: skip
+
+
+_SCORING = {"sqrtsoftplus": "softplus_sqrt"}
+
+
+def _needed(bias: torch.Tensor | None) -> torch.Tensor | None:
+    """Without one, groups are chosen by their best two in SGLang."""
+    if bias is None:
+        raise ValueError("groups of experts without a bias")
+    return fp32(bias)
+
+
+def hash_topk(
+    router_logits: torch.Tensor,
+    input_ids: torch.Tensor,
+    tid2eid: torch.Tensor,
+    num_fused_shared_experts: int = 0,
+    routed_scaling_factor: float = 1.0,
+    scoring_func: str = "sqrtsoftplus",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As in sglang.kernels.ops.moe.dsv4: renormalised, with 1 over the factor for shared experts alone."""
+    if scoring_func != "sqrtsoftplus":
+        raise ValueError(f"scoring_func: expected 'sqrtsoftplus', got {scoring_func!r}")
     if num_fused_shared_experts:
-        shared = weights.new_full((len(weights), 1), factor / routed_scaling_factor)
-        return _with_shared(weights, ids, shared, input_tensor.shape[1], num_fused_shared_experts)
-    return weights, ids
+        _check_shared(num_fused_shared_experts, MAX_SHARED + 1, routed_scaling_factor)
+    return _topk_softplus_sqrt(
+        router_logits, tid2eid.shape[1], True, input_ids=input_ids, hash_table=tid2eid,
+        **_shared(num_fused_shared_experts, 1.0, routed_scaling_factor),
+    )  # fmt: skip
 
 
 def _check_shared(num_shared: int, topk: int, factor: float) -> None:
@@ -271,13 +353,11 @@ def _check_shared(num_shared: int, topk: int, factor: float) -> None:
         raise ValueError("routed_scaling_factor: expected other than 0 with fused shared experts, got 0")
 
 
-def _with_shared(
-    weights: torch.Tensor, ids: torch.Tensor, weight: torch.Tensor, first_id: int, num_shared: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same with `num_shared` more columns: the ids from `first_id` on, of one weight in each row."""
-    shared = torch.arange(first_id, first_id + num_shared, dtype=ids.dtype, device=ids.device)
-    shape = len(ids), num_shared
-    return torch.cat([weights, weight.expand(shape)], 1), torch.cat([ids, shared.expand(shape)], 1)
+def _shared(num_shared: int, applied: float, factor: float) -> dict[str, Any]:
+    """The options of gating: what is left of the factor that is applied, once all is divided by it."""
+    if not num_shared:
+        return {}
+    return {"num_fused_shared_experts": num_shared, "shared_expert_weight": applied / factor}
 
 
 def fused_experts(
@@ -413,6 +493,8 @@ _switch = Switch(
         "sgl_kernel:topk_sigmoid": topk_sigmoid,
         "sglang.kernels.ops.moe.moe_topk_sigmoid:topk_sigmoid": topk_sigmoid,
         "sgl_kernel:moe_fused_gate": moe_fused_gate,
+        "sglang.kernels.ops.moe.moe_fused_gate:moe_fused_gate": fused_gate,
+        "sglang.kernels.ops.moe.dsv4:hash_topk": hash_topk,
         f"{_RUNNER}.triton_utils.fused_moe:fused_experts": fused_experts,
         f"{_RUNNER}.triton:TritonRunnerCore.run": triton_runner_core_run,
     },

@@ -48,6 +48,7 @@ from ..operators.experts import fused_experts as _fused_experts
 from ..operators.gate import grouped_topk as _grouped_topk
 from ..operators.gate import topk_sigmoid as _topk_sigmoid
 from ..operators.gate import topk_softmax as _topk_softmax
+from ..operators.gate import topk_softplus_sqrt as _topk_softplus_sqrt
 from ..operators.moe_sum import moe_sum as _sum
 from ..operators.permute import moe_permute as _permute
 from ..operators.permute import moe_unpermute as _unpermute
@@ -239,6 +240,42 @@ def topk_sigmoid(
     _topk_sigmoid(
         gating_output, topk_ids.shape[1], renormalize, e_score_correction_bias=fp32(e_score_correction_bias),
         routed_scaling_factor=routed_scaling_factor, padding_mask=is_padding, out=(topk_weights, topk_ids),
+    )  # fmt: skip
+    _fill_source_rows(token_expert_indices)
+
+
+def topk_hash_softplus_sqrt(
+    topk_weights: torch.Tensor,
+    topk_indices: torch.Tensor,
+    token_expert_indices: torch.Tensor | None,
+    gating_output: torch.Tensor,
+    renormalize: bool = False,
+    routed_scaling_factor: float = 1.0,
+    e_score_correction_bias: torch.Tensor | None = None,
+    input_tokens: torch.Tensor | None = None,
+    hash_indices_table: torch.Tensor | None = None,
+    is_padding: torch.Tensor | None = None,
+    bias_vl: torch.Tensor | None = None,
+    image_sentinel_lo: int = 0,
+    *,
+    original: Any = None,
+) -> None:
+    """As in vllm._custom_ops. A bias has no effect on experts of a table; `token_expert_indices` takes two
+    more launches, and None none. `original` is vLLM's own, which takes a bias of images."""
+    if bias_vl is not None:
+        original(
+            topk_weights, topk_indices, token_expert_indices, gating_output, renormalize,
+            routed_scaling_factor, e_score_correction_bias, input_tokens, hash_indices_table, is_padding,
+            bias_vl, image_sentinel_lo,
+        )  # fmt: skip
+        return
+    require("topk_indices", topk_indices, 2)
+    hashed = hash_indices_table is not None
+    _topk_softplus_sqrt(
+        gating_output, topk_indices.shape[1], renormalize,
+        e_score_correction_bias=None if hashed else fp32(e_score_correction_bias),
+        routed_scaling_factor=routed_scaling_factor, input_ids=input_tokens if hashed else None,
+        hash_table=hash_indices_table, padding_mask=is_padding, out=(topk_weights, topk_indices),
     )  # fmt: skip
     _fill_source_rows(token_expert_indices)
 
@@ -482,6 +519,7 @@ _switch = Switch(
         "vllm._custom_ops:moe_sum": moe_sum,
         "vllm._custom_ops:topk_softmax": topk_softmax,
         "vllm._custom_ops:topk_sigmoid": topk_sigmoid,
+        "vllm._custom_ops:topk_hash_softplus_sqrt": topk_hash_softplus_sqrt,
         "vllm._custom_ops:grouped_topk": grouped_topk,
         f"{_FUSED_MOE}.fused_moe:fused_experts": fused_experts,
         f"{_TRITON}:TritonExperts.apply": triton_experts_apply,

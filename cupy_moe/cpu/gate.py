@@ -1,6 +1,8 @@
-"""topk_softmax, topk_sigmoid and grouped_topk in plain PyTorch: scores in fp64, and stable sorts."""
+"""The gating functions in plain PyTorch: scores in fp64, and stable sorts."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 
@@ -12,6 +14,8 @@ def gate(
     gating_output: torch.Tensor,
     e_score_correction_bias: torch.Tensor | None = None,
     padding_mask: torch.Tensor | None = None,
+    input_ids: torch.Tensor | None = None,
+    hash_table: torch.Tensor | None = None,
     *,
     topk: int,
     renormalize: bool = False,
@@ -20,8 +24,10 @@ def gate(
     topk_group: int = 1,
     routed_scaling_factor: float = 1.0,
     softcap: float = 0.0,
+    num_fused_shared_experts: int = 0,
+    shared_expert_weight: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `topk_softmax`, `topk_sigmoid` and `grouped_topk`; ids are int64, arguments are not checked."""
+    """As the public functions; ids are int64, arguments are not checked."""
     logits = gating_output.to(torch.float32)
     num_tokens, num_experts = logits.shape
     capped = logits.to(torch.float64)  # in which fp32 results are exact but for their own rounding
@@ -29,7 +35,7 @@ def gate(
         capped = softcap * torch.tanh(capped / softcap)
     scores = capped
     if scoring_func != "none":
-        scores = torch.softmax(capped, dim=1) if scoring_func == "softmax" else torch.sigmoid(capped)
+        scores = _SCORES[scoring_func](capped)
         scores = torch.where(scores < LEAST_NORMAL, 0.0, scores)
     finite = scores.isfinite()
     scores = torch.where(finite, scores, 0.0).to(torch.float32)
@@ -56,13 +62,31 @@ def gate(
         order = order.gather(1, last)
 
     ids = order[:, :topk]
-    weights = scores.gather(1, ids)
+    if input_ids is not None and hash_table is not None:
+        known = (input_ids >= 0) & (input_ids < len(hash_table))
+        padding_mask = ~known if padding_mask is None else padding_mask | ~known
+        ids = torch.full((num_tokens, topk), -1, device=logits.device)
+        ids[known] = hash_table[input_ids[known].long()].long()
+        ids = torch.where((ids >= 0) & (ids < num_experts), ids, -1)
+    weights = torch.where(ids < 0, 0.0, scores.gather(1, ids.clamp(min=0)))
     if renormalize:
         total = weights.sum(dim=1, keepdim=True, dtype=torch.float64)
         is_divisor = (total >= LEAST_NORMAL) & (total <= 1 / LEAST_NORMAL)
         weights = torch.where(is_divisor, weights / total, weights).to(torch.float32)
     weights = weights * routed_scaling_factor
+    if num_fused_shared_experts:
+        shared = torch.arange(num_experts, num_experts + num_fused_shared_experts, device=ids.device)
+        shared = shared.expand(num_tokens, -1)
+        ids = torch.cat([ids, shared], dim=1)
+        weights = torch.cat([weights, torch.full_like(shared, shared_expert_weight, dtype=torch.float32)], 1)
     if padding_mask is not None:
         weights = torch.where(padding_mask[:, None], 0.0, weights)
         ids = torch.where(padding_mask[:, None], -1, ids)
     return weights, ids
+
+
+_SCORES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "softmax": lambda logits: torch.softmax(logits, dim=1),
+    "sigmoid": torch.sigmoid,
+    "softplus_sqrt": lambda logits: torch.sqrt(torch.logaddexp(logits, torch.zeros_like(logits))),
+}

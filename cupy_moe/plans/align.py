@@ -182,13 +182,9 @@ def _plan_shared(sizes: _Sizes, limits: DeviceLimits, cluster: int) -> AlignPlan
         )
     grid = round_up(max(1, min(wanted, most)), cluster)
     is_sorted = cluster == 16
-    if is_sorted:
-        threads = CLUSTER16_THREADS
-    else:
-        # The ids that a block counts, 8 or more a thread.
-        work = max(ceil_div(num_ids, cluster), 8 * min(sizes.num_experts, 512))
-        threads = next(threads for most_work, threads in THREADS_FOR_WORK if work <= most_work)
-    pieces = _cut(sizes, grid, threads, limits, cluster, is_sorted)
+    counted = ceil_div(num_ids, cluster)
+    threads = CLUSTER16_THREADS if is_sorted else count_threads(counted, sizes.num_experts)
+    pieces = cut_ids(sizes.num_ids, sizes.num_experts, grid, threads, limits, cluster, is_sorted)
     if pieces.shared_bytes + STATIC_SHARED > limits.shared_bytes:
         return (
             f"has no room: {sizes.num_experts} experts need {pieces.shared_bytes} bytes of shared memory;"
@@ -206,7 +202,7 @@ def _plan_global(sizes: _Sizes, limits: DeviceLimits) -> AlignPlan | str:
     grid = max(grid, ceil_div(sizes.num_ids, limits.shared_bytes // 8))
     if grid > GLOBAL_MAX_BLOCKS:
         return f"would need {grid} blocks for {sizes.num_ids} ids"
-    pieces = _cut(sizes, grid, 1024, limits, is_sorted=True)
+    pieces = cut_ids(sizes.num_ids, sizes.num_experts, grid, 1024, limits, is_sorted=True)
     if pieces.shared_bytes + STATIC_SHARED > limits.shared_bytes:
         return (
             f"has no room for {sizes.num_experts} experts in shared memory; kernel='global_large' needs none"
@@ -222,7 +218,7 @@ def _plan_global(sizes: _Sizes, limits: DeviceLimits) -> AlignPlan | str:
 def _plan_global_large(sizes: _Sizes, limits: DeviceLimits) -> AlignPlan:
     """The same with all tables in global memory: anything, anywhere, slowly."""
     grid = min(LARGE_MAX_BLOCKS, max(1, ceil_div(sizes.num_ids, GLOBAL_IDS_PER_BLOCK)))
-    pieces = _cut(sizes, grid, 1024, limits)
+    pieces = cut_ids(sizes.num_ids, sizes.num_experts, grid, 1024, limits)
     unit = sizes.unit("align_global")
     launches = (
         LaunchPlan(unit, f"{sizes.family}_count_large_any", grid, 1024),
@@ -268,19 +264,31 @@ class _Pieces(NamedTuple):
         return {"per_block": self.per_block, "per_row": divisor(self.per_row), "num_rows": self.num_rows}
 
 
-def _cut(
-    sizes: _Sizes, grid: int, threads: int, limits: DeviceLimits, cluster: int = 1, is_sorted: bool = False
+def count_threads(num_ids: int, num_experts: int) -> int:
+    """For a block that counts so many ids, 8 or more a thread."""
+    work = max(num_ids, 8 * min(num_experts, 512))
+    return next(threads for most_work, threads in THREADS_FOR_WORK if work <= most_work)
+
+
+def cut_ids(
+    num_ids: int,
+    num_experts: int,
+    grid: int,
+    threads: int,
+    limits: DeviceLimits,
+    cluster: int = 1,
+    is_sorted: bool = False,
 ) -> _Pieces:
     """A piece of ids for each of `grid` blocks, cut into as many ids for each of its warps."""
-    per_block = max(WARP, round_up(ceil_div(sizes.num_ids, grid), WARP))
+    per_block = max(WARP, round_up(ceil_div(num_ids, grid), WARP))
     stage = 4 * per_block if is_sorted else 0
     room = limits.shared_bytes - STATIC_SHARED - stage
     rows = threads // WARP
-    while rows > 1 and table_bytes(sizes.num_experts, rows, cluster) > room:
+    while rows > 1 and table_bytes(num_experts, rows, cluster) > room:
         rows //= 2
     per_row = round_up(ceil_div(per_block, rows), WARP)
     rows = ceil_div(per_block, per_row)
-    return _Pieces(per_block, rows, per_row, table_bytes(sizes.num_experts, rows, cluster) + stage)
+    return _Pieces(per_block, rows, per_row, table_bytes(num_experts, rows, cluster) + stage)
 
 
 def table_bytes(num_experts: int, num_rows: int, cluster: int = 1) -> int:

@@ -6,13 +6,13 @@ from typing import NamedTuple
 
 from .base import WARP, Constant, DeviceLimits, LaunchPlan, ceil_div, round_up
 
-GATE_KERNELS = ("plain", "full", "several", "wide")
+GATE_KERNELS = ("plain", "full", "any", "several", "wide")
 MAX_TOPK = 64
 # gate_warp.cu, Mode and kShare. Lane k of a row keeps the k-th winner.
-GATE_SHARES = {"plain": (4, 8, 16), "full": (8, 16), "several": (4, 8)}
+GATE_SHARES = {"plain": (4, 8, 16), "full": (8, 16), "any": (8, 16), "several": (4, 8)}
 # A warp to itself is the quickest for a row; several in one are quicker once the GPU is full of warps.
 SEVERAL_MIN_TOKENS = 1024
-SEVERAL_MAX_LANES = Constant(8, "gate/gate_warp.cu:kSeveralMaxLanes")
+SEVERAL_MAX_LANES = Constant(8, "gate/warp.cuh:kSeveralMaxLanes")
 # A row or two for every SM; above, blocks of four warps, as an SM holds more warps than blocks.
 GATE_WARPS = Constant(128, "gate/gate_warp.cu:kMaxThreads") // WARP
 # Their threads have 32-bit numbers.
@@ -21,6 +21,7 @@ GATE_WARP_MAX_TOKENS = 2**32 // WARP - GATE_WARPS
 WIDE_MIN_SHARE = 8
 WIDE_MAX_THREADS = Constant(512, "gate/gate_wide.cu:kMaxThreads")
 WIDE_STATIC_SHARED = 192
+HASH_THREADS = Constant(128, "gate/gate_hash.cu:kMaxThreads")
 
 
 class GatePlan(NamedTuple):
@@ -39,23 +40,31 @@ def plan_gate(
     with_softcap: bool,
     limits: DeviceLimits,
     kernel: str | None = None,
+    num_shared: int = 0,
+    with_softplus: bool = False,
 ) -> GatePlan:
     """Choose the kernel and its launch; `kernel`, one of GATE_KERNELS, forces one.
 
+    Only "any" and "wide" know shared experts and softplus_sqrt.
     Raises ValueError where the kernel cannot do it.
     """
+    needs_any, num_results = num_shared > 0 or with_softplus, topk + num_shared
     if kernel is None:
-        kernel = "full" if with_bias or num_groups > 1 else "plain"
-        if num_tokens >= SEVERAL_MIN_TOKENS and _several_lanes(num_experts, topk) <= SEVERAL_MAX_LANES:
+        kernel = "any" if needs_any else "full" if with_bias or num_groups > 1 else "plain"
+        if (
+            not needs_any
+            and num_tokens >= SEVERAL_MIN_TOKENS
+            and _several_lanes(num_experts, topk) <= SEVERAL_MAX_LANES
+        ):
             kernel = "several" if num_groups == 1 else kernel
-        share = _gate_share(kernel, num_experts, topk, num_groups)
+        share = _gate_share(kernel, num_experts, num_results, num_groups)
         if with_softcap or not share or num_tokens > GATE_WARP_MAX_TOKENS:
             kernel = "wide"
     if kernel == "wide":
         return _plan_wide(num_tokens, num_experts, topk, num_groups, limits)
-    share = _gate_share(kernel, num_experts, topk, num_groups)
-    fits = share and (num_groups == 1 or kernel == "full") and (not with_bias or kernel != "plain")
-    fits = fits and num_tokens <= GATE_WARP_MAX_TOKENS
+    share = _gate_share(kernel, num_experts, num_results, num_groups)
+    fits = share and (num_groups == 1 or kernel in ("full", "any")) and (not with_bias or kernel != "plain")
+    fits = fits and (kernel == "any" or not needs_any) and num_tokens <= GATE_WARP_MAX_TOKENS
     if not fits or with_softcap:
         raise ValueError(f"kernel={kernel!r} cannot do this (see gate_warp.cu); kernel='wide' can")
     lanes_per_row = _several_lanes(num_experts, topk) if kernel == "several" else WARP
@@ -66,6 +75,13 @@ def plan_gate(
     whole = num_groups == 1 or ceil_div(group_size, _group_lanes(num_groups)) == share
     whole = whole and group_size * element_bytes % vector == 0
     return GatePlan(launch, lanes_per_row, vector if whole else 0)
+
+
+def plan_hash(num_tokens: int, topk: int) -> GatePlan:
+    """Lanes for the experts of a token, two of them each where they are many."""
+    lanes = min(WARP, 1 << (topk - 1).bit_length())
+    grid = ceil_div(num_tokens * lanes, HASH_THREADS)
+    return GatePlan(LaunchPlan("gate_hash", "gate_hash", grid, HASH_THREADS), lanes)
 
 
 def _gate_share(kernel: str, num_experts: int, topk: int, num_groups: int) -> int:

@@ -7,8 +7,8 @@ struct GateArgs {
   const char* logits;      // [num_tokens, num_experts], rows row_stride bytes apart
   const float* bias;       // [num_experts] or null
   const u8* padding_mask;  // [num_tokens] or null; a padding row where not 0
-  float* topk_weights;     // [num_tokens, topk]
-  void* topk_ids;          // [num_tokens, topk]
+  float* topk_weights;     // [num_tokens, topk + num_shared]
+  void* topk_ids;          // likewise
   i64 row_stride;
   u32 num_tokens, num_experts, topk;
   u32 num_groups, topk_group;  // 1, 1 without groups
@@ -21,10 +21,14 @@ struct GateArgs {
   u32 lanes_per_row, row_shift;  // a power of two, and its logarithm
   u32 num_threads;               // blockDim.x, which is in another line of constants, 200 cycles away
   float factor, softcap;         // softcap 0: none
+  u32 num_shared;                // experts after the others, which all tokens go to, with this weight
+  float shared_weight;
 };
 
+// Below, `Args` is this struct or another with its fields.
+
 enum ElementType : u32 { kF32, kF16, kBF16 };
-enum Scoring : u32 { kSoftmax, kSigmoid, kAsIs };
+enum Scoring : u32 { kSoftmax, kSigmoid, kAsIs, kSoftplusSqrt };
 
 // A key is a float as an unsigned integer that sorts the same way; that of +NaN is above all others, 0 is below all.
 // -0 counts as +0 and every NaN as +NaN: adding 0 makes them so.
@@ -93,11 +97,42 @@ __device__ __forceinline__ float reciprocal(float x) {
 #endif
 }
 
+__device__ __forceinline__ float square_root(float x) {
+#if EMULATED
+  return sqrtf(x);
+#else
+  float result;
+  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+#endif
+}
+
+// sqrt(log(1 + e^x)). The logarithm is 2 atanh(t / (2 + t)) for t = e^-|x|, by its series, as 1 + t would lose digits of
+// a small t; far below 0 it is e^x, whose root is within the reach of fp32 for twice as long.
+__device__ __forceinline__ float softplus_sqrt(float x) {
+  const bool is_low = x < -16;
+  const float t = expf(is_low ? 0.5f * x : -fabsf(x)), s = t * reciprocal(2.0f + t), square = s * s;
+  float series = fmaf(square, 1.0f / 13, 1.0f / 11);
+  series = fmaf(series, square, 1.0f / 9);
+  series = fmaf(series, square, 1.0f / 7);
+  series = fmaf(series, square, 1.0f / 5);
+  series = fmaf(series, square, 1.0f / 3);
+  series = fmaf(series * square, 2.0f * s, 2.0f * s);
+  return is_low ? t : square_root(fmaxf(x, 0.0f) + series);
+}
+
 constexpr float kLeastNormal = 1.175494351e-38f, kMostInvertible = 8.507059173e37f;  // 2^-126, 2^126
 
+// A score; 0 if it is NaN, infinite or less than kLeastNormal.
+__device__ __forceinline__ float counted(float score) {
+  return score >= kLeastNormal && is_finite(score) ? score : 0.0f;
+}
+
 // The score of one expert. For softmax, greatest is the row's greatest logit and scale 1 / sum of e^(logit - greatest).
-// A computed score that is NaN or less than kLeastNormal counts as 0.
-__device__ __forceinline__ float score_of(const GateArgs& args, float logit, float greatest, float scale) {
+// A computed score that is NaN or less than kLeastNormal counts as 0. Only kAny knows softplus_sqrt.
+template <bool kAny, typename Args>
+__device__ __forceinline__ float score_of(const Args& args, float logit, float greatest, float scale) {
+  if (kAny && args.scoring == kSoftplusSqrt) return counted(softplus_sqrt(logit));
   if (args.scoring == kAsIs) return is_finite(logit) ? logit : 0.0f;
   float score;
   if (args.scoring == kSigmoid) {
@@ -117,18 +152,26 @@ __device__ __forceinline__ float renormalized(float weight, float sum) {
   return kLeastNormal <= sum && sum <= kMostInvertible ? weight * reciprocal(sum) : weight;
 }
 
-__device__ __forceinline__ float load_logit(const GateArgs& args, const char* row, u32 expert) {
+template <typename Args>
+__device__ __forceinline__ float load_logit(const Args& args, const char* row, u32 expert) {
   if (args.element == kF32) return reinterpret_cast<const float*>(row)[expert];
   const u16 bits = reinterpret_cast<const u16*>(row)[expert];
   return args.element == kF16 ? F16::to_float(bits) : BF16::to_float(bits);
 }
 
-__device__ __forceinline__ void write_result(const GateArgs& args, u32 token, u32 k, float weight, u32 id) {
-  const i64 place = (i64)token * args.topk + k;
+template <typename Args>
+__device__ __forceinline__ void write_result(const Args& args, i64 place, float weight, u32 id) {
   args.topk_weights[place] = weight;
   if (args.id_words == 1) {
     static_cast<u32*>(args.topk_ids)[place] = id;
   } else {
     static_cast<i64*>(args.topk_ids)[place] = (i32)id;
   }
+}
+
+// The k-th of the shared experts, which come after all others.
+template <typename Args>
+__device__ __forceinline__ void write_shared(const Args& args, u32 token, u32 k, bool padded) {
+  const i64 place = token * (i64)(args.topk + args.num_shared) + args.topk + k;
+  write_result(args, place, padded ? 0.0f : args.shared_weight, padded ? ~0u : args.num_experts + k);
 }

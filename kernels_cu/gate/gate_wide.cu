@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// topk_softmax, topk_sigmoid and grouped_topk with one block a row, which lies in shared memory: what the warp
+// The gating functions with one block a row, which lies in shared memory: what the warp
 // kernel has no registers or lanes for. Any number of experts that fits, any topk, any groups, softcap.
 //
 // in       logits, bias, padding_mask                                                      (GateArgs, gate.cuh)
-// out      topk_weights [num_tokens, topk] fp32, topk_ids [num_tokens, topk] of 32 or 64 bits
+// out      topk_weights [num_tokens, topk + num_shared] fp32, topk_ids, so many of 32 or 64 bits
 // grid     num_tokens blocks; block: a multiple of 32 threads, up to kMaxThreads
 // shared   (num_experts + num_groups + 2 * topk) words
 //
@@ -88,7 +88,7 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads) gate_wide(const __grid
 
   const auto score = [&](u32 expert) {
     const float logit = capped(load_logit(args, row, expert), args.softcap);
-    return no_scores ? 0.0f : score_of(args, logit, greatest, scale);
+    return no_scores ? 0.0f : score_of<true>(args, logit, greatest, scale);
   };
 #pragma unroll 1
   for (u32 expert = thread; expert < num_experts; expert += threads) {
@@ -157,6 +157,9 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads) gate_wide(const __grid
 #pragma unroll 1
   for (u32 k = lane_id(); k < args.topk; k += kWarpSize) {
     const float weight = args.renormalize ? renormalized(weights[k], sum) : weights[k];
-    write_result(args, token, k, padded ? 0.0f : weight * args.factor, padded ? ~0u : winners[k]);
+    const i64 place = token * (i64)(args.topk + args.num_shared) + k;
+    write_result(args, place, padded ? 0.0f : weight * args.factor, padded ? ~0u : winners[k]);
   }
+#pragma unroll 1
+  for (u32 k = lane_id(); k < args.num_shared; k += kWarpSize) write_shared(args, token, k, padded);
 }

@@ -1,4 +1,4 @@
-"""topk_softmax, topk_sigmoid and grouped_topk."""
+"""topk_softmax, topk_sigmoid, topk_softplus_sqrt and grouped_topk."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Softmax(Operator):
     title = "topk_softmax, fp32, renormalized"
     columns: Mapping[str, Sequence[str]] = {"tokens x experts": ("tokens", "experts"), "topk": ("topk",)}
     size = "{tokens} tokens, top-{topk} of {experts}"
-    telling = (GateCase(4096, 256, 8),)
+    telling: Sequence[GateCase] = (GateCase(4096, 256, 8),)
 
     def inputs(self, case: GateCase, kind: str, seed: int) -> torch.Tensor:
         generator = torch.Generator(base.device).manual_seed(seed)
@@ -98,7 +98,7 @@ class Sigmoid(Softmax):
     section = "sigmoid"
     function = "topk_sigmoid"
     theirs: Mapping[str, str] = {"vllm": "topk_sigmoid", "sglang": "topk_sigmoid"}
-    cases = (
+    cases: Sequence[GateCase] = (
         GateCase(1, 256, 8),
         GateCase(64, 256, 8),
         GateCase(4096, 128, 8),
@@ -122,6 +122,29 @@ class Sigmoid(Softmax):
         return Bound(
             lambda: cupy_moe.topk_sigmoid(inputs, case.topk, True, e_score_correction_bias=bias, out=out), out
         )
+
+
+class SoftplusSqrt(Sigmoid):
+    section = "softplus_sqrt"
+    function = "topk_softplus_sqrt"
+    theirs: Mapping[str, str] = {"vllm": "topk_softplus_sqrt"}
+    cases = (GateCase(1, 256, 8), GateCase(64, 256, 8), GateCase(4096, 256, 8), GateCase(16384, 256, 8))
+    telling = ()
+    title = "topk_softplus_sqrt, fp32, renormalized, with a bias"
+
+    def expected(self, case: GateCase, inputs: torch.Tensor) -> Routing:
+        logits = inputs.double()
+        scores = torch.logaddexp(logits, torch.zeros_like(logits)).sqrt()
+        return Routing(scores, scores + _bias(case.experts, base.device))
+
+    def bind(self, contender: str, case: GateCase, inputs: torch.Tensor) -> Bound:
+        out, bias = self.outputs(case), _bias(case.experts, base.device)
+        if contender == "vllm":
+            operator, rows = self.their(contender), empty(case.tokens, case.topk)
+            theirs = *out, rows, inputs, True, 1.0, bias, None, None
+            return Bound(lambda: operator(*theirs), out)
+        ours = functools.partial(cupy_moe.topk_softplus_sqrt, e_score_correction_bias=bias, out=out)
+        return Bound(lambda: ours(inputs, case.topk, True), out)
 
 
 class Grouped(Sigmoid):
@@ -168,4 +191,4 @@ def _bias(experts: int, device: str) -> torch.Tensor:
     return torch.rand(experts, device=device, generator=generator)
 
 
-OPERATORS = (Softmax(), Sigmoid(), Grouped())
+OPERATORS = (Softmax(), Sigmoid(), SoftplusSqrt(), Grouped())

@@ -321,21 +321,30 @@ def gate(seed: int) -> Call:
         tensors["e_score_correction_bias"] = torch.randn(num_experts) * 0.3
     if pick.random() < 0.2:
         tensors["padding_mask"] = torch.rand(tokens) < 0.4
+    scoring = pick.choice(("softmax", "sigmoid", "none", "softplus_sqrt"))
+    num_shared, softcap = pick.choice((0, 0, 1, 3)), pick.choice((0.0, 0.0, 0.0, 30.0))
+    if scoring == "softplus_sqrt" and pick.random() < 0.3:
+        groups, chosen, softcap = 1, 1, 0.0
+        tensors.pop("e_score_correction_bias", None)
+        most = pick.choice((num_experts, num_experts + 2, 2**31 - 1))
+        low = -1 if most > num_experts else 0
+        index = pick.choice((torch.int32, torch.int64))
+        tensors["hash_table"] = torch.randint(low, most, (5, topk), dtype=index)
+        low, high = pick.choice(((0, 5), (-2, 7), (-(2**31), 2**31 - 1)))
+        tensors["input_ids"] = torch.randint(
+            low, high, (tokens,), dtype=pick.choice((torch.int32, torch.int64))
+        )
+    factor = pick.choice((1.0, 2.5))
     options = GateOptions(
-        topk,
-        pick.random() < 0.5,
-        pick.choice(("softmax", "sigmoid", "none")),
-        groups,
-        chosen,
-        pick.choice((1.0, 2.5)),
-        pick.choice((0.0, 0.0, 0.0, 30.0)),
-    )
+        topk, pick.random() < 0.5, scoring, groups, chosen, factor, softcap, num_shared, 0.4
+    )  # fmt: skip
     names = ("e_score_correction_bias", "padding_mask")
 
     def run(**arguments: Any) -> Any:
         return _run(**{**dict.fromkeys(names), "ids_dtype": torch.int32, **arguments})
 
-    return Call(run, tensors, options._asdict(), cpu_gate.gate, GATE_KERNELS)
+    forced = () if "hash_table" in tensors else GATE_KERNELS
+    return Call(run, tensors, options._asdict(), cpu_gate.gate, forced)
 
 
 def quantize(seed: int) -> Call:
