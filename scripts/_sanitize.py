@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -23,7 +24,7 @@ FOUND = 86  # exit status
 @click.command()
 @click.option("--tool", "tools", type=click.Choice(TOOLS), multiple=True, help="Not all four of them.")
 @click.option("--operator", "operators", type=click.Choice(list(_random_calls.CALLS)), multiple=True)
-@click.option("--seeds", default=300, help="How many may be tried to reach every kernel.", show_default=True)
+@click.option("--seeds", default=1000, help="How many may be tried to reach every kernel.", show_default=True)
 @click.option("--run", "listed", type=click.Path(path_type=Path), hidden=True)
 def main(tools: tuple[str, ...], operators: tuple[str, ...], seeds: int, listed: Path | None) -> None:
     """Run every kernel of this device under compute-sanitizer, and compare results with the CPU.
@@ -85,6 +86,16 @@ def run_listed(calls: list[str]) -> None:
             raise click.ClickException(f"{name}: {wrong}")
 
 
+def summary(log: str) -> str:
+    """What was found in which kernels, how often, and the first of each in full."""
+    findings: dict[tuple[str, ...], list[str]] = {}
+    for finding in re.split(r"\n=+ *\n", log):
+        if kernels := re.findall(r" at (?:void )?(\w+)\+0x", finding):
+            findings.setdefault(tuple(dict.fromkeys(kernels)), []).append(finding)
+    lines = [f"{len(found)} x {' and '.join(kernels)}\n{found[0]}" for kernels, found in findings.items()]
+    return "\n".join(lines) or log[-4000:]
+
+
 def sanitize(tool: str, calls: list[str]) -> str:
     # Without torch's pool, an overrun of one byte is seen.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
@@ -103,7 +114,7 @@ def sanitize(tool: str, calls: list[str]) -> str:
         inside = [sys.executable, __file__, "--run", str(path)]
         status = subprocess.run([*command, *inside], env=environment, check=False).returncode
         if status:
-            click.echo(log.read_text()[:20_000], err=True)
+            click.echo(f"{tool}:\n{summary(log.read_text())}", err=True)
     return {0: "clean", FOUND: "FOUND ERRORS"}.get(status, f"FAILED, exit status {status}")
 
 

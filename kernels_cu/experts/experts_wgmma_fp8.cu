@@ -67,11 +67,13 @@ struct Product : TileOf<ElementType, kHasGate, kTileRows, kWeightRows, kThreads,
     float now[2], later[2];
     u32 at[2];
 
+    // Rows without a pair take the scales of the first one of their 64, as those of a dropped pair may be missing.
     __device__ __forceinline__ RowScales(const ExpertsWgmmaArgs& args, const u32* pairs, u32 num_steps) {
+      const u32 first = pairs[-(int)(warp_id() % 4 * 16)];
 #pragma unroll
       for (u32 half = 0; half < 2; ++half) {
         const u32 pair = pairs[half * 8 + lane_id() / 4];
-        at[half] = pair < args.num_pairs ? args.rows_shared.quotient(pair) * num_steps : 0;
+        at[half] = args.rows_shared.quotient(pair < args.num_pairs ? pair : first) * num_steps;
         later[half] = args.row_scales[at[half]];
       }
       next(args, num_steps > 1);
