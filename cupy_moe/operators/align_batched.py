@@ -78,7 +78,7 @@ def batched_moe_align_block_size(
     call = _prepare(len(counts), max_tokens, block_size, device)
     outputs: MoEAlignment[Any]
     if out is None:
-        outputs = allocate(call.num_slots, call.num_blocks, device)
+        outputs = allocate(call.num_slots, call.num_blocks, counts)
     else:
         check_out(out, call.num_slots, call.num_blocks, device)
         outputs = MoEAlignment(*out)

@@ -269,7 +269,7 @@ def fused_experts(
         shared = shared.contiguous()
     output: PlainTensor = out
     if out is None:
-        output = torch.empty((num_tokens, hidden), dtype=dtype, device=device)
+        output = x.new_empty((num_tokens, hidden))
     else:
         check_tensor("out", out, (dtype,), (num_tokens, hidden), device)
     experts = num_experts if local is None else total
@@ -302,7 +302,7 @@ def fused_experts(
     layout = call.layout
     memory: PlainTensor = workspace
     if memory is None:
-        memory = torch.empty(layout.size, dtype=torch.uint8, device=device)
+        memory = x.new_empty(layout.size, dtype=torch.uint8)
     else:
         _check_workspace(memory, layout.size, device)
     # All that may be refused, before the first launch.

@@ -358,8 +358,8 @@ def run_gate(
     if bias is not None or padding_mask is not None:
         check_gate_tensors(bias, padding_mask, num_tokens, num_experts, device)
     if out is None:
-        topk_weights = torch.empty((num_tokens, options.num_results), dtype=torch.float32, device=device)
-        topk_ids = torch.empty((num_tokens, options.num_results), dtype=ids_dtype, device=device)
+        topk_weights = gating_output.new_empty((num_tokens, options.num_results), dtype=torch.float32)
+        topk_ids = gating_output.new_empty((num_tokens, options.num_results), dtype=ids_dtype)
     else:
         topk_weights, topk_ids = out
     if launch is None:

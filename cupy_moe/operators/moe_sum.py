@@ -112,7 +112,7 @@ def moe_sum(
         expert_map = checked("expert_map", expert_map, _INT32, expert_map.shape, device)
     if shared_output is not None:
         shared_output = checked("shared_output", shared_output, (dtype,), (num_tokens, hidden), device)
-    output = place_for_sum(out, num_tokens, hidden, dtype, device)
+    output = place_for_sum(out, num_tokens, hidden, input)
     tensors = topk_weights, topk_ids, expert_map, factor, shared_output
     call = prepare_sum(input, output, *tensors, _NO_MAP if expert_map is None else len(expert_map))
     if call is None:
@@ -132,12 +132,10 @@ def as_factor(value: Any) -> float:
     return value or 0.0  # not -0.0, which would find what is cached for 0.0
 
 
-def place_for_sum(
-    out: PlainTensor | None, num_tokens: int, hidden: int, dtype: torch.dtype, device: torch.device
-) -> PlainTensor:
+def place_for_sum(out: PlainTensor | None, num_tokens: int, hidden: int, beside: PlainTensor) -> PlainTensor:
     if out is None:
-        return torch.empty((num_tokens, hidden), dtype=dtype, device=device)
-    check_tensor("out", out, (dtype,), (num_tokens, hidden), device, strided=True)
+        return beside.new_empty((num_tokens, hidden))
+    check_tensor("out", out, (beside.dtype,), (num_tokens, hidden), beside.device, strided=True)
     strides = out.stride()
     if hidden > 1 and strides[1] != 1:
         raise ValueError(f"out: expected rows of neighbouring elements, got strides {list(strides)}")

@@ -468,7 +468,7 @@ def moe_unpermute(
         check_tensor("expert_offsets", expert_offsets, _OFFSETS, expert_offsets.shape, device)
         address("expert_offsets", expert_offsets)
         in_use = expert_offsets[-1:]
-    output = place_for_sum(out, num_tokens, hidden, dtype, device)
+    output = place_for_sum(out, num_tokens, hidden, permuted)
     rows = permuted.expand(num_tokens, num_rows, hidden)  # any of them may be a slot of any token
     tensors = topk_weights, slots, in_use, factor, shared_output
     call = prepare_sum(rows, output, *tensors, num_rows, rows_of=topk)

@@ -192,7 +192,9 @@ def _route(
     if call.launch is not None:
         check_gate_tensors(bias, padding_mask, num_tokens, num_experts, device)
         results: MoERouting[Any] = (
-            _allocate(num_tokens, options, ids_dtype, call, device) if out is None else MoERouting._make(out)
+            _allocate(num_tokens, options, ids_dtype, call, gating_output)
+            if out is None
+            else MoERouting._make(out)
         )
         try:
             call.launch(
@@ -265,12 +267,12 @@ def _prepare(
 
 
 def _allocate(
-    num_tokens: int, options: GateOptions, ids_dtype: torch.dtype, call: _Call, device: torch.device
+    num_tokens: int, options: GateOptions, ids_dtype: torch.dtype, call: _Call, beside: PlainTensor
 ) -> MoERouting[Any]:
     shape = num_tokens, options.num_results
-    weights = torch.empty(shape, dtype=torch.float32, device=device)
-    ids = torch.empty(shape, dtype=ids_dtype, device=device)
-    return MoERouting(weights, ids, *allocate(call.num_slots, call.num_blocks, device))
+    weights = beside.new_empty(shape, dtype=torch.float32)
+    ids = beside.new_empty(shape, dtype=ids_dtype)
+    return MoERouting(weights, ids, *allocate(call.num_slots, call.num_blocks, beside))
 
 
 def _can_be_out(out: Any) -> bool:

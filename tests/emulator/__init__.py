@@ -191,14 +191,14 @@ def _encode_map(
 
 
 class _Allocations(TorchFunctionMode):
-    """Knows what kernels may touch. What `torch.empty` makes lies between guards and is full of poison."""
+    """Knows what kernels may touch. What is made by `empty` or `new_empty` is full of poison."""
 
     def __init__(self) -> None:
         self.kept: list[Placed] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func is torch.empty:
+        if func in (torch.empty, torch.Tensor.new_empty):
             placed = self.add(result)
             placed.memory.fill_(POISON)
             return placed.tensor
