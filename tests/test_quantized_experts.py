@@ -282,10 +282,11 @@ def test_fp8_rows_against_float64() -> None:
         assert error < 0.08, seed
 
 
-def nearly(result: torch.Tensor, expected: torch.Tensor) -> bool:
-    """But for the order of sums, and activations that become the code beside for it: a sixteenth off."""
+def nearly(result: torch.Tensor, expected: torch.Tensor, share: float = 0.02) -> bool:
+    """But for the order of sums, and activations that become the code beside for it: a sixteenth off. Where one
+    of them makes most of a result, that is much of it."""
     difference, size = result.float() - expected.float(), expected.float()
-    few = difference.norm() <= 0.02 * size.norm() + 1e-3
+    few = difference.norm() <= share * size.norm() + 1e-3
     return result.shape == expected.shape and bool(few and difference.abs().max() <= size.abs().max() / 12)
 
 
