@@ -18,9 +18,9 @@ from emulator import Emulator
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cupy_moe import ExpertParallel, ep_fused_experts, moe_sort, replicate_experts
+from cupy_moe import DependencyError, ExpertParallel, PeerError, ep_fused_experts, moe_sort, replicate_experts
 from cupy_moe.cpu import parallel as cpu
-from cupy_moe.parallel import messages
+from cupy_moe.parallel import messages, symmetric
 from cupy_moe.parallel.placement import place_experts, replica_table
 from cupy_moe.plans import parallel as plans
 from cupy_moe.plans.parallel import MessageLayout
@@ -275,6 +275,118 @@ def test_messages_of_garbage_stay_within_bounds() -> None:
             for capacity in (None, 3):
                 given = device.tensor(counts) if capacity is None else None
                 messages.expand(layout, device.tensor(came), given, 7, capacity, 2)
+
+
+# ---- symmetric memory
+
+
+class Buffers:
+    """Symmetric memory of ranks that take turns: plain buffers, and groups that are numbers of ranks."""
+
+    def __init__(self, num_ranks: int, device: Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.num_ranks, self.device, self.memory = num_ranks, device, [torch.empty(0)] * num_ranks
+        monkeypatch.setattr(symmetric, "symmetric_memory", self.give)
+        monkeypatch.setattr(dist, "get_rank", lambda group: group)
+        monkeypatch.setattr(dist, "get_world_size", lambda group: num_ranks)
+        monkeypatch.setattr(dist, "get_backend", lambda group: "gloo")
+
+    def give(self, group: Any, num_bytes: int, device: Any) -> tuple[torch.Tensor, list[int]]:
+        if not len(self.memory[0]):
+            self.memory = [self.device.tensor(torch.zeros(num_bytes, dtype=torch.uint8)) for _ in self.memory]
+        return self.memory[group], [memory.data_ptr() for memory in self.memory]
+
+    def rank(self, rank: int, **options: Any) -> symmetric.SymmetricExpertParallel:
+        made = symmetric.SymmetricExpertParallel(rank, **options)  # type: ignore[arg-type]
+        for name, value in vars(made).items():
+            if isinstance(value, torch.Tensor) and name not in ("_memory", "_flags"):
+                setattr(made, name, self.device.tensor(value))
+        return made
+
+    def flags(self, of_rank: int) -> torch.Tensor:
+        return self.memory[of_rank][: 4 * self.num_ranks].view(torch.int32)
+
+
+@pytest.mark.skipif(bool(emulator.compiler()), reason=str(emulator.compiler()))
+@pytest.mark.parametrize("combine", ["pairs", "partial"])
+def test_rows_by_way_of_symmetric_memory(combine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks take turns, and none waits: each step is done twice, so that it finds what all have written."""
+    num_ranks, num_experts, topk, hidden = 3, 7, 4, 24
+    with Emulator(gpus.H200._replace(num_sms=2), 90)() as device:
+        buffers = Buffers(num_ranks, device, monkeypatch)
+        options: dict[str, Any] = {"num_experts": num_experts, "combine": combine, "capacity": 6}
+        placement = replicate_experts([5, 1, 1, 1, 4, 1, 1], num_ranks, 3)
+        sizes = {"max_row_bytes": 4 * hidden + 20, "max_topk": 5}
+        ranks = [
+            buffers.rank(rank, **options, **sizes, placement=placement, pair_capacity=None)
+            for rank in range(num_ranks)
+        ]
+        torch.manual_seed(1)
+        inputs = []
+        for tokens in (6, 0, 4):  # whole numbers and quarters, whose sums are exact
+            x, weights = torch.randint(-9, 10, (tokens, hidden)), torch.randint(-3, 4, (tokens, topk)) / 4
+            ids = torch.randint(-1, num_experts + 1, (tokens, topk), dtype=torch.int32)
+            scales = torch.randint(0, 256, (tokens, 4), dtype=torch.uint8)
+            inputs.append(tuple(map(device.tensor, (x.float(), ids, weights, scales))))
+
+        def in_turn(step: Callable[[int], Any], epoch: int) -> list[Any]:
+            for _ in range(2):
+                for rank in range(num_ranks):
+                    buffers.flags(rank).fill_(1000)  # as if all had come
+                results = [step(rank) for rank in range(num_ranks)]
+                epoch += 1
+                for rank in range(num_ranks):
+                    assert buffers.flags(rank).tolist() == [epoch] * num_ranks
+            return results
+
+        received: list[Any] = []
+        outputs: list[torch.Tensor] = []
+
+        def send(rank: int) -> Any:
+            x, ids, weights, scales = inputs[rank]
+            return ranks[rank].dispatch(x, ids, weights, scales=scales)
+
+        def send_back(rank: int) -> Any:
+            return ranks[rank].combine(outputs[rank], received[rank].handle)
+
+        for epoch in (0, 4):
+            received[:] = in_turn(send, epoch)
+            outputs.clear()
+            for rows, ids, weights, _, _ in received:
+                own = torch.where(ids >= 0, weights, 0).sum(1, keepdim=True)
+                outputs.append(device.tensor(torch.where((ids >= 0).any(1, keepdim=True), rows * own, 77)))
+            back = in_turn(send_back, epoch + 2)
+            for (x, ids, weights, _), result in zip(inputs, back, strict=True):
+                exists = (ids >= 0) & (ids < num_experts)
+                assert torch.equal(result, x * torch.where(exists, weights, 0).sum(1, keepdim=True))
+        for rank in ranks:
+            rank.check()
+        told = {tuple(row.tolist()) for *_, scales in inputs for row in scales}
+        for _, ids, _, scales, _ in received:
+            assert {tuple(row.tolist()) for row in scales[(ids >= 0).any(1)]} <= told
+        assert {"ep_pack", "ep_push", "ep_sync"} <= set(device.launched)
+
+
+@pytest.mark.skipif(bool(emulator.compiler()), reason=str(emulator.compiler()))
+def test_a_rank_that_does_not_come_is_waited_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Emulator(gpus.H200, 90)() as device:
+        buffers = Buffers(4, device, monkeypatch)
+        sizes: dict[str, Any] = {"capacity": 2, "max_row_bytes": 32, "max_topk": 2}
+        parallel = buffers.rank(1, num_experts=4, **sizes, timeout=1e-4)
+        buffers.flags(1)[:] = torch.tensor([1, 0, 0, 2**31 - 1])
+        for _ in range(2):
+            parallel.dispatch(*map(device.tensor, (X[:2], IDS[:2].int(), WEIGHTS[:2])))
+        assert parallel.late.tolist() == [1, 0, 1, 0]  # the first came once, but not twice
+        with pytest.raises(PeerError, match=r"rank 1 of 4: ranks \[0, 2\] did not come within 0.0001 s"):
+            parallel.check()
+        with pytest.raises(
+            ValueError, match="hidden_states: bytes of a row with its scales: expected 1 to 32"
+        ):
+            parallel.dispatch(*map(device.tensor, (torch.ones(1, 16), IDS[:1], WEIGHTS[:1])))
+
+
+def test_there_is_no_symmetric_memory_on_a_cpu(group: dist.ProcessGroup) -> None:
+    with pytest.raises(DependencyError, match="there is no symmetric memory"):
+        symmetric.SymmetricExpertParallel(group, 4, capacity=1, max_row_bytes=16, max_topk=1)
 
 
 def test_a_token_goes_once_to_a_rank() -> None:

@@ -28,6 +28,7 @@ class Handle(NamedTuple):
     slots: torch.Tensor  # [T, K] int32, of what comes back
     sent: list[int] | None  # rows of what comes back from each rank; None: as many of each
     received: list[int] | None  # rows that each rank gets back
+    ids: torch.Tensor | None  # [N, k] int32, of the rows, by which those that nobody has sent are known
 
 
 class Received(NamedTuple):
@@ -173,7 +174,7 @@ class ExpertParallel:
             parts = came[:, : layout.row_bytes], words[:, :topk], own_weights, scale_bytes
         return Received(
             parts[0].view(hidden_states.dtype), parts[1], parts[2],
-            None if scales is None else parts[3].view(scales.dtype), handle,
+            None if scales is None else parts[3].view(scales.dtype), handle._replace(ids=parts[1]),
         )  # fmt: skip
 
     def combine(
@@ -234,7 +235,7 @@ class ExpertParallel:
             sent, slots = messages.pack(*packed, *sizes, num_rows, capacity, room, self.dropped)
             came = torch.empty_like(sent)
             self._exchange("rows", came, sent)
-            return came, None, Handle(slots, None, None)
+            return came, None, Handle(slots, None, None, None)
         # Of each rank: its pairs, if these come back as such, and its rows.
         shape = 2, num_ranks, 2 if self._pairs else 1
         counts = torch.empty(shape, dtype=torch.int32, device=self.device)
@@ -245,7 +246,8 @@ class ExpertParallel:
         sent, slots = messages.pack(*packed, *sizes, sum(to_others), None, 0, self.dropped)
         came = sent.new_empty((sum(from_others), layout.pitch))
         self._exchange("rows", came, sent, from_others, to_others)
-        return came, counts[1], Handle(slots, *([of_rank[0] for of_rank in side] for side in of_both))
+        back, back_from = ([of_rank[0] for of_rank in side] for side in of_both)
+        return came, counts[1], Handle(slots, back, back_from, None)
 
     def _send_back(self, outputs: torch.Tensor, handle: Handle) -> torch.Tensor:
         """What comes back, [slots, H]."""

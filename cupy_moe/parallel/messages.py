@@ -15,7 +15,7 @@ from ..cuda.limits import device_limits
 from ..cuda.structs import ArgumentStruct
 from ..dispatch.tensors import cuda_index
 from ..plans.base import divisor
-from ..plans.parallel import MessageLayout, plan_route, plan_rows
+from ..plans.parallel import MessageLayout, plan_route, plan_rows, plan_sync
 
 _ROUTE_ARGS = ArgumentStruct(
     "parallel/ep_route.cu:RouteArgs",
@@ -233,3 +233,76 @@ def _prepare_expand(
         pair_capacity=pair_capacity,
     )
     return bind(plan.launch, index, _EXPAND_ARGS.num_pointers, constants)
+
+
+# ---- in symmetric memory, on GPUs alone
+
+_PUSH_ARGS = ArgumentStruct(
+    "parallel/ep_push.cu:PushArgs",
+    "outputs ids peers",
+    "u32 num_rows, units_per_row; Divisor parts; u32 units_per_part; Divisor room; u32 num_ids, rank;"
+    " i64 id_stride",
+)
+_SYNC_ARGS = ArgumentStruct(
+    "parallel/ep_sync.cu:SyncArgs", "flags peers epoch late", "u32 num_ranks, rank; i64 timeout"
+)
+
+
+def push(outputs: torch.Tensor, ids: torch.Tensor, peers: torch.Tensor, room: int, rank: int) -> None:
+    """Rows of experts to the ranks that sent them, `room` of each in turn.
+
+    outputs    [num_ranks * room, H]   contiguous, of rows of multiples of 16 bytes
+    ids        [num_ranks * room, k]   int32; rows without an id from 0 on are not sent
+    peers      [num_ranks] int64       where each rank has [num_ranks, room, H]; `rank` writes its own part
+    """
+    num_rows, hidden = outputs.shape
+    launch = _prepare_push(
+        num_rows, hidden * outputs.element_size(), room, ids.shape[1], ids.stride(0), rank, outputs.device
+    )
+    launch(outputs.data_ptr(), ids.data_ptr(), peers.data_ptr())
+
+
+@functools.lru_cache(CACHED_CALLS)
+def _prepare_push(
+    num_rows: int, row_bytes: int, room: int, num_ids: int, id_stride: int, rank: int, device: torch.device
+) -> Launch:
+    index = _gpu(device)
+    plan = plan_rows("ep_push", num_rows, row_bytes, device_limits(index).num_sms)
+    constants = _PUSH_ARGS.pack(
+        num_rows=num_rows,
+        units_per_row=row_bytes // 16,
+        parts=divisor(plan.parts),
+        units_per_part=plan.units_per_part,
+        room=divisor(room),
+        num_ids=num_ids,
+        rank=rank,
+        id_stride=id_stride,
+    )
+    return bind(plan.launch, index, _PUSH_ARGS.num_pointers, constants)
+
+
+def sync(
+    flags: torch.Tensor, peers: torch.Tensor, epoch: torch.Tensor, late: torch.Tensor, rank: int, timeout: int
+) -> None:
+    """Tell all ranks that what was launched before is done, and wait for as much of them, on the GPU.
+
+    flags      [num_ranks] int32   this rank's, which others write
+    peers      [num_ranks] int64   where each rank has its flags
+    epoch      [1] int32           counts calls; as often on each rank
+    late       [num_ranks] int32   1 for ranks that did not come within `timeout`, in ns
+    """
+    launch = _prepare_sync(len(peers), rank, timeout, flags.device)
+    launch(flags.data_ptr(), peers.data_ptr(), epoch.data_ptr(), late.data_ptr())
+
+
+@functools.lru_cache(CACHED_CALLS)
+def _prepare_sync(num_ranks: int, rank: int, timeout: int, device: torch.device) -> Launch:
+    constants = _SYNC_ARGS.pack(num_ranks=num_ranks, rank=rank, timeout=timeout)
+    return bind(plan_sync(), _gpu(device), _SYNC_ARGS.num_pointers, constants)
+
+
+def _gpu(device: torch.device) -> int:
+    index = cuda_index("device", device)
+    if index is None:
+        raise ValueError("device: expected a GPU, got the CPU, which has no symmetric memory")
+    return index

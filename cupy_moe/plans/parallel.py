@@ -60,3 +60,7 @@ def plan_rows(unit: str, num_rows: int, row_bytes: int, num_sms: int) -> RowsPla
     parts = max(1, least, min(wanted, most))
     units_per_part = ceil_div(units, parts)
     return RowsPlan(LaunchPlan(unit, unit, max(1, num_rows * parts), MESSAGE_THREADS), parts, units_per_part)
+
+
+def plan_sync() -> LaunchPlan:
+    return LaunchPlan("ep_sync", "ep_sync", 1, MESSAGE_THREADS)

@@ -269,6 +269,7 @@ class Emulator:
             patch.setattr(modules, "function", self._function)
             patch.setattr(modules, "can_overlap", lambda device, unit: False)
             patch.setattr(launch, "_current_stream", lambda device: 0)
+            patch.setattr(launch, "_current_device", lambda: 0)
             patch.setattr(torch.cuda, "device_count", lambda: 1)
             patch.setattr(tensor_map, "driver_function", lambda name: _encode_map)
             tensor_map.tensor_map.cache_clear()
