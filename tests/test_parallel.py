@@ -277,6 +277,16 @@ def test_messages_of_garbage_stay_within_bounds() -> None:
                 messages.expand(layout, device.tensor(came), given, 7, capacity, 2)
 
 
+@pytest.mark.gpu
+def test_sanitize_kernels_of_messages_on_a_gpu() -> None:
+    for seed in range(40):
+        call = Sent(seed)
+        expected = call.run(lambda tensor: tensor)
+        results = call.run(lambda tensor: tensor.cuda())
+        for name, right in expected.items():
+            assert torch.equal(results[name].cpu(), right), f"{name} of {seed=}"
+
+
 # ---- symmetric memory
 
 

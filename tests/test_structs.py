@@ -14,6 +14,7 @@ from cache_helpers import Everything
 from gpus import H200
 
 import cupy_moe.ops
+import cupy_moe.parallel.messages
 from cupy_moe.cuda import structs
 from cupy_moe.cuda.structs import ArgumentStruct
 from cupy_moe.images import sources, targets
@@ -27,7 +28,9 @@ from cupy_moe.plans import permute as permute_plans
 
 FOLDER = sources.source_folder()
 FILES = {str(path.relative_to(FOLDER)): path.read_text() for path in FOLDER.rglob("*.cu*")}
-assert cupy_moe.ops.__name__  # is imported, so all operators are, and all their structs declared
+# These are imported, so all operators are, and all structs declared.
+assert cupy_moe.ops.__name__
+assert cupy_moe.parallel.messages.__name__
 
 
 def without_comments(text: str) -> str:

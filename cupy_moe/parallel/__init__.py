@@ -357,6 +357,7 @@ def ep_fused_experts(
     on Hopper, `kernel=` may have to say which.
 
     >>> import torch.distributed as dist
+    >>> from cupy_moe import ExpertParallel
     >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     >>> parallel = ExpertParallel(dist.group.WORLD, num_experts=2)
     >>> eye, x = torch.eye(8, dtype=torch.bfloat16), torch.ones(1, 8, dtype=torch.bfloat16)
