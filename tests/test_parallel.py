@@ -136,7 +136,8 @@ WRONG: dict[str, tuple[type[Exception], str, Callable[[Any], Any]]] = {
     "other tokens": (ValueError, r"topk_ids: expected shape \[3, 2\]", dispatch(ids=IDS[:2])),
     "half weights": (TypeError, "topk_weights: expected torch.float32", dispatch(weights=WEIGHTS.half())),
     "odd scales": (ValueError, "scales: .* multiple of 4 bytes, got 3", dispatch(scales=X[:, :3].byte())),
-    "fewer scales": (ValueError, r"scales: expected shape \[3, groups\]", dispatch(scales=X[:2])),
+    "fewer scales": (ValueError, r"scales: expected shape \[3, 8\]", dispatch(scales=X[:2])),
+    "a list": (TypeError, "topk_ids: expected a plain torch.Tensor, got list", dispatch(ids=[[0]])),
     "meta": (ValueError, "hidden_states: .*meta", dispatch(X.to("meta"))),
     "many experts": (
         ValueError,
@@ -191,7 +192,7 @@ class Sent:
         table, self.most_local = replica_table(placement, num_experts)
         self.replicas = torch.tensor(table, dtype=torch.int32)
         self.rank = pick.randrange(self.num_ranks)
-        num_tokens = pick.choice((0, 1, 2, 7, pick.randint(8, 60)))
+        num_tokens = pick.choice((0, 1, 2, 7, pick.randint(8, 40)))
         low, high = pick.choice(((0, num_experts), (-2, num_experts + 2), (-(2**31), 2**31 - 1)))
         self.ids = torch.randint(
             low, high, (num_tokens, self.topk), dtype=pick.choice((torch.int32, torch.int64))
@@ -199,7 +200,7 @@ class Sent:
         if self.ids.dtype == torch.int64:  # of which the lower words alone would be experts
             self.ids[torch.rand(self.ids.shape) < 0.1] += 2**32
         scale_bytes = pick.choice((0, 4, 28))
-        row_bytes = pick.choice((16, 48, 2048, 20_000 // 16 * 16))
+        row_bytes = pick.choice((16, 16, 48, 2048, 8000))
         self.layout = MessageLayout(row_bytes, self.topk, scale_bytes)
         self.rows = torch.randint(0, 256, (num_tokens, row_bytes), dtype=torch.uint8)
         if pick.random() < 0.3:
@@ -209,8 +210,8 @@ class Sent:
         )
         self.weights = torch.rand(num_tokens, self.topk)
         self.pairs = pick.random() < 0.6
-        self.capacity = pick.choice((None, 1, 2, 5, 60))
-        self.pair_capacity = 0 if self.capacity is None else pick.choice((1, 3, 8, 400))
+        self.capacity = pick.choice((None, 1, 2, 5, 20))
+        self.pair_capacity = 0 if self.capacity is None else pick.choice((1, 3, 8, 50))
 
     def run(self, place: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, Any]:
         """Everything, through the functions that choose between kernels and the CPU."""
@@ -247,15 +248,13 @@ class Sent:
 
 
 @pytest.mark.skipif(bool(emulator.compiler()), reason=str(emulator.compiler()))
-@pytest.mark.parametrize(("arch", "limits"), [(75, gpus.T4), (90, gpus.H200)])
-def test_kernels_against_the_cpu(arch: int, limits: Any) -> None:
+def test_kernels_against_the_cpu() -> None:
     ran: set[str] = set()
-    for seed in range(1000 * arch, 1000 * arch + 16):
+    for seed in range(25):
         call = Sent(seed)
         expected = call.run(lambda tensor: tensor)
-        with Emulator(
-            limits._replace(num_sms=random.Random(seed).choice((1, 4, 40))), arch, seed
-        )() as device:
+        limits = gpus.H200._replace(num_sms=random.Random(seed).choice((1, 4, 40)))
+        with Emulator(limits, 90, seed)() as device:
             results = call.run(device.tensor)
             ran |= set(device.launched)
         for name, right in expected.items():

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -41,6 +44,15 @@ def test_one_rank(
     assert written["ranks"] == 1
     assert {row["combine"] for row in written["rows"]} == {"pairs", "partial"}
     assert all(row["rows_out_per_token"] == 0 and row["fixed_layer_us"] > 0 for row in written["rows"])
+
+
+@pytest.mark.gpu
+def test_on_all_gpus() -> None:
+    command = [str(ROOT / "scripts" / "expert_parallel"), "--check"]
+    environment = os.environ | {"CUPY_MOE_PYTHON": sys.executable}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "layers gave the bits of one rank, by exact, fixed" in run.stdout
 
 
 def test_loads_of_uniform_routing_are_what_the_formula_says() -> None:

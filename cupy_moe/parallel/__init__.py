@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from ..dispatch.tensors import check_layout, check_tensor
+from ..dispatch.tensors import check_layout, check_tensor, is_plain
 from ..errors import PeerError
 from ..operators.experts import fused_experts
 from ..operators.permute import moe_unpermute
 from ..operators.sort import moe_sort
 from ..plans.parallel import MAX_RANKS, MAX_TOPK, MessageLayout
-from ..values import INT32_MAX, as_int, check_choice, check_range
+from ..values import INT32_MAX, as_int, check_choice, check_range, kind_of
 from . import messages
 from .placement import Placement, place_experts, replica_table
 from .placement import replicate_experts as replicate_experts
@@ -57,9 +57,11 @@ class ExpertParallel:
                                    can capture it; what finds no room is dropped, and counted
     pair_capacity int              the most pairs that come back from a rank, with "pairs"; by default all
                                    that `capacity` tokens can have there, which are many
-    device        torch.device     by default the current GPU for NCCL, else the CPU
+    device        torch.device     of all tensors; by default the current GPU for NCCL, else the CPU
 
-    All ranks pass the same, and call `dispatch` and `combine` in the same order, also without any token.
+    All ranks pass the same, and call `dispatch` and `combine` in the same order, also without any token. One
+    that does not is a PeerError on the others after the group's timeout; with NCCL, whose exchanges the host
+    does not wait for, if TORCH_NCCL_BLOCKING_WAIT=1 is set, and else torch's watchdog ends the process.
 
     Attributes: `experts`, those of this rank in the order of its weights; `rank` and `num_ranks`; `dropped`
     [1] int32, on the device, how many pairs have found no room since it was last set to 0: reading it
@@ -143,8 +145,8 @@ class ExpertParallel:
         default, or num_ranks * C; ids of rows that nobody has sent are -1, and the rows hold anything.
 
         Cost of exact sizes: 5 launches, or 4 with "partial" (route, sort, counts, messages, pairs), more to
-        sort above some 50 000 pairs; an exchange of counts, for which the host waits; one of rows. With a
-        `capacity`: 5 launches, or 3, and one exchange, of num_ranks * capacity rows, used or not. Allocates
+        sort above some 25 000 pairs; an exchange of counts, for which the host waits; one of rows. With a
+        `capacity`: 4 launches, or 3, and one exchange, of num_ranks * capacity rows, used or not. Allocates
         its results and messages.
 
         Raises TypeError and ValueError for wrong arguments, before anything is launched or sent; PeerError
@@ -261,7 +263,9 @@ class ExpertParallel:
         capacity = self.capacity or 0
         if not self._pairs:
             return capacity
-        return self._pair_capacity or capacity * min(topk, self._most_local)
+        room = self._pair_capacity or capacity * min(topk, self._most_local)
+        check_range("pair_capacity", room, INT32_MAX // self.num_ranks, 0)
+        return room
 
     def _num_outputs(self, handle: Handle) -> int:
         if handle.received is None:
@@ -292,7 +296,10 @@ class ExpertParallel:
     ) -> tuple[torch.Tensor, MessageLayout]:
         """Rows as they can be read, and how messages are laid out."""
         device = self.device
-        for name, tensor in (("hidden_states", hidden_states), ("topk_ids", topk_ids)):
+        tensors = {"hidden_states": hidden_states, "topk_ids": topk_ids, "topk_weights": topk_weights}
+        for name, tensor in (tensors if scales is None else {**tensors, "scales": scales}).items():
+            if not is_plain(tensor):
+                raise TypeError(f"{name}: expected a plain torch.Tensor, got {kind_of(tensor)}")
             check_layout(name, tensor)
             if tensor.dim() != 2:
                 raise ValueError(f"{name}: expected two dimensions, got {list(tensor.shape)}")
@@ -311,10 +318,8 @@ class ExpertParallel:
             raise ValueError(f"hidden_states: expected rows of a multiple of 16 bytes, got {row_bytes}")
         scale_bytes = 0
         if scales is not None:
-            check_layout("scales", scales)
-            if scales.dim() != 2 or len(scales) != num_tokens:
-                raise ValueError(f"scales: expected shape [{num_tokens}, groups], got {list(scales.shape)}")
-            check_tensor("scales", scales, (scales.dtype,), scales.shape, device, strided=True)
+            groups = scales.shape[1]
+            check_tensor("scales", scales, (scales.dtype,), (num_tokens, groups), device, strided=True)
             scale_bytes = scales.shape[1] * scales.element_size()
             if scale_bytes % 4:
                 raise ValueError(f"scales: expected rows of a multiple of 4 bytes, got {scale_bytes}")

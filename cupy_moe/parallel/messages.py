@@ -178,7 +178,7 @@ def expand(
     pair_capacity: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Bytes of rows, ids, weights and bytes of scales of the pairs; `counts`, int32, is None with a
-    `capacity`. Two launches with one, of which the first marks slots as empty; else one."""
+    `capacity`."""
     device = messages.device
     launch = _prepare_expand(
         layout,
@@ -195,8 +195,6 @@ def expand(
     scales = torch.empty((num_pairs, layout.scale_bytes), dtype=torch.uint8, device=device)
     weights = torch.empty((num_pairs, 1), dtype=torch.float32, device=device)
     ids = torch.empty((num_pairs, 1), dtype=torch.int32, device=device)
-    if capacity is not None:
-        ids.fill_(-1)
     launch(
         messages.data_ptr(), 0 if counts is None else counts.data_ptr(), rows.data_ptr(), scales.data_ptr(),
         ids.data_ptr(), weights.data_ptr(),

@@ -35,7 +35,7 @@ class SymmetricExpertParallel(ExpertParallel):
     PeerError then; it waits for the GPU, so call it when there is time.
 
     Memory: num_ranks * (capacity messages and room for what comes back), once, on each rank. Cost of a
-    dispatch: 6 launches, or 4 with "partial"; of a combine: 3. No wait of the host. NVLink multicast is not
+    dispatch: 5 launches, or 4 with "partial"; of a combine: 3. No wait of the host. NVLink multicast is not
     used.
 
     Raises TypeError and ValueError for wrong arguments, and DependencyError where there is no symmetric

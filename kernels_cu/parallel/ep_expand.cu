@@ -4,16 +4,17 @@
 // in       messages [num_rows] (message.cuh). is_exact: those of each rank in turn, of which counts [num_ranks, 2] has
 //          the number of pairs and of rows. Else `capacity` of each rank, with ids of -1 where there is no row
 // out      rows [num_pairs] of units_per_row times 16 bytes, scales [num_pairs, scale_words], ids and weights
-//          [num_pairs]. Else than is_exact, pairs of a rank begin at a multiple of pair_capacity, and slots without a
-//          pair are left as they are                                                               (ExpandArgs)
+//          [num_pairs]. Else than is_exact, pairs of a rank begin at a multiple of pair_capacity; of slots without a
+//          pair, ids are -1, and nothing else is written                                            (ExpandArgs)
 // grid     num_rows * parts blocks of kThreads threads
 //
 //   1  where the pairs of the row's rank begin: with counts, a sum of those before
 //   2  where those of the row go
 //   3  the units of the part to all of these; by the first part, the words
+//   4  by the first part of the last row of a rank: ids of its slots behind
 //
-// Every slot is written once, or twice to the same if messages are not as ep_pack writes them; none outside of the
-// outputs, whatever they hold.
+// Every slot is written once, if messages are as ep_pack writes them, where rows with pairs come first; none outside of
+// the outputs, whatever they hold.
 #include "parallel/message.cuh"
 
 struct ExpandArgs {
@@ -51,6 +52,14 @@ __device__ __forceinline__ uint2 slots_of_sender(const ExpandArgs& args, u32 row
   return make_uint2(pairs_before[rank], pairs_before[rank] + args.counts[2 * rank]);
 }
 
+// Whether any of topk ids is one. All threads of the block have a look.
+__device__ __forceinline__ bool has_pair(const u32* ids, u32 topk) {
+  u32 k = 0;
+#pragma unroll 1
+  while (k < topk && (int)ids[k] < 0) ++k;
+  return k < topk;
+}
+
 extern "C" __global__ void __launch_bounds__(kThreads) ep_expand(const __grid_constant__ ExpandArgs args) {
   static_assert(kMaxRanks == kThreads && kMaxTopk <= kThreads, "a thread for each");
   __shared__ int locals[kMaxTopk];
@@ -84,4 +93,16 @@ extern "C" __global__ void __launch_bounds__(kThreads) ep_expand(const __grid_co
     for (u32 w = lane_id(); w < args.scale_words; w += kWarpSize)
       args.scales[(u64)slots[to] * args.scale_words + w] = words[2 * topk + 1 + w];
   }
+  if (args.is_exact || part > 0) return;
+
+  const u32 position = row - args.capacity.quotient(row) * args.capacity.value;
+  const bool is_row = has_pair(words, topk);
+  const bool is_last = position + 1 == args.capacity.value || !has_pair(words + args.pitch / 4, topk);
+  if (!is_last || !(is_row || position == 0)) return;
+  u32 num_pairs = 0;
+#pragma unroll 1
+  for (u32 other = 0; other < topk; ++other) num_pairs += locals[other] >= 0;
+  const u32 first = range.x + (is_row ? words[2 * topk] + num_pairs : 0);
+#pragma unroll 1
+  for (u32 slot = first + threadIdx.x; slot < min_u32(range.y, args.num_pairs); slot += kThreads) args.ids[slot] = -1;
 }
