@@ -128,7 +128,8 @@ def symmetric_memory(
 
         memory = symmetric.empty(num_bytes, dtype=torch.uint8, device=device)
         shared = symmetric.rendezvous(memory, group)
-        offset = getattr(shared, "offset", 0)  # where tensors are parts of an allocation
+        # It may be a part of an allocation: on all ranks the same part.
+        offset = memory.data_ptr() - int(shared.buffer_ptrs[shared.rank])
         addresses = [int(pointer) + offset for pointer in shared.buffer_ptrs]
     except (ImportError, AttributeError, RuntimeError) as error:
         raise DependencyError(f"there is no symmetric memory between these GPUs: {error}") from error
