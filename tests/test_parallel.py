@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import subprocess
 import sys
@@ -35,7 +36,7 @@ def test_four_ranks_and_twice_two(tmp_path: Path) -> None:
         subprocess.Popen(
             [*command, str(rank), "4", str(tmp_path / "store")],
             cwd=ROOT,
-            env={"PYTHONPATH": str(ROOT), "PATH": ""},
+            env=os.environ | {"PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
