@@ -8,14 +8,17 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import routing
 import scaling.__main__ as measuring
 import torch
+import torch.distributed as dist
 from scaling import SHAPES, Shape, simulate
 from scaling.simulate import Machine
 
+from cupy_moe import fused_experts
 from cupy_moe.parallel.placement import place_experts
 from cupy_moe.plans.parallel import MessageLayout
 
@@ -44,6 +47,21 @@ def test_one_rank(
     assert written["ranks"] == 1
     assert {row["combine"] for row in written["rows"]} == {"pairs", "partial"}
     assert all(row["rows_out_per_token"] == 0 and row["fixed_layer_us"] > 0 for row in written["rows"])
+
+
+def test_the_example_of_the_page() -> None:
+    page = (ROOT / "scripts" / "scaling" / "README.md").read_text()
+    (example,) = re.findall(r"^```python\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    names: dict[str, Any] = {}
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        exec(example, names)
+        w1, w2, x = (torch.randn(size).bfloat16() for size in ((256, 16, 8), (256, 8, 8), (3, 8)))
+        weights, ids = torch.rand(3, 2), torch.tensor([[0, 255], [7, 8], [9, -1]])
+        result = names["experts"](x, w1, w2, weights, ids)
+        assert torch.allclose(result, fused_experts(x, w1, w2, weights, ids), rtol=0.01, atol=0.01)
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.gpu

@@ -28,7 +28,7 @@ class SymmetricExpertParallel(ExpertParallel):
 
     Results are those of `ExpertParallel`, to the last bit. A `combine` has to follow each `dispatch` before
     the next, also in CUDA graphs: with combine="partial", what is returned lies in memory that others write
-    to, and stays until then.
+    to, and stays until then. Two batches that overlap need one of these each.
 
     A rank that does not come within the timeout is no longer waited for: results are then wrong, but no
     kernel waits for ever, and `late` [num_ranks] int32, on the device, has a 1 for it. `check` raises
