@@ -137,6 +137,7 @@ WRONG: dict[str, tuple[type[Exception], str, Callable[[Any], Any]]] = {
     "other tokens": (ValueError, r"topk_ids: expected shape \[3, 2\]", dispatch(ids=IDS[:2])),
     "half weights": (TypeError, "topk_weights: expected torch.float32", dispatch(weights=WEIGHTS.half())),
     "odd scales": (ValueError, "scales: .* multiple of 4 bytes, got 3", dispatch(scales=X[:, :3].byte())),
+    "wide scales": (TypeError, "scales: expected elements of up to 4", dispatch(scales=X.double())),
     "fewer scales": (ValueError, r"scales: expected shape \[3, 8\]", dispatch(scales=X[:2])),
     "a list": (TypeError, "topk_ids: expected a plain torch.Tensor, got list", dispatch(ids=[[0]])),
     "meta": (ValueError, "hidden_states: .*meta", dispatch(X.to("meta"))),

@@ -131,7 +131,7 @@ class ExpertParallel:
         hidden_states   [T, H]   bf16, fp16, fp8, any   rows of multiples of 16 bytes; may be strided
         topk_ids        [T, K]   int32, 64, uint32      experts; those that nobody has are dropped; K to 64
         topk_weights    [T, K]   fp32
-        scales          [T, G]   any                    travel with the rows; rows of multiples of 4 bytes
+        scales          [T, G]   up to 4 bytes each     travel with the rows; rows of multiples of 4 bytes
 
         T may differ from rank to rank, and be 0; all else is the same. Returns Received, of this rank's N
         pairs or, with combine="partial", tokens; then k is K, else 1:
@@ -156,6 +156,7 @@ class ExpertParallel:
         ids, weights = topk_ids.contiguous(), topk_weights.contiguous()
         if scales is not None:
             scales = scales.contiguous()
+            scales = scales if scales.data_ptr() % 4 == 0 else scales.clone()  # they are read as words
         num_ranks, topk = self.num_ranks, layout.topk
         places, buckets = messages.route(
             ids, self._replicas, self._most_local, num_ranks, self.rank, self._pairs
@@ -320,7 +321,9 @@ class ExpertParallel:
         if scales is not None:
             groups = scales.shape[1]
             check_tensor("scales", scales, (scales.dtype,), (num_tokens, groups), device, strided=True)
-            scale_bytes = scales.shape[1] * scales.element_size()
+            if scales.element_size() > 4:
+                raise TypeError(f"scales: expected elements of up to 4 bytes, got {scales.dtype}; cast them")
+            scale_bytes = groups * scales.element_size()
             if scale_bytes % 4:
                 raise ValueError(f"scales: expected rows of a multiple of 4 bytes, got {scale_bytes}")
         is_read = hidden_states.stride(1) == 1 or hidden == 1
