@@ -36,7 +36,7 @@ class SymmetricExpertParallel(ExpertParallel):
 
     Memory: num_ranks * (capacity messages and room for what comes back), once, on each rank. Cost of a
     dispatch: 5 launches, or 4 with "partial"; of a combine: 3. No wait of the host. NVLink multicast is not
-    used.
+    used; TORCH_SYMM_MEM_DISABLE_MULTICAST=1 keeps torch from setting it up.
 
     Raises TypeError and ValueError for wrong arguments, and DependencyError where there is no symmetric
     memory between the GPUs. Semantics: those of DeepEP's kernels within a host.
