@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .errors import KernelLaunchError as KernelLaunchError
     from .errors import KernelLoadError as KernelLoadError
     from .errors import KernelNotPrebuiltError as KernelNotPrebuiltError
+    from .errors import PeerError as PeerError
     from .operators.align import MoEAlignment as MoEAlignment
     from .operators.align import aligned_sizes as aligned_sizes
     from .operators.align import moe_align_block_size as moe_align_block_size
@@ -43,6 +44,9 @@ if TYPE_CHECKING:
     from .operators.route import route as route
     from .operators.sort import MoESorting as MoESorting
     from .operators.sort import moe_sort as moe_sort
+    from .parallel import ExpertParallel as ExpertParallel
+    from .parallel import ep_fused_experts as ep_fused_experts
+    from .parallel import replicate_experts as replicate_experts
     from .quantization import Quantization as Quantization
     from .repacking import repack_awq as repack_awq
     from .repacking import repack_gptq as repack_gptq
@@ -69,9 +73,11 @@ _MODULES = {
         "KernelLaunchError",
         "KernelLoadError",
         "KernelNotPrebuiltError",
+        "PeerError",
     ),
     "operators.experts": ("experts_workspace_bytes", "fused_experts", "fused_moe"),
     "operators.gate": ("TopK", "grouped_topk", "topk_sigmoid", "topk_softmax", "topk_softplus_sqrt"),
+    "parallel": ("ExpertParallel", "ep_fused_experts", "replicate_experts"),
     "quantization": ("Quantization",),
     "repacking": ("repack_awq", "repack_gptq"),
     "cuda.modules": ("warmup",),

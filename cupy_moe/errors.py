@@ -27,3 +27,7 @@ class KernelLoadError(CupyMoeError):
 
 class KernelLaunchError(CupyMoeError):
     """The driver refused to launch a kernel; an earlier kernel's fault may show here, too."""
+
+
+class PeerError(CupyMoeError):
+    """Another rank of a process group failed, is gone, or came too late."""

@@ -36,6 +36,7 @@ FIRST = (
     "sort",
     "permute",
     "align_lora",
+    "parallel",
     "launch",
     "tensor_map",
     "arguments",
@@ -54,6 +55,9 @@ ALIGN, SHARED, SMALL = (
     "kernels_cu/align/align.cuh",
     "kernels_cu/align/shared.cuh",
     "kernels_cu/align/small.cuh",
+)
+ROUTE, PACK, EXPAND, PUSH, SYNC = (
+    f"kernels_cu/parallel/ep_{name}.cu" for name in ("route", "pack", "expand", "push", "sync")
 )
 GLOBAL, BATCHED = "kernels_cu/align/global.cuh", "kernels_cu/align_batched/align_batched.cu"
 GATE, WARP, WIDE = "kernels_cu/gate/gate.cuh", "kernels_cu/gate/warp.cuh", "kernels_cu/gate/gate_wide.cu"
@@ -414,6 +418,15 @@ MUTANTS = [
     Mutant("strides of a tensor map are those of the box", MAP, "(ctypes.c_uint64 * (rank - 1))(*strides)", "(ctypes.c_uint64 * (rank - 1))(*box[1:])"),
     Mutant("another swizzle than kernels read", MAP, "_ZEROS_OUTSIDE = 0, 3,", "_ZEROS_OUTSIDE = 0, 2,"),
     # without consequence
+    Mutant("a row goes to each pair's rank", ROUTE, "bool is_first = rank >= 0;", "bool is_first = rank >= 0 && k == 0;"),
+    Mutant("pairs beyond the room come back", PACK, "positions[k] < args.pair_capacity", "positions[k] <= args.pair_capacity"),
+    Mutant("rows beyond the capacity are sent", PACK, "position < args.capacity.value;", "position <= args.capacity.value;"),
+    Mutant("rows without a token keep their ids", PACK, "if (args.is_exact) return;", "return;"),
+    Mutant("pairs of a row in the same slot", EXPAND, "before += locals[other] >= 0;", "before += 0;"),
+    Mutant("slots without a pair keep their ids", EXPAND, "if (args.is_exact || part > 0) return;", "return;"),
+    Mutant("rows go back to the first rank", PUSH, "args.peers[peer]", "args.peers[0]"),
+    Mutant("a flag for oneself", SYNC, "args.peers[peer]) + args.rank", "args.peers[args.rank]) + peer"),
+    Mutant("waits for the epoch before", SYNC, "- epoch) < 0", "- epoch) < -1"),
     Mutant("ids equal to num_experts keep their value", ALIGN, "ids[k] < args.num_experts ?", "ids[k] <= args.num_experts ?", "it is that of the bucket of those that are dropped"),
     Mutant("more threads that share a column", GLOBAL, "kColumnParts = 4;", "kColumnParts = 8;", "the same results, at another speed"),
     # gating by a table, shared experts, route

@@ -48,6 +48,7 @@ LAYERS: dict[str, set[str]] = {
     "cuda": {"plans", "images"},
     "dispatch": set(),
     "operators": {"plans", "cpu", "cuda", "dispatch"},
+    "parallel": {"operators", "plans", "cpu", "cuda", "dispatch"},
     "compat": {"operators", "cpu", "dispatch"},
     "tools": {"operators", "plans", "cuda", "images"},
 }

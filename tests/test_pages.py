@@ -35,6 +35,7 @@ PAGES = [
         "SECURITY.md",
         "cache/README.md",
         "kernels_cu/README.md",
+        "scripts/scaling/README.md",
         "scripts/results/README.md",
     )
     if name != "scripts/results/README.md" or (ROOT / name).exists()

@@ -283,8 +283,7 @@ def test_fp8_rows_against_float64() -> None:
 
 
 def nearly(result: torch.Tensor, expected: torch.Tensor, share: float = 0.02) -> bool:
-    """But for the order of sums, and activations that become the code beside for it: a sixteenth off. Where one
-    of them makes most of a result, that is much of it."""
+    """But for the order of sums, and activations that become the code beside for it: a sixteenth off."""
     difference, size = result.float() - expected.float(), expected.float()
     few = difference.norm() <= share * size.norm() + 1e-3
     return result.shape == expected.shape and bool(few and difference.abs().max() <= size.abs().max() / 12)

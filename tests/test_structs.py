@@ -14,6 +14,7 @@ from cache_helpers import Everything
 from gpus import H200, RTX4090
 
 import cupy_moe.ops
+import cupy_moe.parallel.messages
 from cupy_moe.cuda import structs
 from cupy_moe.cuda.structs import ArgumentStruct
 from cupy_moe.images import compiler, sources, targets
@@ -28,7 +29,9 @@ from cupy_moe.plans import route as route_plans
 
 FOLDER = sources.source_folder()
 FILES = {str(path.relative_to(FOLDER)): path.read_text() for path in FOLDER.rglob("*.cu*")}
-assert cupy_moe.ops.__name__  # is imported, so all operators are, and all their structs declared
+# These are imported, so all operators are, and all structs declared.
+assert cupy_moe.ops.__name__
+assert cupy_moe.parallel.messages.__name__
 
 
 def without_comments(text: str) -> str:

@@ -35,6 +35,8 @@ from cupy_moe.plans.base import DeviceLimits
 from .cases import POISON, Placed, place
 
 HERE = Path(__file__).parent
+# Modules that launch kernels, and keep what they have prepared in functions called `_prepare`.
+LAUNCHING = [*(f"operators.{stem}" for stem in STEMS), "parallel.messages"]
 COMPILER = os.environ.get("CXX") or shutil.which("g++") or "g++"
 WATCHED = [
     "-std=c++17",
@@ -244,26 +246,34 @@ class Emulator:
     def __call__(self) -> Iterator[Emulator]:
         import importlib
 
-        operators = [importlib.import_module(f"cupy_moe.operators.{stem}") for stem in STEMS]
+        launching = [importlib.import_module(f"cupy_moe.{name}") for name in LAUNCHING]
+        prepared = [
+            function
+            for module in launching
+            for name, function in vars(module).items()
+            if name.startswith("_prepare")
+        ]
 
         class Refused(Exception):
             status = 0
 
         driver = SimpleNamespace(launchKernel=self._launch, CUDADriverError=Refused)
         with pytest.MonkeyPatch.context() as patch, self._allocations:
-            for module in operators:
+            for module in launching:
                 patch.setattr(module, "cuda_index", lambda name, device: 0)
                 if hasattr(module, "device_limits"):
                     patch.setattr(module, "device_limits", lambda device: self.limits)
-                module._prepare.cache_clear()
+            for function in prepared:
+                function.cache_clear()
             patch.setattr(_cupy, "cupy", SimpleNamespace(cuda=SimpleNamespace(driver=driver)))
             patch.setattr(modules, "function", self._function)
             patch.setattr(modules, "can_overlap", lambda device, unit: False)
             patch.setattr(launch, "_current_stream", lambda device: 0)
+            patch.setattr(launch, "_current_device", lambda: 0)
             patch.setattr(torch.cuda, "device_count", lambda: 1)
             patch.setattr(tensor_map, "driver_function", lambda name: _encode_map)
             tensor_map.tensor_map.cache_clear()
             yield self
         tensor_map.tensor_map.cache_clear()
-        for module in operators:
-            module._prepare.cache_clear()
+        for function in prepared:
+            function.cache_clear()

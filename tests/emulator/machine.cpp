@@ -866,6 +866,11 @@ unsigned atomic_add(unsigned* address, unsigned value) {
   return old;
 }
 
+uint64_t nanoseconds() {
+  static uint64_t now = 0;  // blocks take turns
+  return now += 1000;
+}
+
 void cluster_arrive(int line) {
   Thread& self = *current;
   const uint64_t all = uint64_t(launch->cluster) * launch->block;
