@@ -251,7 +251,7 @@ class Emulator:
             function
             for module in launching
             for name, function in vars(module).items()
-            if name.startswith("_prepare")
+            if name.startswith("_prepare") and hasattr(function, "cache_clear")
         ]
 
         class Refused(Exception):
