@@ -279,7 +279,7 @@ def test_messages_of_garbage_stay_within_bounds() -> None:
 
 
 @pytest.mark.gpu
-def test_sanitize_kernels_of_messages_on_a_gpu() -> None:
+def test_kernels_of_messages_on_a_gpu() -> None:
     for seed in range(40):
         call = Sent(seed)
         expected = call.run(lambda tensor: tensor)

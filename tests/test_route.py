@@ -24,6 +24,7 @@ from cupy_moe.plans.route import (
     CLUSTER_FAST_TOKENS,
     CLUSTER_THREADS,
     ROUTE_KERNELS,
+    SMALL_FAST_TOKENS,
     SMALL_MAX_TOKENS,
     SMALL_THREADS,
     RouteSizes,
@@ -191,7 +192,7 @@ def planned(tokens: int, limits: Any = gpus.H200, kernel: str | None = None, **m
 
 
 def test_plan() -> None:
-    most = SMALL_MAX_TOKENS
+    most = SMALL_FAST_TOKENS
     for tokens, entry in (
         (1, "route_small_plain_8"), (most, "route_small_plain_8"), (most + 1, "route_cluster8_plain_8"),
         (CLUSTER_FAST_TOKENS, "route_cluster8_plain_8"), (CLUSTER_FAST_TOKENS + 1, "separate"),
@@ -199,10 +200,12 @@ def test_plan() -> None:
         assert planned(tokens) == entry
     assert planned(most, gpus.A100) == "route_small_plain_8"
     assert planned(most + 1, gpus.A100) == planned(most + 1, gpus.RTX4090) == "separate"
-    assert planned(most, topk=9) == "route_cluster8_plain_8"
+    assert planned(SMALL_MAX_TOKENS, kernel="small") == "route_small_plain_8"
+    assert planned(most, topk=17) == "route_cluster8_plain_8"
     assert planned(8, num_experts=128) == "route_small_plain_4"
     assert planned(8, num_experts=512) == planned(8, num_experts=512, with_bias=True) == "route_small_any_16"
-    assert planned(64, num_groups=8) == planned(64, with_bias=True) == "route_cluster8_any_8"
+    assert planned(9, num_groups=8) == planned(9, with_bias=True) == "separate"
+    assert planned(9, kernel="cluster8", with_bias=True) == "route_cluster8_any_8"
     assert planned(8, num_experts=513) == planned(8, topk=33) == planned(8, with_softcap=True) == "separate"
     assert planned(1, kernel="separate") == "separate"
     assert planned(500, kernel="cluster8") == "route_cluster8_plain_8"
@@ -250,7 +253,7 @@ def test_every_kernel_gives_the_bits_of_the_two_functions(arch: int, limits: Any
 
 @pytest.mark.skipif(bool(emulator.compiler()), reason=str(emulator.compiler()))
 def test_thresholds() -> None:
-    kinds = {1: "small", SMALL_MAX_TOKENS: "small", SMALL_MAX_TOKENS + 1: "cluster8"}
+    kinds = {1: "small", SMALL_FAST_TOKENS: "small", SMALL_FAST_TOKENS + 1: "cluster8"}
     kinds |= {CLUSTER_FAST_TOKENS: "cluster8", CLUSTER_FAST_TOKENS + 1: ""}
     for (tokens, kind), share in itertools.product(kinds.items(), (4, 8)):
         arguments: Any = {"gating_output": torch.randn(tokens, 20 * share), "topk": 8, "block_size": 16}
@@ -285,7 +288,7 @@ def test_where_the_driver_refuses_clusters_one_follows_the_other() -> None:
 
 
 @pytest.mark.gpu
-def test_sanitize_gpu_gives_the_bits_of_the_two_functions() -> None:
+def test_gpu_gives_the_bits_of_the_two_functions() -> None:
     for seed in range(150):
         arguments = placed(random_call(seed, 200), lambda tensor: cases.place(tensor, "cuda").tensor)
         expected = in_turn(arguments)

@@ -121,11 +121,11 @@ def route(
 
     The results are those of the two functions to the last bit, with every kernel.
 
-    Cost: one launch on torch's current stream, for up to 16 tokens and 128 ids, and on GPUs with clusters for
-    up to 128 tokens, as long as a warp can gate a row: up to 512 experts, K + S up to 32, no softcap and no
-    table. For all else the launches and the workspace of the two functions. No synchronisation, and the
-    outputs as the only other allocation. Arrays with `__dlpack__` (cupy, jax, numpy) are accepted, and give
-    arrays of their kind.
+    Cost: one launch on torch's current stream for up to 8 tokens, as long as a warp can gate a row: up to 512
+    experts, K + S up to 32, no softcap and no table; and on GPUs with clusters for up to 64 tokens of plain
+    softmax over up to 256 experts. For all else the launches and the workspace of the two functions. No
+    synchronisation, and the outputs as the only other allocation. Arrays with `__dlpack__` (cupy, jax, numpy)
+    are accepted, and give arrays of their kind.
 
     Raises TypeError and ValueError for wrong arguments, before anything is launched; what loading a kernel
     for the first time raises; and KernelLaunchError. Semantics: those of the two functions.

@@ -21,9 +21,10 @@ from .gate import GatePlan
 SMALL_THREADS = Constant(544, "route/route_small.cu:kMaxThreads")
 CLUSTER_THREADS = Constant(512, "route/route_cluster8.cu:kMaxThreads")
 ROUTE_CLUSTER = Constant(8, "route/route_cluster8.cu:kCluster")
-# A warp for each token. More take turns, and then gating is faster on all SMs, with a launch of its own.
-SMALL_MAX_TOKENS = 16
-CLUSTER_FAST_TOKENS = ROUTE_CLUSTER * CLUSTER_THREADS // WARP
+# A warp for each token; but each block gates all of them.
+SMALL_MAX_TOKENS, SMALL_FAST_TOKENS = 16, 8
+# From there on, gating is faster on all SMs, with a launch of its own, and so it is for all but plain rows.
+CLUSTER_FAST_TOKENS = 64
 # Twice those of align_shared, as each further cluster gates all tokens again.
 CLUSTER_SLOTS_PER_BLOCK = 2 * SHARED_SLOTS_PER_BLOCK
 # Of gate_warp, those that are here by their name; "any" does what all others do.
@@ -54,8 +55,12 @@ def plan_route(
     Raises ValueError where the forced kernel cannot do it.
     """
     body, refused = _body(gate), ""
-    names = ROUTE_KERNELS if sizes.num_tokens <= CLUSTER_FAST_TOKENS else ("separate",)
-    for name in names if kernel is None else (kernel,):
+    fast = ["separate"]
+    if body in _BODIES and sizes.num_tokens <= CLUSTER_FAST_TOKENS:
+        fast.insert(0, "cluster8")
+    if sizes.num_tokens <= SMALL_FAST_TOKENS:
+        fast.insert(0, "small")
+    for name in fast if kernel is None else [kernel]:
         plan = _KERNELS[name](body, sizes, limits)
         if isinstance(plan, RoutePlan):
             return plan
