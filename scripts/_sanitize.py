@@ -11,8 +11,8 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
-import _random_calls
 import click
+import random_calls
 import torch
 
 from cupy_moe.cuda import modules
@@ -27,7 +27,7 @@ EXPLAINED = {("racecheck", "experts_wgmma_fp8_"): NOT_FOLLOWED}
 
 @click.command()
 @click.option("--tool", "tools", type=click.Choice(TOOLS), multiple=True, help="Not all four of them.")
-@click.option("--operator", "operators", type=click.Choice(list(_random_calls.CALLS)), multiple=True)
+@click.option("--operator", "operators", type=click.Choice(list(random_calls.CALLS)), multiple=True)
 @click.option("--seeds", default=1000, help="How many may be tried to reach every kernel.", show_default=True)
 @click.option("--run", "listed", type=click.Path(path_type=Path), hidden=True)
 def main(tools: tuple[str, ...], operators: tuple[str, ...], seeds: int, listed: Path | None) -> None:
@@ -43,7 +43,7 @@ def main(tools: tuple[str, ...], operators: tuple[str, ...], seeds: int, listed:
         for image in modules.images(torch.cuda.current_device())
         for entry in image.sidecar.kernels
     }
-    calls, missing = reach(set(wanted), operators or tuple(_random_calls.CALLS), seeds)
+    calls, missing = reach(set(wanted), operators or tuple(random_calls.CALLS), seeds)
     found = {tool: sanitize(tool, calls) for tool in tools or TOOLS}
     reached = Counter(unit for entry, unit in wanted.items() if entry not in missing)
     for unit, count in Counter(wanted.values()).items():
@@ -66,9 +66,9 @@ def reach(missing: set[str], operators: tuple[str, ...], seeds: int) -> tuple[li
 
     modules.function = function
     calls = []
-    for name in _random_calls.names(seeds, operators):
+    for name in random_calls.names(range(seeds), operators):
         try:
-            wrong = _random_calls.run(name)
+            wrong = check(name)
         except ValueError:
             if name.count(":") < 2:
                 raise
@@ -86,8 +86,20 @@ def reach(missing: set[str], operators: tuple[str, ...], seeds: int) -> tuple[li
 
 def run_listed(calls: list[str]) -> None:
     for name in calls:
-        if wrong := _random_calls.run(name):
+        if wrong := check(name):
             raise click.ClickException(f"{name}: {wrong}")
+
+
+def check(name: str) -> str:
+    call, kernel = random_calls.make(name)
+    results = call.run(on_gpu, kernel)
+    return call.compare(call, tuple(result.cpu() for result in results), call.specified())
+
+
+def on_gpu(tensor: torch.Tensor) -> torch.Tensor:
+    """With the same strides and alignment, in no more memory than it has, for overruns to be seen."""
+    flat = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())
+    return flat.cuda().as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
 
 def sanitize(tool: str, calls: list[str]) -> str:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import itertools
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import emulator
@@ -45,7 +47,7 @@ def run(device: Emulator, call: cases.Call, kernel: str | None, what: str) -> bo
     except ValueError:
         assert kernel is not None, what
         return False
-    assert cases.difference(call, results, call.specified()) == "", what
+    assert call.compare(call, results, call.specified()) == "", what
     return True
 
 
@@ -201,7 +203,7 @@ WRONG = {
     "writes before a buffer": ("args.data[(int)threadIdx.x - 1] = 1;", "writes 4 bytes"),
     "writes far away": ("args.data[1ll << 40] = 1;", "outside of all buffers"),
     "past dynamic shared memory": (
-        "extern __shared__ u32 memory[]; memory[threadIdx.x + 33] = 1;",
+        "extern __shared__ uint4 memory[]; reinterpret_cast<u32*>(memory)[threadIdx.x + 33] = 1;",
         ", of 256 planned",
     ),
     "unwritten shared memory": (
@@ -327,30 +329,6 @@ WRONG = {
 }
 
 
-def launched(tmp_path: Path, body: str, seed: int = 0, arch: int = 90) -> str | None:
-    """What is found in a kernel of 64 threads, with 64 words of data and of dynamic shared memory."""
-    for name in ("common.cuh", "convert.cuh", "cluster.cuh", "hopper.cuh", "experts/experts.cuh"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text((sources.source_folder() / name).read_text())
-    (tmp_path / "wrong.cu").write_text(f"{HEAD}BODY(wrong) {{\n {body}\n}}\n")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources, "source_folder", lambda: tmp_path)
-        made = emulator.Library("wrong", arch)
-    data = (ctypes.c_uint32 * 64)()
-    begin = ctypes.addressof(data)
-    arguments = ctypes.create_string_buffer(begin.to_bytes(8, "little") + (64).to_bytes(8, "little"))
-    place = ctypes.addressof(arguments)
-    return made.launch("wrong", place, 1, 64, 256, seed, [(begin, begin + 256)])
-
-
-@pytest.mark.parametrize("name", WRONG)
-def test_what_is_wrong_is_found(name: str, tmp_path: Path) -> None:
-    body, said = WRONG[name]
-    found = next(filter(None, (launched(tmp_path, body, seed) for seed in range(20))), None)
-    assert found is not None
-    assert any(part in found for part in said.split("|")), found
-
-
 RIGHT = {
     "through barriers": "__shared__ u32 x[64]; x[threadIdx.x] = threadIdx.x; __syncthreads();"
     " args.data[threadIdx.x] = x[63 - threadIdx.x]; __syncthreads(); x[threadIdx.x] = 2;",
@@ -383,11 +361,50 @@ RIGHT = {
 }
 
 
+BODIES = [body for body, _ in WRONG.values()] + list(RIGHT.values())
+
+
+@pytest.fixture(scope="module")
+def made_for(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], emulator.Library]:
+    """All of them, made for an architecture."""
+    folder = tmp_path_factory.mktemp("bodies")
+    for name in ("common.cuh", "convert.cuh", "cluster.cuh", "hopper.cuh", "experts/experts.cuh"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text((sources.source_folder() / name).read_text())
+    kernels = [f"BODY(body_{number}) {{\n {body}\n}}\n" for number, body in enumerate(BODIES)]
+    (folder / "bodies.cu").write_text(HEAD + "".join(kernels))
+
+    @functools.cache
+    def library(arch: int) -> emulator.Library:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sources, "source_folder", lambda: folder)
+            return emulator.Library("bodies", arch)
+
+    return library
+
+
+def launched(library: emulator.Library, body: str, seed: int = 0) -> str | None:
+    """What is found in a kernel of 64 threads, with 64 words of data and of dynamic shared memory."""
+    data = (ctypes.c_uint32 * 64)()
+    begin = ctypes.addressof(data)
+    arguments = ctypes.create_string_buffer(begin.to_bytes(8, "little") + (64).to_bytes(8, "little"))
+    entry, place = f"body_{BODIES.index(body)}", ctypes.addressof(arguments)
+    return library.launch(entry, place, 1, 64, 256, seed, [(begin, begin + 256)])
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_wrong_is_found(name: str, made_for: Callable[[int], emulator.Library]) -> None:
+    body, said = WRONG[name]
+    found = next(filter(None, (launched(made_for(90), body, seed) for seed in range(20))), None)
+    assert found is not None
+    assert any(part in found for part in said.split("|")), found
+
+
 @pytest.mark.parametrize("name", RIGHT)
-def test_what_is_right_is_left_alone(name: str, tmp_path: Path) -> None:
+def test_what_is_right_is_left_alone(name: str, made_for: Callable[[int], emulator.Library]) -> None:
     for seed in range(10):
-        assert launched(tmp_path, RIGHT[name], seed) is None
-    assert launched(tmp_path, RIGHT[name], arch=75) is None
+        assert launched(made_for(90), RIGHT[name], seed) is None
+    assert launched(made_for(75), RIGHT[name]) is None
 
 
 def test_an_operator_says_what_its_kernel_did(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -424,7 +441,7 @@ def test_a_gpu_gives_the_same(operator: str) -> None:
         with Emulator(gpus.H200, 90, seed)() as device:
             emulated = call.run(device.tensor, kernel)
         on_gpu = tuple(result.cpu() for result in on_gpu)
-        assert cases.difference(call, emulated, on_gpu) == "", f"{operator} {seed=} {kernel=}"
+        assert call.compare(call, emulated, on_gpu) == "", f"{operator} {seed=} {kernel=}"
 
 
 PLAIN = """

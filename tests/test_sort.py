@@ -207,7 +207,7 @@ def test_gpu_is_the_cpu() -> None:
                 results = call.run(lambda tensor: cases.place(tensor, "cuda").tensor, kernel)
             except ValueError:
                 continue
-            assert cases.difference(call, tuple(r.cpu() for r in results), call.specified()) == "", (
+            assert call.compare(call, tuple(r.cpu() for r in results), call.specified()) == "", (
                 f"{seed=} {kernel}"
             )
 

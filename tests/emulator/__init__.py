@@ -192,11 +192,12 @@ def _encode_map(
     return 0
 
 
-class _Allocations(TorchFunctionMode):
+class Allocations(TorchFunctionMode):
     """Knows what kernels may touch. What is made by `empty` or `new_empty` is full of poison."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str = "cpu") -> None:
         self.kept: list[Placed] = []
+        self._device = device
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -210,7 +211,7 @@ class _Allocations(TorchFunctionMode):
 
     def add(self, tensor: torch.Tensor) -> Placed:
         with torch._C.DisableTorchFunction():
-            self.kept.append(place(tensor))
+            self.kept.append(place(tensor, self._device))
         return self.kept[-1]
 
 
@@ -220,7 +221,7 @@ class Emulator:
     def __init__(self, limits: DeviceLimits, arch: int, seed: int = 0) -> None:
         self.limits, self.arch, self.seed = limits, arch, seed
         self.launched: list[str] = []
-        self._allocations = _Allocations()
+        self._allocations = Allocations()
         self._functions: list[tuple[str, str]] = []
 
     def tensor(self, tensor: torch.Tensor) -> torch.Tensor:

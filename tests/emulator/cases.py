@@ -59,6 +59,15 @@ def place(tensor: torch.Tensor, device: str = "cpu") -> Placed:
     return Placed(copy, memory, begin, begin + num_bytes)
 
 
+Results = tuple[torch.Tensor, ...]
+
+
+def same_results(call: Call, results: Results, expected: Results) -> str:
+    """What is wrong with results; "" if nothing is."""
+    pairs = zip(results, expected, strict=True)
+    return "" if all(same_bits(a, b) for a, b in pairs) else "other results"
+
+
 class Call(NamedTuple):
     """A call of an operator, its tensors by name apart from the rest, and what it has to give."""
 
@@ -67,6 +76,8 @@ class Call(NamedTuple):
     rest: dict[str, Any]
     expected: Callable[..., Any]
     kernels: tuple[str, ...] = ()  # that can be forced
+    compare: Callable[[Call, Results, Results], str] = same_results
+    plans: bool = True  # the kernel that the plan chooses gives the same
 
     def specified(self) -> tuple[torch.Tensor, ...]:
         return as_tuple(self.expected(**self.tensors, **self.rest))
@@ -211,7 +222,6 @@ def permute(seed: int, most_tokens: int = 90) -> Call:
     def expected(**arguments: Any) -> Any:
         return _bits(cpu_permute.moe_permute(**arguments), options["fill_tail"])
 
-    run.__name__ = "moe_permute"
     return Call(run, tensors, rest, expected, PERMUTE_KERNELS)
 
 
@@ -344,7 +354,7 @@ def gate(seed: int) -> Call:
         return _run(**{**dict.fromkeys(names), "ids_dtype": torch.int32, **arguments})
 
     forced = () if "hash_table" in tensors else GATE_KERNELS
-    return Call(run, tensors, options._asdict(), cpu_gate.gate, forced)
+    return Call(run, tensors, options._asdict(), cpu_gate.gate, forced, _same_gating)
 
 
 def quantize(seed: int) -> Call:
@@ -389,7 +399,6 @@ def quantize(seed: int) -> Call:
     def run(**arguments: Any) -> Any:
         return quantize_operator._run(**arguments, column_major_scales=column_major)
 
-    run.__name__ = "quantize"
     return Call(run, tensors, rest, cpu_quantize.quantize)
 
 
@@ -406,11 +415,8 @@ OPERATORS: dict[str, Callable[[int], Call]] = {
 }
 
 
-def difference(call: Call, results: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...]) -> str:
-    """What is wrong with results; "" if nothing is. Of gating, only ids can be the same to the last bit."""
-    if call.function.__name__ != "run":
-        pairs = zip(results, expected, strict=True)
-        return "" if all(same_bits(a, b) for a, b in pairs) else "other results"
+def _same_gating(call: Call, results: Results, expected: Results) -> str:
+    """Only ids can be the same to the last bit."""
     weights, ids = results
     theirs, their_ids = expected
     same = ids.long() == their_ids.long()

@@ -1,0 +1,161 @@
+"""scripts/fuzz: random calls of every operator, for as long as asked, compared with the CPU."""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import random
+import sys
+import time
+from collections import Counter
+from typing import Any
+
+import click
+import gpus
+import random_calls
+import torch
+from emulator import Allocations, Emulator
+from emulator.cases import GUARD, POISON
+
+# What the emulator may be, by a call's seed.
+DEVICES = {80: gpus.A100, 89: gpus.RTX4090, 90: gpus.H200, 120: gpus.RTX5090}
+NAME_BYTES = 1000
+
+
+class CannotDoError(Exception):
+    """The kernel that is forced does not do this call."""
+
+
+def check(name: str, where: str) -> str:
+    """What is wrong with the results of a call, or with what lies beside them; "" if nothing is."""
+    call, kernel = random_calls.make(name)
+    guards = Allocations("cuda")
+    try:
+        if where == "cpu":
+            results = call.run(torch.clone)
+        elif where == "gpu":
+            with guards:
+                results = call.run(lambda tensor: guards.add(tensor).tensor, kernel)
+        else:
+            seed = int(name.split(":")[1])
+            arch = sorted(DEVICES)[seed % len(DEVICES)]
+            with Emulator(DEVICES[arch], arch, seed)() as device:
+                results = call.run(device.tensor, kernel)
+    except ValueError as error:
+        if kernel is None:
+            raise
+        raise CannotDoError from error
+    for placed in guards.kept:
+        begin = placed.begin - placed.memory.data_ptr()
+        if (placed.memory[:begin] != POISON).any() or (placed.memory[-GUARD:] != POISON).any():
+            return f"a guard of a tensor {list(placed.tensor.shape)} was written to"
+    return call.compare(call, tuple(result.cpu() for result in results), call.specified())
+
+
+def work(
+    where: str, seeds: range, operators: tuple[str, ...], until: float, current: Any, results: Any
+) -> None:
+    """Calls until the time is up or none are left. Tells what was done now and then, and each failure."""
+    torch.set_num_threads(1)
+    done: Counter[str] = Counter()
+    told = time.monotonic()
+    for name in random_calls.names(seeds, operators):
+        if where == "cpu" and name.count(":") > 1:
+            continue
+        if time.monotonic() > until:
+            break
+        current.value = name.encode()
+        operator, kernel = name.split(":")[0], name.partition(":")[2].partition(":")[2]
+        try:
+            if wrong := check(name, where):
+                results.put(("failed", name, wrong))
+            done[f"{operator} {kernel}"] += 1
+        except CannotDoError:
+            pass
+        except Exception as error:
+            results.put(("failed", name, f"{type(error).__name__}: {error}"))
+            if "CUDA error" in str(error):
+                break  # nothing works in this process any more
+        if time.monotonic() - told > 0.5:
+            results.put(("done", done, ""))
+            done, told = Counter(), time.monotonic()
+    current.value = b""
+    results.put(("done", done, ""))
+    results.put(("ended", "", ""))
+
+
+@click.command()
+@click.option("--on", "where", type=click.Choice(["gpu", "emulator", "cpu"]), help="By default a GPU if any.")
+@click.option("--minutes", default=1.0, show_default=True, help="How long.")
+@click.option("--seeds", type=int, help="So many of each operator, however long that takes.")
+@click.option("--first", type=int, help="The first seed; by default another at each run.")
+@click.option("--operator", "operators", type=click.Choice(list(random_calls.CALLS)), multiple=True)
+@click.option("--workers", default=1, show_default=True, help="Processes.")
+@click.option("--replay", metavar="NAME", help="One call, as a failure was printed.")
+def main(
+    where: str | None, minutes: float, seeds: int | None, first: int | None, operators: tuple[str, ...],
+    workers: int, replay: str | None,
+) -> None:  # fmt: skip
+    """Call every operator and kernel with random arguments, garbage among them, and compare with the CPU.
+
+    Inputs and outputs lie between guards, and outputs hold something else before a call. A failure is printed
+    as a name, made as small as it still fails, that --replay takes.
+    """
+    where = where or ("gpu" if torch.cuda.is_available() else "emulator")
+    if replay:
+        wrong = check(replay, where)
+        click.echo(f"{replay}: {wrong or 'right'}")
+        sys.exit(bool(wrong))
+    first = random.randrange(10**6, 10**9) if first is None else first
+    last = first + seeds if seeds else 2**62
+    click.echo(f"on {where}, from seed {first} on")
+    context, chosen = mp.get_context("spawn"), operators or tuple(random_calls.CALLS)
+    results = context.Queue()
+    until = time.monotonic() + (1e9 if seeds else 60 * minutes)
+    current = [context.Array("c", NAME_BYTES) for _ in range(workers)]
+    processes = [
+        context.Process(
+            target=work, args=(where, range(first + w, last, workers), chosen, until, current[w], results)
+        )
+        for w in range(workers)
+    ]
+    for process in processes:
+        process.start()
+    done, failures = watch(processes, current, results)
+    for kernel, count in sorted(done.items()):
+        click.echo(f"{kernel:40} {count:10}")
+    click.echo(f"{done.total()} calls, {len(failures)} failed")
+    for name, wrong in failures[:20]:
+        small = random_calls.smaller(name, lambda changed: bool(check(changed, where)))
+        click.echo(f"{wrong}\n  scripts/fuzz --on {where} --replay '{small}'", err=True)
+    sys.exit(bool(failures))
+
+
+def watch(processes: Any, current: Any, results: Any) -> tuple[Counter[str], list[tuple[str, str]]]:
+    """Collects what workers tell, and shows it, until all have ended."""
+    done: Counter[str] = Counter()
+    failures: list[tuple[str, str]] = []
+    ended, begin = 0, time.monotonic()
+    while ended < len(processes):
+        try:
+            kind, what, wrong = results.get(timeout=1)
+        except Exception:
+            for process, name in zip(processes, current, strict=True):
+                if process.exitcode and name.value:  # killed by what it did
+                    failures.append((name.value.decode(), f"the process ended with {process.exitcode}"))
+                    name.value, ended = b"", ended + 1
+            continue
+        if kind == "done":
+            done += what
+        elif kind == "failed":
+            failures.append((what, wrong))
+        ended += kind == "ended"
+        if sys.stderr.isatty():
+            rate = done.total() / max(1e-9, time.monotonic() - begin)
+            click.echo(f"\r{done.total()} calls, {rate:.0f}/s, {len(failures)} failed ", err=True, nl=False)
+    for process in processes:
+        process.join()
+    return done, failures
+
+
+if __name__ == "__main__":
+    main()
