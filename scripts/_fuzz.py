@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing as mp
+import queue
 import random
 import sys
 import time
@@ -78,9 +79,7 @@ def work(
         if time.monotonic() - told > 0.5:
             results.put(("done", done, ""))
             done, told = Counter(), time.monotonic()
-    current.value = b""
     results.put(("done", done, ""))
-    results.put(("ended", "", ""))
 
 
 @click.command()
@@ -134,21 +133,20 @@ def watch(processes: Any, current: Any, results: Any) -> tuple[Counter[str], lis
     """Collects what workers tell, and shows it, until all have ended."""
     done: Counter[str] = Counter()
     failures: list[tuple[str, str]] = []
-    ended, begin = 0, time.monotonic()
-    while ended < len(processes):
+    begin, lost = time.monotonic(), set[int]()
+    while any(process.is_alive() for process in processes) or not results.empty():
         try:
             kind, what, wrong = results.get(timeout=1)
-        except Exception:
-            for process, name in zip(processes, current, strict=True):
-                if process.exitcode and name.value:  # killed by what it did
-                    failures.append((name.value.decode(), f"the process ended with {process.exitcode}"))
-                    name.value, ended = b"", ended + 1
-            continue
+        except queue.Empty:
+            kind, what, wrong = "", "", ""
         if kind == "done":
             done += what
         elif kind == "failed":
             failures.append((what, wrong))
-        ended += kind == "ended"
+        for number, process in enumerate(processes):
+            if process.exitcode and number not in lost:  # killed by what it did
+                lost.add(number)
+                failures.append((current[number].value.decode(), f"exit status {process.exitcode}"))
         if sys.stderr.isatty():
             rate = done.total() / max(1e-9, time.monotonic() - begin)
             click.echo(f"\r{done.total()} calls, {rate:.0f}/s, {len(failures)} failed ", err=True, nl=False)
