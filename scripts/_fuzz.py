@@ -97,7 +97,7 @@ def main(
     """Call every operator and kernel with random arguments, garbage among them, and compare with the CPU.
 
     Inputs and outputs lie between guards, and outputs hold something else before a call. A failure is printed
-    as a name, made as small as it still fails, that --replay takes.
+    as a name that --replay takes, one for each operator, made as small as it still fails.
     """
     where = where or ("gpu" if torch.cuda.is_available() else "emulator")
     if replay:
@@ -123,7 +123,8 @@ def main(
     for kernel, count in sorted(done.items()):
         click.echo(f"{kernel:40} {count:10}")
     click.echo(f"{done.total()} calls, {len(failures)} failed")
-    for name, wrong in failures[:20]:
+    of_operators = {name.partition(":")[0]: (name, wrong) for name, wrong in failures}
+    for name, wrong in of_operators.values():
         small = random_calls.smaller(name, lambda changed: bool(check(changed, where)))
         click.echo(f"{wrong}\n  scripts/fuzz --on {where} --replay '{small}'", err=True)
     sys.exit(bool(failures))

@@ -105,7 +105,10 @@ def _messages(seed: int) -> Call:
         mine = {id(tensor): placed[name] for name, tensor in tensors.items()}
 
         def place(tensor: torch.Tensor) -> torch.Tensor:
-            return mine[id(tensor)] if id(tensor) in mine else tensor.to(placed["ids"].device)
+            """What is made on the way lies between guards, too."""
+            if id(tensor) in mine:
+                return mine[id(tensor)]
+            return torch.empty(tensor.shape, dtype=tensor.dtype, device=placed["ids"].device).copy_(tensor)
 
         return tuple(call.run(place).values())
 
