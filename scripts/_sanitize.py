@@ -21,7 +21,7 @@ TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 FOUND = 86  # exit status
 FAILED = "FAILED"
 # What a tool says of kernels whose names begin so, and why it is none.
-NOT_FOLLOWED = "it does not follow cp.async.mbarrier.arrive, after which scales of weights are read"
+NOT_FOLLOWED = "copies of scales and their readers, which cp.async.mbarrier.arrive is between"
 EXPLAINED = {("racecheck", "experts_wgmma_fp8_"): NOT_FOLLOWED}
 
 
@@ -138,7 +138,7 @@ def sanitize(tool: str, calls: list[str]) -> str:
     }
     for kernels, found in left.items():
         click.echo(f"{tool}: {len(found)} x {' and '.join(kernels)}\n{found[0]}", err=True)
-    return FAILED if left or not findings else f"clean, as {'; '.join(explained.values())}"
+    return FAILED if left or not findings else f"clean but for {'; '.join(explained.values())}"
 
 
 if __name__ == "__main__":

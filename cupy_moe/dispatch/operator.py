@@ -176,4 +176,5 @@ def _register(schema: str, implementation: Callable[..., Any], fake: Callable[..
         _library.impl(name, implementation, key)
     # Kernels know no gradient: results require none, as those of a direct call.
     _library.impl(name, torch.library.fallthrough_kernel, "Autograd")
+    # Not by register_fake, which asks inspect where it is called, and so wakes every lazy module there is.
     _library.impl(name, fake, "Meta")

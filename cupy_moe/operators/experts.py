@@ -185,8 +185,8 @@ def fused_experts(
     Quantised weights become 16-bit values, exactly, and scales multiply sums in fp32; there is one kind. But
     fp8 weights are multiplied as they are on Hopper, unless pairs are few, and on compute capability 8.9,
     10.0, 10.3, 12.0 and 12.1 from 32 pairs an expert on: rows of both products become e4m3, too, with an
-    fp32 scale for 128 columns, as in DeepSeek-V3, which takes less time. That is where the hidden size is a
-    multiple of 128, and a row of weights has one scale, or blocks of 128 x 128 have fp32 ones;
+    fp32 scale for 128 columns, as in DeepSeek-V3; on Hopper that takes less time. It is so where the hidden
+    size is a multiple of 128, and a row of weights has one scale, or blocks of 128 x 128 have fp32 ones;
     kernel="quantized_16" keeps 16 bits, and "wgmma_fp8", or "mma_fp8" for those without wgmma, tells the
     result on a CPU, too.
 

@@ -32,7 +32,7 @@ GLOBAL_IDS_PER_BLOCK, GLOBAL_FAST_BLOCKS = 1024, 64
 # More blocks only where the ids of a piece, 4 bytes each to sort, would take over half of the shared memory.
 GLOBAL_MAX_BLOCKS = 2048
 # What one block writes in about the time of a barrier, as one SM takes a cycle or two a sector; and how many
-# blocks may count the same ids before that costs more than it saves. Padding takes a warp 0.1 us an expert.
+# blocks may count the same ids before that costs more than it saves. Padding takes a warp 0.2 us an expert.
 SHARED_SLOTS_PER_BLOCK, SHARED_IDS_PER_BLOCK, SHARED_EXPERTS_PER_BLOCK = 256, 32, 32
 SHARED_MAX_BLOCKS = 72
 CLUSTER_IDS_PER_BLOCK = 512
