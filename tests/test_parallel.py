@@ -19,7 +19,7 @@ from emulator import Emulator
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cupy_moe import DependencyError, ExpertParallel, PeerError, ep_fused_experts, moe_sort, replicate_experts
+from cupy_moe import DependencyError, ExpertParallel, PeerError, ep_fused_experts, replicate_experts
 from cupy_moe.cpu import parallel as cpu
 from cupy_moe.parallel import messages, symmetric
 from cupy_moe.parallel.placement import place_experts, replica_table
@@ -184,7 +184,7 @@ class Sent:
     def __init__(self, seed: int) -> None:
         pick = random.Random(seed)
         torch.manual_seed(seed)
-        self.num_ranks, self.rank = pick.choice((1, 2, 3, 8, 40)), 0
+        self.num_ranks, self.rank = pick.choice((1, 2, 3, 8, 32, 33)), 0
         num_experts = pick.choice((1, 4, 9, 64))
         self.topk = pick.choice((1, 2, 3, 8, 9, 64 if num_experts == 64 else 4))
         num_redundant = pick.randint(0, num_experts * (self.num_ranks - 1))
@@ -194,7 +194,7 @@ class Sent:
         table, self.most_local = replica_table(placement, num_experts)
         self.replicas = torch.tensor(table, dtype=torch.int32)
         self.rank = pick.randrange(self.num_ranks)
-        num_tokens = pick.choice((0, 1, 2, 7, pick.randint(8, 40)))
+        num_tokens = pick.choice((0, 1, 2, 7, pick.randint(8, 40), 1024 // self.topk))
         low, high = pick.choice(((0, num_experts), (-2, num_experts + 2), (-(2**31), 2**31 - 1)))
         self.ids = torch.randint(
             low, high, (num_tokens, self.topk), dtype=pick.choice((torch.int32, torch.int64))
@@ -220,22 +220,20 @@ class Sent:
         num_ranks, pairs, layout = self.num_ranks, self.pairs, self.layout
         replicas, ids, rows, weights = map(place, (self.replicas, self.ids, self.rows, self.weights))
         scales = None if self.scales is None else place(self.scales)
-        places, buckets = messages.route(ids, replicas, self.most_local, num_ranks, self.rank, pairs)
-        number = 2 * num_ranks if pairs else num_ranks
-        sort = moe_sort(buckets, 1, number, return_inverse=True, return_offsets=True, return_counts=True)
-        counts = sort.counts.view(-1, num_ranks).t().contiguous()
+        routed = messages.route(ids, replicas, self.most_local, num_ranks, self.rank, pairs)
+        counts = routed.counts.view(-1, num_ranks).t().contiguous()
         num_rows = int(counts[:, -1].sum()) if self.capacity is None else num_ranks * self.capacity
         dropped = place(torch.zeros(1, dtype=torch.int32))
         sent, slots = messages.pack(
-            layout, rows, scales, weights, places, sort.inverse_ids, sort.expert_offsets, self.most_local,
-            num_ranks, num_rows, self.capacity, self.pair_capacity, dropped, self.rank,
+            layout, rows, scales, weights, routed, self.most_local, num_ranks, num_rows, self.capacity,
+            self.pair_capacity, dropped, self.rank,
         )  # fmt: skip
         words = sent[:, layout.row_bytes : layout.scales].view(torch.int32)
         used = (words[:, : self.topk] >= 0).any(dim=1)
         kept = sent[used][:, : layout.scales + layout.scale_bytes]
         if not pairs:  # whose first pair means nothing
             kept[:, layout.scales - 4 : layout.scales] = 0
-        results = {"places": places, "buckets": buckets, "slots": slots, "dropped": dropped, "kept": kept}
+        results = routed._asdict() | {"slots": slots, "dropped": dropped, "kept": kept}
         results["ids"] = words[:, : self.topk]
         if pairs:  # as if all had been sent to one rank
             num_pairs = int(counts[:, 0].sum()) if self.capacity is None else num_ranks * self.pair_capacity
@@ -261,7 +259,7 @@ def test_kernels_against_the_cpu() -> None:
             ran |= set(device.launched)
         for name, right in expected.items():
             assert torch.equal(results[name], right), f"{name} of {seed=}"
-    assert {"ep_route", "ep_pack", "ep_expand"} <= ran
+    assert {"ep_route", "ep_route_few", "ep_pack", "ep_expand"} <= ran
 
 
 @pytest.mark.skipif(bool(emulator.compiler()), reason=str(emulator.compiler()))
@@ -420,4 +418,8 @@ def test_plans() -> None:
             assert plan.units_per_part <= plans.MESSAGE_THREADS * plans.MESSAGE_HELD
     assert plans.plan_rows("ep_pack", 4096, 14336, 132).parts == 1
     assert plans.plan_rows("ep_pack", 1, 14336, 132).parts > 8
-    assert [plans.plan_route(pairs).grid for pairs in (0, 128, 129)] == [1, 1, 2]
+    routes = [plans.plan_route(*sizes) for sizes in ((0, 1), (40, 32), (1024, 32), (1025, 32), (9, 33))]
+    assert [(plan.entry, plan.grid, plan.block) for plan in routes] == [
+        ("ep_route_few", 1, 32), ("ep_route_few", 1, 64), ("ep_route_few", 1, 1024), ("ep_route", 9, 128),
+        ("ep_route", 1, 128),
+    ]  # fmt: skip

@@ -11,9 +11,11 @@ from collections.abc import Iterable
 
 from ..errors import ConfigError
 
-TARGETS = tuple(f"sm_{n}" for n in (75, 80, 86, 87, 89, 90, 100, 103, 120, 121))
+TARGETS = tuple(f"sm_{n}" for n in (75, 80, 86, 87, 89, 90, 100, 120))
 # Those of one capability alone, which units have to ask for.
-SPECIFIC_TARGETS = tuple(f"sm_{n}a" for n in (90, 100, 103, 120, 121))
+SPECIFIC_TARGETS = tuple(f"sm_{n}a" for n in (90, 100, 120))
+# What has no cubin of its own: it would be the other one, which such devices run, but for the order of code.
+_SAME = {"sm_103": "sm_100", "sm_121": "sm_120"}
 # PTX serves devices newer than every cubin. They have clusters, which code below compute_90 cannot use.
 PTX_TARGET = "compute_90"
 DEFAULT_TARGETS = (*TARGETS, PTX_TARGET)
@@ -22,13 +24,16 @@ _TEGRA = {53, 62, 72, 87, 101, 110}
 
 
 def parse_target(text: str) -> str:
-    """`sm_90`, `90`, `9.0`, `sm_90a`, `compute_90` -> target. Raises ConfigError, which lists all."""
+    """`sm_90`, `90`, `9.0`, `sm_90a`, `compute_90` -> target; `sm_103` -> `sm_100`, which such devices run.
+    Raises ConfigError, which lists all."""
     match = re.fullmatch(r"(sm_|compute_)?(\d+)\.?(\d)(a?)", text)
     if match:
         kind, name = match[1] or "sm_", f"sm_{match[2]}{match[3]}{match[4]}"
+        if kind == "sm_":
+            name = _SAME.get(name, name)
         if name in TARGETS or (kind == "sm_" and name in SPECIFIC_TARGETS):
             return kind + name.removeprefix("sm_")
-    known = ", ".join((*TARGETS, *SPECIFIC_TARGETS))
+    known = ", ".join((*TARGETS, *_SAME, *SPECIFIC_TARGETS))
     raise ConfigError(f"unknown architecture {text!r}; known: {known} (and compute_XY for PTX)")
 
 

@@ -11,7 +11,6 @@ from ..dispatch.tensors import check_layout, check_tensor, is_plain
 from ..errors import PeerError
 from ..operators.experts import fused_experts
 from ..operators.permute import moe_unpermute
-from ..operators.sort import moe_sort
 from ..plans.parallel import MAX_RANKS, MAX_TOPK, MessageLayout
 from ..values import INT32_MAX, as_int, check_choice, check_range, kind_of
 from . import messages
@@ -144,10 +143,10 @@ class ExpertParallel:
         With a `capacity` of C, N is num_ranks times `pair_capacity`, C * min(K, most experts of a rank) by
         default, or num_ranks * C; ids of rows that nobody has sent are -1, and the rows hold anything.
 
-        Cost of exact sizes: 5 launches, or 4 with "partial" (route, sort, counts, messages, pairs), more to
-        sort above some 25 000 pairs; an exchange of counts, for which the host waits; one of rows. With a
-        `capacity`: 4 launches, or 3, and one exchange, of num_ranks * capacity rows, used or not. Allocates
-        its results and messages.
+        Cost of exact sizes: 4 launches, or 3 with "partial" (route, counts, messages, pairs), one more to
+        sort above 1024 pairs or 32 ranks, more above some 25 000; an exchange of counts, for which the host
+        waits; one of rows. With a `capacity`: one launch less, and one exchange, of num_ranks * capacity
+        rows, used or not. Allocates its results and messages.
 
         Raises TypeError and ValueError for wrong arguments, before anything is launched or sent; PeerError
         where an exchange fails, or takes longer than the group's timeout.
@@ -157,15 +156,9 @@ class ExpertParallel:
         if scales is not None:
             scales = scales.contiguous()
             scales = scales if scales.data_ptr() % 4 == 0 else scales.clone()  # they are read as words
-        num_ranks, topk = self.num_ranks, layout.topk
-        places, buckets = messages.route(
-            ids, self._replicas, self._most_local, num_ranks, self.rank, self._pairs
-        )
-        sort = moe_sort(
-            buckets, 1, 2 * num_ranks if self._pairs else num_ranks, return_inverse=True,
-            return_offsets=True, return_counts=self.capacity is None,
-        )  # fmt: skip
-        came, counts, handle = self._send(layout, rows, scales, weights, places, sort)
+        topk = layout.topk
+        routed = messages.route(ids, self._replicas, self._most_local, self.num_ranks, self.rank, self._pairs)
+        came, counts, handle = self._send(layout, rows, scales, weights, routed)
         if self._pairs:
             num_pairs = self._num_outputs(handle)
             capacity, room = self.capacity, self._room(topk)
@@ -226,11 +219,10 @@ class ExpertParallel:
         rows: torch.Tensor,
         scales: torch.Tensor | None,
         weights: torch.Tensor,
-        places: torch.Tensor,
-        sort: Any,
+        routed: messages.Routed,
     ) -> tuple[torch.Tensor, torch.Tensor | None, Handle]:
         """The messages that came, and, without a `capacity`, how many pairs and rows are of each rank."""
-        packed = layout, rows, scales, weights, places, sort.inverse_ids, sort.expert_offsets
+        packed = layout, rows, scales, weights, routed
         num_ranks, capacity = self.num_ranks, self.capacity
         sizes = self._most_local, num_ranks
         if capacity is not None:
@@ -242,7 +234,7 @@ class ExpertParallel:
         # Of each rank: its pairs, if these come back as such, and its rows.
         shape = 2, num_ranks, 2 if self._pairs else 1
         counts = torch.empty(shape, dtype=torch.int32, device=self.device)
-        counts[0].copy_(sort.counts.view(-1, num_ranks).t())
+        counts[0].copy_(routed.counts.view(-1, num_ranks).t())
         self._exchange("counts", counts[1], counts[0])
         of_both = counts.tolist()  # the host waits
         to_others, from_others = ([of_rank[-1] for of_rank in side] for side in of_both)

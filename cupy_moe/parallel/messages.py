@@ -6,6 +6,7 @@ Arguments are those of the CPU specification, and are checked by who calls. What
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import torch
 
@@ -14,12 +15,13 @@ from ..cuda.launch import CACHED_CALLS, Launch, bind
 from ..cuda.limits import device_limits
 from ..cuda.structs import ArgumentStruct
 from ..dispatch.tensors import cuda_index
+from ..operators.sort import moe_sort
 from ..plans.base import divisor
 from ..plans.parallel import MessageLayout, plan_route, plan_rows, plan_sync
 
 _ROUTE_ARGS = ArgumentStruct(
     "parallel/ep_route.cu:RouteArgs",
-    "topk_ids replicas places buckets",
+    "topk_ids replicas places buckets inverse_ids offsets counts",
     "u32 num_pairs; Divisor topk, most_local; u32 num_experts, num_columns, words_per_id, num_ranks, rank,"
     " has_pairs",
 )
@@ -38,22 +40,36 @@ _EXPAND_ARGS = ArgumentStruct(
 )
 
 
+class Routed(NamedTuple):
+    places: torch.Tensor  # [T, K] int32
+    inverse_ids: torch.Tensor  # [T, K] or, with pairs, [T, 2 * K] int32: the slot of each of the buckets
+    offsets: torch.Tensor  # [buckets + 1] int32
+    counts: torch.Tensor  # [buckets] int32
+
+
 def route(
     topk_ids: torch.Tensor, replicas: torch.Tensor, most_local: int, num_ranks: int, rank: int, pairs: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    num_tokens, topk = topk_ids.shape
-    launch = _prepare_route(
+) -> Routed:
+    """The place of each pair, and what goes to each rank in order: buckets of `cpu.route`, sorted."""
+    (num_tokens, topk), num_buckets = topk_ids.shape, 2 * num_ranks if pairs else num_ranks
+    launch, sorts = _prepare_route(
         topk_ids.numel(), topk, topk_ids.dtype.itemsize // 4, tuple(replicas.shape), most_local, num_ranks,
         rank, pairs, topk_ids.device,
     )  # fmt: skip
     if launch is None:
-        return cpu.route(topk_ids, replicas, most_local, num_ranks, rank, pairs)
-    places = torch.empty((num_tokens, topk), dtype=torch.int32, device=topk_ids.device)
-    buckets = torch.empty(
-        (num_tokens, 2 * topk if pairs else topk), dtype=torch.int32, device=topk_ids.device
-    )
-    launch(topk_ids.data_ptr(), replicas.data_ptr(), places.data_ptr(), buckets.data_ptr())
-    return places, buckets
+        places, buckets = cpu.route(topk_ids, replicas, most_local, num_ranks, rank, pairs)
+    else:
+        places = replicas.new_empty((num_tokens, topk))
+        given = topk_ids.data_ptr(), replicas.data_ptr(), places.data_ptr()
+        columns = replicas.new_empty((num_tokens, 2 * topk if pairs else topk))
+        if sorts:
+            offsets, counts = replicas.new_empty(num_buckets + 1), replicas.new_empty(num_buckets)
+            launch(*given, 0, columns.data_ptr(), offsets.data_ptr(), counts.data_ptr())
+            return Routed(places, columns, offsets, counts)
+        launch(*given, columns.data_ptr(), 0, 0, 0)
+        buckets = columns
+    found = moe_sort(buckets, 1, num_buckets, return_inverse=True, return_offsets=True, return_counts=True)
+    return Routed(places, found.inverse_ids, found.expert_offsets, found.counts)
 
 
 @functools.lru_cache(CACHED_CALLS)
@@ -67,10 +83,12 @@ def _prepare_route(
     rank: int,
     pairs: bool,
     device: torch.device,
-) -> Launch | None:
+) -> tuple[Launch | None, bool]:
+    """And whether it sorts, too."""
     index = cuda_index("topk_ids", device)
     if index is None:
-        return None
+        return None, False
+    plan = plan_route(num_pairs, num_ranks)
     constants = _ROUTE_ARGS.pack(
         num_pairs=num_pairs,
         topk=divisor(max(1, topk)),
@@ -82,7 +100,7 @@ def _prepare_route(
         rank=rank,
         has_pairs=pairs,
     )
-    return bind(plan_route(num_pairs), index, _ROUTE_ARGS.num_pointers, constants)
+    return bind(plan, index, _ROUTE_ARGS.num_pointers, constants), plan.entry == "ep_route_few"
 
 
 def pack(
@@ -90,9 +108,7 @@ def pack(
     hidden_states: torch.Tensor,
     scales: torch.Tensor | None,
     topk_weights: torch.Tensor,
-    places: torch.Tensor,
-    inverse_ids: torch.Tensor,
-    offsets: torch.Tensor,
+    routed: Routed,
     most_local: int,
     num_ranks: int,
     num_rows: int,
@@ -110,6 +126,7 @@ def pack(
                                           then they are written there, to the place of this rank, and not
                                           to a tensor; [0, pitch] is returned for them
     """
+    places, inverse_ids, offsets, _ = routed
     device = hidden_states.device
     launch = _prepare_pack(
         layout, tuple(places.shape), hidden_states.stride(0) * hidden_states.element_size(), most_local,
@@ -238,8 +255,8 @@ def _prepare_expand(
 _PUSH_ARGS = ArgumentStruct(
     "parallel/ep_push.cu:PushArgs",
     "outputs ids peers",
-    "u32 num_rows, units_per_row; Divisor parts; u32 units_per_part; Divisor room; u32 num_ids, rank;"
-    " i64 id_stride",
+    "u32 num_rows, units_per_row; Divisor parts; u32 units_per_part; Divisor num_ranks;"
+    " u32 room, num_ids, rank; i64 id_stride",
 )
 _SYNC_ARGS = ArgumentStruct(
     "parallel/ep_sync.cu:SyncArgs", "flags peers epoch late", "u32 num_ranks, rank; i64 timeout"
@@ -271,7 +288,8 @@ def _prepare_push(
         units_per_row=row_bytes // 16,
         parts=divisor(plan.parts),
         units_per_part=plan.units_per_part,
-        room=divisor(room),
+        num_ranks=divisor(max(1, num_rows // room)),
+        room=room,
         num_ids=num_ids,
         rank=rank,
         id_stride=id_stride,

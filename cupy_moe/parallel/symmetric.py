@@ -35,8 +35,8 @@ class SymmetricExpertParallel(ExpertParallel):
     PeerError then; it waits for the GPU, so call it when there is time.
 
     Memory: num_ranks * (capacity messages and room for what comes back), once, on each rank. Cost of a
-    dispatch: 5 launches, or 4 with "partial"; of a combine: 3. No wait of the host. NVLink multicast is not
-    used; TORCH_SYMM_MEM_DISABLE_MULTICAST=1 keeps torch from setting it up.
+    dispatch: 4 launches, or 3 with "partial", more to sort above 1024 pairs; of a combine: 3. No wait of the
+    host. NVLink multicast is not used; TORCH_SYMM_MEM_DISABLE_MULTICAST=1 keeps torch from setting it up.
 
     Raises TypeError and ValueError for wrong arguments, and DependencyError where there is no symmetric
     memory between the GPUs. Semantics: those of DeepEP's kernels within a host.
@@ -88,17 +88,15 @@ class SymmetricExpertParallel(ExpertParallel):
         rows: torch.Tensor,
         scales: torch.Tensor | None,
         weights: torch.Tensor,
-        places: torch.Tensor,
-        sort: Any,
+        routed: messages.Routed,
     ) -> tuple[torch.Tensor, torch.Tensor | None, Handle]:
         row_bytes, most = layout.row_bytes + layout.scale_bytes, self.max_row_bytes
         check_range("hidden_states: bytes of a row with its scales", row_bytes, most)
         check_range("topk_ids: topk", layout.topk, self.max_topk)
         num_rows = self.num_ranks * (self.capacity or 0)
         _, slots = messages.pack(
-            layout, rows, scales, weights, places, sort.inverse_ids, sort.expert_offsets, self._most_local,
-            self.num_ranks, num_rows, self.capacity, self._room(layout.topk), self.dropped, self.rank,
-            self._rooms_of,
+            layout, rows, scales, weights, routed, self._most_local, self.num_ranks, num_rows, self.capacity,
+            self._room(layout.topk), self.dropped, self.rank, self._rooms_of,
         )  # fmt: skip
         self._sync()
         came = self._memory[_FLAG_BYTES : _FLAG_BYTES + num_rows * layout.pitch]

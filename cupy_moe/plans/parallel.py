@@ -13,6 +13,9 @@ MESSAGE_THREADS = Constant(256, "parallel/message.cuh:kThreads")
 # Of 16 bytes, that a thread of `ep_pack` and `ep_expand` has asked for at once.
 MESSAGE_HELD = Constant(4, "parallel/message.cuh:kHeld")
 ROUTE_THREADS = Constant(128, "parallel/ep_route.cu:kThreads")
+# Which one block sorts, too.
+FEW_PAIRS = Constant(1024, "parallel/ep_route.cu:kFewPairs")
+FEW_RANKS = Constant(32, "parallel/ep_route.cu:kFewRanks")
 BLOCKS_PER_SM = 2
 
 
@@ -41,8 +44,14 @@ class MessageLayout(NamedTuple):
         return round_up(self.scales + self.scale_bytes, 16)
 
 
-def plan_route(num_pairs: int) -> LaunchPlan:
-    return LaunchPlan("ep_route", "ep_route", max(1, ceil_div(num_pairs, ROUTE_THREADS)), ROUTE_THREADS)
+def plan_route(num_pairs: int, num_ranks: int) -> LaunchPlan:
+    """With `ep_route_few`, which sorts, too; `ep_route` leaves that to moe_sort."""
+    if num_pairs <= FEW_PAIRS and num_ranks <= FEW_RANKS:
+        threads = round_up(max(num_pairs, 2 * num_ranks), WARP)
+        return LaunchPlan("ep_route", "ep_route_few", 1, threads, overlaps=True)
+    return LaunchPlan(
+        "ep_route", "ep_route", max(1, ceil_div(num_pairs, ROUTE_THREADS)), ROUTE_THREADS, overlaps=True
+    )
 
 
 class RowsPlan(NamedTuple):
@@ -59,8 +68,9 @@ def plan_rows(unit: str, num_rows: int, row_bytes: int, num_sms: int) -> RowsPla
     least = ceil_div(units, MESSAGE_THREADS * MESSAGE_HELD)
     parts = max(1, least, min(wanted, most))
     units_per_part = ceil_div(units, parts)
-    return RowsPlan(LaunchPlan(unit, unit, max(1, num_rows * parts), MESSAGE_THREADS), parts, units_per_part)
+    launch = LaunchPlan(unit, unit, max(1, num_rows * parts), MESSAGE_THREADS, overlaps=True)
+    return RowsPlan(launch, parts, units_per_part)
 
 
 def plan_sync() -> LaunchPlan:
-    return LaunchPlan("ep_sync", "ep_sync", 1, MESSAGE_THREADS)
+    return LaunchPlan("ep_sync", "ep_sync", 1, MESSAGE_THREADS, overlaps=True)

@@ -24,8 +24,10 @@ __device__ __noinline__ float activated(u32 activation, float x) {
   }
 }
 
-// Both clamped, the gate only from above.
-__device__ __noinline__ float swiglu(float gate, float up, float alpha, float beta, float limit) {
+// With a gate, both of swiglu clamped, the gate only from above.
+__device__ __noinline__ float activated_gate(u32 activation, float gate, float up, float alpha, float beta,
+                                             float limit) {
+  if (activation != kSwiglu) return activated(activation, gate) * up;
   gate = gate > limit ? limit : gate;  // NaN stays, as it would not with fminf
   up = up > limit ? limit : up < -limit ? -limit : up;
   return (up + beta) * gate * sigmoid(alpha * gate);
@@ -45,8 +47,7 @@ __device__ __forceinline__ float fast_sigmoid(float x) {
 
 template <typename Args>
 __device__ __forceinline__ float gated(const Args& args, float gate, float up) {
-  if (args.activation == kSwiglu) return swiglu(gate, up, args.alpha, args.beta, args.limit);
-  return activated(args.activation, gate) * up;
+  return activated_gate(args.activation, gate, up, args.alpha, args.beta, args.limit);
 }
 
 // ---- cp.async, ldmatrix, mma ----------------------------------------------------------------------------------------
@@ -182,7 +183,7 @@ __device__ __forceinline__ void load_router_weights(const Args& args, const u32*
 }
 
 // Bias, router weight, activation: for 16 rows of the tile in the layout of m16n8k16, by one warp, of kN products side by
-// side, for the rows of weights from first_weight_row on. One thing after another, as what a call does not have is then
+// side, for the rows of weights from first_weight_row on, a multiple of 16. One thing after another, as what a call does not have is then
 // jumped over once. With a gate, the results are where the gates were.
 template <typename Tile, typename Args, u32 kN>
 __device__ __forceinline__ void finish_sums(const Args& args, const float (&weights)[2], u32 expert, u32 first_column,
@@ -190,17 +191,20 @@ __device__ __forceinline__ void finish_sums(const Args& args, const float (&weig
   using Element = typename Tile::Element;
   constexpr u32 kStep = Tile::kGated ? 2 : 1;  // products for 8 columns
   if (args.bias != nullptr) {
-    const auto* bias = reinterpret_cast<const typename Element::Bits*>(args.bias) + expert * args.bias_stride;
+    const u32 r = first_weight_row + lane_id() % 4 * 2, column = first_column + Tile::column(r);
+    const auto* bias = reinterpret_cast<const typename Element::Bits*>(args.bias) + expert * args.bias_stride +
+                       Tile::weight_row(args, first_column, r);
 #pragma unroll
     for (u32 n = 0; n < kN; ++n) {
-      if (first_column + Tile::column(first_weight_row + n * 8) >= args.num_columns) continue;
+      if (column + n / kStep * 8 >= args.num_columns) break;
+      const auto* mine = n % kStep == 0 ? bias : bias + args.up_offset;
 #pragma unroll
       for (u32 e = 0; e < 2; ++e) {
-        const u32 r = first_weight_row + n * 8 + lane_id() % 4 * 2 + e;
-        const float value = Element::to_float(bias[Tile::weight_row(args, first_column, r)]);
+        const float value = Element::to_float(mine[e * args.row_step]);
         sums[n][e] += value;
         sums[n][e + 2] += value;
       }
+      if (n % kStep == kStep - 1) bias += 8 * args.row_step;
     }
   }
   if (args.topk_weights != nullptr) {

@@ -8,7 +8,7 @@
 // grid     any number of blocks; best as many as there are SMs; block: kThreads
 // shared   kStages * kStageBytes
 // limits   num_pairs <= kMaxPairs; depth and num_columns are multiples of 8, rows and weights are aligned to 16 bytes
-// targets  sm_80 sm_86 sm_87 sm_89 sm_90 sm_100 sm_103 sm_120 sm_121 compute_90
+// targets  sm_80 sm_86 sm_87 sm_89 sm_90 sm_100 sm_120 compute_90
 //
 // Memory is the limit: every byte of the weights of the experts hit is read once, as long as no expert has more than
 // kGroupPairs pairs, and what is asked for runs ahead of what is multiplied, from one tile to the next. Weights are the

@@ -10,7 +10,7 @@
 // shared   kStages * ((kTileRows + kTileWeights) * 128 + sizeof(StageScales)) bytes
 // limits   depth and num_columns are multiples of 16; rows and weights are aligned to 16 bytes; scales of weights are fp32
 //          if there are several in a row, which are then of 128 columns each and of a multiple of 128 rows
-// targets  sm_89 sm_100 sm_103 sm_120 sm_121
+// targets  sm_89 sm_100 sm_120
 //
 // A block makes kTileRows rows by kTileWeights rows of weights, each warp all rows by an eighth of those. With a gate, they
 // alternate as in experts_mma.cu, so that a tile has 128 columns at least, and whole groups of columns.

@@ -61,6 +61,8 @@ __device__ __forceinline__ bool has_pair(const u32* ids, u32 topk) {
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads) ep_expand(const __grid_constant__ ExpandArgs args) {
+  wait_for_kernel_before();
+  let_next_kernel_begin();
   static_assert(kMaxRanks == kThreads && kMaxTopk <= kThreads, "a thread for each");
   __shared__ int locals[kMaxTopk];
   __shared__ char* targets[kMaxTopk];

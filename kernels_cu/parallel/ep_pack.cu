@@ -50,6 +50,8 @@ __device__ __forceinline__ char* room_of(const PackArgs& args, u32 rank) {
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads) ep_pack(const __grid_constant__ PackArgs args) {
+  wait_for_kernel_before();
+  let_next_kernel_begin();
   __shared__ u32 ranks[kMaxTopk];
   __shared__ int locals[kMaxTopk];
   __shared__ u32 positions[kMaxTopk];

@@ -52,6 +52,8 @@ __device__ __forceinline__ i64 nanoseconds() {
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads) ep_sync(const __grid_constant__ SyncArgs args) {
+  wait_for_kernel_before();
+  let_next_kernel_begin();
   static_assert(kMaxRanks <= kThreads, "a thread for each rank");
   const u32 peer = threadIdx.x, epoch = *args.epoch + 1;
   __syncthreads();

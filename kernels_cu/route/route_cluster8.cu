@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // route for some tokens: the blocks of a cluster share them out, and tell each other their ids.
-// targets  sm_90 sm_100 sm_103 sm_120 sm_121 compute_90
+// targets  sm_90 sm_100 sm_120 compute_90
 //
 // in       logits, bias, padding_mask, as gate_warp.cu; expert_map [num_experts + num_shared] or unused  (RouteArgs)
 // out      topk_weights, topk_ids, as gate_warp.cu; sorted_token_ids [num_slots], expert_ids [num_blocks],
