@@ -15,7 +15,7 @@ import routing
 import scaling.__main__ as measuring
 import torch
 import torch.distributed as dist
-from scaling import SHAPES, Shape, simulate
+from scaling import SHAPES, Shape, report, simulate
 from scaling.simulate import Machine
 
 from cupy_moe import fused_experts
@@ -84,7 +84,9 @@ def test_loads_of_uniform_routing_are_what_the_formula_says() -> None:
         # Experts of a token are different ones, so it meets some more ranks than by independent draws.
         expected = simulate.distinct_ranks(shape.topk, ranks)
         assert expected <= remote < 1.05 * expected
-        assert load.experts.tolist() == [shape.experts // ranks] * ranks
+        assert load.experts.shape == (ranks, shape.experts // ranks)
+        assert int(load.experts.sum()) == ids.numel()
+        assert int(load.experts.min()) > 0
 
 
 def test_bytes_of_a_token_are_as_the_page_says() -> None:
@@ -101,6 +103,23 @@ def test_bytes_of_a_token_are_as_the_page_says() -> None:
         pairs = shape.topk * (1 - 1 / int(ranks)) * 2 * shape.hidden
         numbers = reached * message / 1e3, pairs / 1e3, reached * 2 * shape.hidden / 1e3
         assert said == [f"{reached:.2f}", *(f"{number:.1f}" for number in numbers)]
+
+
+def test_the_page_has_the_results_that_are_kept() -> None:
+    files = sorted((ROOT / "scripts" / "results").glob("h200-ranks-*.json"))
+    _, _, rest = report.PAGE.read_text().partition(report.BEGIN)
+    assert rest.partition(report.END)[0].strip() == report.report(files)
+
+
+def test_what_is_reckoned_is_near_what_was_measured() -> None:
+    ratios = []
+    for path in sorted((ROOT / "scripts" / "results").glob("h200-ranks-*.json")):
+        measured = json.loads(path.read_text())
+        few = [row for row in measured["rows"] if row["tokens"] < 4096]
+        lines = simulate.compared(measured | {"rows": few}, simulate.fitted(Machine(), [path]))
+        ratios += [float(line.split("|")[-2]) for line in lines]
+    assert len(ratios) == 72
+    assert sum(0.9 <= ratio <= 1.1 for ratio in ratios) >= 71
 
 
 def test_an_exchange_is_as_slow_as_its_slowest_rank() -> None:

@@ -375,7 +375,7 @@ def main(arguments: list[str]) -> None:
                 case = Case(name, number, route, replicas, combine)
                 row = measure(ranks, shape, case, weights, ways)
                 row["kilobytes"] = kilobytes(shape, row)
-                rows.append(row)
+                rows.append({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()})
                 ranks.say("  ".join(text.format(**row).rjust(width) for _, width, text in columns))
             del weights
     if options.out and ranks.rank == 0:

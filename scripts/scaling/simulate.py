@@ -2,8 +2,8 @@
 
 Tokens are routed as the benchmarks route them and counted, rank by rank; the rest is arithmetic with what a
 GPU and its links can do. Latency and bandwidth of exchanges are fitted to files of
-`scripts/expert_parallel --out`, if any are given. Times are in us, of a layer; those of exchanges are there
-and back.
+`scripts/expert_parallel --out`, if any are given; --compare sets what is reckoned beside what these files
+have. Times are in us, of a layer; those of exchanges are there and back, with what packs and adds up.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import json
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import routing
 import torch
@@ -27,6 +27,7 @@ from . import SHAPES, Shape
 
 GPUS = (8, 16, 32, 64, 128, 256)
 MOST_TOKENS = 32_768  # that are routed, of all ranks; more are taken to be like them
+TILE_ROWS = 64  # pairs of an expert, of which fused_experts multiplies so many or none
 
 
 class Machine(NamedTuple):
@@ -34,19 +35,23 @@ class Machine(NamedTuple):
 
     memory: float = 4.1e12
     operations: float = 614e12
-    link: float = 305e9  # to GPUs of the same host, out of a GPU
-    latency: float = 15.1  # of an exchange within a host
+    launches: float = 10.0  # of fused_experts, where it has next to nothing to do
+    link: float = 260e9  # to GPUs of the same host, out of a GPU
+    latency: float = 12.6  # of an exchange within a host
     host: int = 8  # GPUs that have links
     network: float = 50e9  # to GPUs of other hosts
     network_latency: float = 40.0
 
 
 class Load(NamedTuple):
-    """What ranks send each other, and which experts have work."""
+    """What ranks send each other, and what their experts get of it."""
 
     out: torch.Tensor  # [ranks, ranks] rows that each sends to each
     pairs: torch.Tensor  # [ranks, ranks] pairs of these
-    experts: torch.Tensor  # [ranks] experts with a pair
+    experts: torch.Tensor  # [ranks, most local experts] pairs
+
+    def times(self, factor: float) -> Load:
+        return Load(*(part * factor for part in self))
 
 
 class Estimate(NamedTuple):
@@ -74,14 +79,14 @@ def loads(shape: Shape, placement: Placement, ids: torch.Tensor) -> Load:
     table, most_local = replica_table(placement, shape.experts)
     replicas = torch.tensor(table, dtype=torch.int32)
     out, pairs = (torch.zeros((num_ranks, num_ranks), dtype=torch.int64) for _ in range(2))
-    used = torch.zeros(num_ranks * most_local, dtype=torch.bool)
+    experts = torch.zeros(num_ranks * most_local, dtype=torch.int64)
     for rank in range(num_ranks):
         own = ids[rank * tokens : (rank + 1) * tokens]
         places, rows = cpu.route(own, replicas, most_local, num_ranks, rank, pairs=False)
         out[rank] = torch.bincount(rows[rows >= 0], minlength=num_ranks)
         pairs[rank] = torch.bincount(places[places >= 0] // most_local, minlength=num_ranks)
-        used[places[places >= 0].long()] = True
-    return Load(out, pairs, used.view(num_ranks, most_local).sum(1))
+        experts += torch.bincount(places[places >= 0], minlength=len(experts))
+    return Load(out, pairs, experts.view(num_ranks, most_local))
 
 
 def exchange_us(sent: torch.Tensor, machine: Machine) -> float:
@@ -97,6 +102,28 @@ def exchange_us(sent: torch.Tensor, machine: Machine) -> float:
     )
 
 
+def local_us(load: Load, row_bytes: int, message_bytes: int, combine: str, machine: Machine) -> float:
+    """Of what packs messages, makes pairs of them, and adds up what has come back: it reads and writes."""
+    sent, came = load.out.sum(1), load.out.sum(0)
+    moved = sent * message_bytes
+    if combine == "pairs":
+        moved = moved + came * message_bytes + (load.pairs.sum(0) + load.pairs.sum(1)) * row_bytes
+    else:
+        moved = moved + sent * row_bytes
+    return float(moved.max()) / machine.memory * 1e6
+
+
+def experts_us(load: Load, shape: Shape, machine: Machine) -> float:
+    """Of the slowest rank. Weights are read while tiles are multiplied, but whichever takes less time is not
+    hidden altogether where both take about the same."""
+    weights = 6 * shape.hidden * shape.inner  # bytes of an expert; as many operations for a pair
+    by_memory = (load.experts > 0).sum(1) * (weights / machine.memory * 1e6)
+    by_operations = (load.experts / TILE_ROWS).ceil().sum(1) * (
+        TILE_ROWS * weights / machine.operations * 1e6
+    )
+    return machine.launches + float(((by_memory**3 + by_operations**3) ** (1 / 3)).max())
+
+
 def estimate(
     shape: Shape, tokens: int, gpus: int, name: str, replicas: int, combine: str, machine: Machine
 ) -> Estimate:
@@ -106,19 +133,17 @@ def estimate(
     if replicas:
         counts = torch.bincount(ids.flatten(), minlength=shape.experts).tolist()
         placement = replicate_experts(counts, gpus, replicas)
-    load = loads(shape, placement, ids)
-    message = MessageLayout(2 * shape.hidden, shape.topk, 0).pitch
-    out = load.out * message * (tokens / routed)
-    back = (load.pairs if combine == "pairs" else load.out).t() * 2 * shape.hidden * (tokens / routed)
+    load = loads(shape, placement, ids).times(tokens / routed)
+    row, message = 2 * shape.hidden, MessageLayout(2 * shape.hidden, shape.topk, 0).pitch
+    out = load.out * message
+    back = (load.pairs if combine == "pairs" else load.out).t() * row
     remote = ~torch.eye(gpus, dtype=torch.bool)
     out_kb, back_kb = (float((side * remote).sum()) / gpus / tokens / 1e3 for side in (out, back))
     exchanges = exchange_us(out, machine) + exchange_us(back, machine)
-    of_rank = load.pairs.sum(0) * (tokens / routed)
-    weights = 6 * shape.hidden * shape.inner  # bytes of an expert; as many operations for a pair
-    by_memory = load.experts * weights / machine.memory * 1e6
-    by_operations = of_rank * weights / machine.operations * 1e6
-    experts = float(torch.maximum(by_memory, by_operations).max())
+    exchanges += local_us(load, row, message, combine, machine)
+    experts = experts_us(load, shape, machine)
     layer = exchanges + experts
+    of_rank = load.pairs.sum(0)
     imbalance = float(of_rank.max() / of_rank.mean())
     return Estimate(
         gpus, name, replicas, out_kb, back_kb, imbalance, exchanges, experts, layer,
@@ -160,6 +185,22 @@ def table(rows: Sequence[Estimate]) -> list[str]:
     return lines
 
 
+def compared(measured: dict[str, Any], machine: Machine) -> list[str]:
+    """Measured layers of a file, by NCCL, and in how much of that time they should be done."""
+    lines = []
+    for row in measured["rows"]:
+        of = SHAPES[row["shape"]], row["tokens"], measured["ranks"], row["routing"], row["redundant"]
+        reckoned = estimate(*of, row["combine"], machine)
+        exchanges = row["fixed_dispatch_us"] + row["fixed_combine_us"]
+        lines.append(
+            f"| {row['shape']} | {measured['ranks']} | {row['tokens']} | {row['routing']} |"
+            f" {row['redundant']} | {row['combine']} | {exchanges:.0f} | {reckoned.exchanges:.0f} |"
+            f" {row['experts_us']:.0f} | {reckoned.experts:.0f} | {row['fixed_layer_us']:.0f} |"
+            f" {reckoned.layer:.0f} | {reckoned.layer / row['fixed_layer_us']:.2f} |"
+        )
+    return lines
+
+
 def main(arguments: list[str]) -> None:
     defaults = Machine()
     parser = argparse.ArgumentParser(prog="scripts/expert_parallel simulate", description=__doc__)
@@ -168,12 +209,22 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--combine", choices=("pairs", "partial"), default="pairs")
     parser.add_argument("--gpus", default=",".join(map(str, GPUS)))
     parser.add_argument("--measured", type=Path, nargs="*", default=[], help="files of --out")
+    parser.add_argument("--compare", action="store_true", help="with what these files have")
     for name, value in defaults._asdict().items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
     options = parser.parse_args(arguments)
     given = Machine(**{name: getattr(options, name) for name in Machine._fields})
     machine = fitted(given, options.measured)
     print(", ".join(f"{name} {value:.4g}" for name, value in machine._asdict().items()))
+    if options.compare:
+        print(
+            "| shape | GPUs | tokens | routing | replicas | combine | exchanges | reckoned | experts |"
+            " reckoned | layer | reckoned | ratio |\n|" + " ---: |" * 13
+        )
+        for path in options.measured:
+            own = fitted(given, [path])  # with as many GPUs
+            print("\n".join(compared(json.loads(path.read_text()), own)))
+        return
     print(
         f"{options.shape}, {options.tokens} tokens a GPU, combine={options.combine!r}: reckoned, not measured"
     )
