@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import random
 from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
 
+import pytest
 import test_experts
 import test_parallel
 import test_quantization
@@ -22,6 +24,7 @@ from emulator import cases
 from emulator.cases import Call, Results
 
 from cupy_moe import fused_experts, route
+from cupy_moe.dispatch import tensors as tensors_of
 from cupy_moe.plans.experts import EXPERTS_KERNELS, FP8_KERNELS
 from cupy_moe.plans.route import ROUTE_KERNELS
 
@@ -115,6 +118,54 @@ def _messages(seed: int) -> Call:
     return Call(run, tensors, {}, run)
 
 
+def _stores(seed: int) -> Call:
+    """Ranks of one device, which take turns: flags say that all have come. Sums of whole numbers are exact."""
+    pick = random.Random(seed)
+    torch.manual_seed(seed)
+    num_ranks, topk, hidden = pick.choice((1, 2, 3, 5)), pick.choice((1, 2, 6)), 8 * pick.choice((1, 3, 200))
+    num_tokens, num_experts = pick.choice((1, 6, 40)), num_ranks * pick.randint(1, 4)
+    sizes = {"capacity": num_tokens, "max_row_bytes": 4 * hidden, "max_topk": topk + 1}
+    combine = pick.choice(("pairs", "partial"))
+    tensors = {
+        "x": torch.randint(-9, 10, (num_ranks, num_tokens, hidden)).float(),
+        "ids": torch.randint(-1, num_experts + 1, (num_ranks, num_tokens, topk)),
+        "weights": torch.randint(-3, 4, (num_ranks, num_tokens, topk)).float(),
+    }
+
+    def expected(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        exists = (ids >= 0) & (ids < num_experts)
+        return x * torch.where(exists, weights, 0).sum(2, keepdim=True)
+
+    def run(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        if tensors_of.cuda_index("x", x.device) is None:
+            return expected(x, ids, weights)
+        with pytest.MonkeyPatch.context() as patch:
+            buffers = test_parallel.Buffers(num_ranks, x.device, patch)
+            ranks = [
+                buffers.rank(r, num_experts=num_experts, combine=combine, **sizes) for r in range(num_ranks)
+            ]
+
+            def in_turn(step: Callable[[int], Any]) -> list[Any]:
+                """Twice, so that each rank finds what all have written."""
+                for _ in range(2):
+                    for rank in range(num_ranks):
+                        buffers.flags(rank).fill_(1000)
+                    results = [step(rank) for rank in range(num_ranks)]
+                return results
+
+            came = in_turn(lambda rank: ranks[rank].dispatch(x[rank], ids[rank], weights[rank]))
+            made = [
+                part.hidden_states
+                * torch.where(part.topk_ids >= 0, part.topk_weights, 0).sum(1, keepdim=True)
+                for part in came
+            ]
+            outputs = [torch.empty_like(part).copy_(part) for part in made]
+            back = in_turn(lambda rank: ranks[rank].combine(outputs[rank], came[rank].handle))
+            return torch.stack(back)
+
+    return Call(run, tensors, {}, expected)
+
+
 CALLS: dict[str, Callable[[int], Call]] = {
     **cases.OPERATORS,
     "many_rows": _many_rows,
@@ -123,6 +174,7 @@ CALLS: dict[str, Callable[[int], Call]] = {
     "quantized_experts": _quantized_experts,
     "fp8_rows": _fp8_rows,
     "messages": _messages,
+    "stores": _stores,
 }
 
 

@@ -292,23 +292,26 @@ def test_kernels_of_messages_on_a_gpu() -> None:
 class Buffers:
     """Symmetric memory of ranks that take turns: plain buffers, and groups that are numbers of ranks."""
 
-    def __init__(self, num_ranks: int, device: Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, num_ranks: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
         self.num_ranks, self.device, self.memory = num_ranks, device, [torch.empty(0)] * num_ranks
         monkeypatch.setattr(symmetric, "symmetric_memory", self.give)
         monkeypatch.setattr(dist, "get_rank", lambda group: group)
         monkeypatch.setattr(dist, "get_world_size", lambda group: num_ranks)
-        monkeypatch.setattr(dist, "get_backend", lambda group: "gloo")
+        monkeypatch.setattr(dist, "get_backend", lambda group: "gloo" if device.type == "cpu" else "nccl")
 
     def give(self, group: Any, num_bytes: int, device: Any) -> tuple[torch.Tensor, list[int]]:
         if not len(self.memory[0]):
-            self.memory = [self.device.tensor(torch.zeros(num_bytes, dtype=torch.uint8)) for _ in self.memory]
+            self.memory = [self.placed(torch.zeros(num_bytes, dtype=torch.uint8)) for _ in self.memory]
         return self.memory[group], [memory.data_ptr() for memory in self.memory]
+
+    def placed(self, tensor: torch.Tensor) -> torch.Tensor:
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device=self.device).copy_(tensor)
 
     def rank(self, rank: int, **options: Any) -> symmetric.SymmetricExpertParallel:
         made = symmetric.SymmetricExpertParallel(rank, **options)  # type: ignore[arg-type]
         for name, value in vars(made).items():
             if isinstance(value, torch.Tensor) and name not in ("_memory", "_flags"):
-                setattr(made, name, self.device.tensor(value))
+                setattr(made, name, self.placed(value))  # in memory that the emulator knows
         return made
 
     def flags(self, of_rank: int) -> torch.Tensor:
@@ -321,7 +324,7 @@ def test_rows_by_way_of_symmetric_memory(combine: str, monkeypatch: pytest.Monke
     """Ranks take turns, and none waits: each step is done twice, so that it finds what all have written."""
     num_ranks, num_experts, topk, hidden = 3, 7, 4, 24
     with Emulator(gpus.H200._replace(num_sms=2), 90)() as device:
-        buffers = Buffers(num_ranks, device, monkeypatch)
+        buffers = Buffers(num_ranks, torch.device("cpu"), monkeypatch)
         options: dict[str, Any] = {"num_experts": num_experts, "combine": combine, "capacity": 6}
         placement = replicate_experts([5, 1, 1, 1, 4, 1, 1], num_ranks, 3)
         sizes = {"max_row_bytes": 4 * hidden + 20, "max_topk": 5}
@@ -378,7 +381,7 @@ def test_rows_by_way_of_symmetric_memory(combine: str, monkeypatch: pytest.Monke
 @pytest.mark.skipif(bool(emulator.compiler()), reason=str(emulator.compiler()))
 def test_a_rank_that_does_not_come_is_waited_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
     with Emulator(gpus.H200, 90)() as device:
-        buffers = Buffers(4, device, monkeypatch)
+        buffers = Buffers(4, torch.device("cpu"), monkeypatch)
         sizes: dict[str, Any] = {"capacity": 2, "max_row_bytes": 32, "max_topk": 2}
         parallel = buffers.rank(1, num_experts=4, **sizes, timeout=1e-4)
         buffers.flags(1)[:] = torch.tensor([1, 0, 0, 2**31 - 1])

@@ -19,25 +19,15 @@ PAGE = Path(__file__).with_name("README.md")
 BEGIN, END = "<!-- measured:begin -->", "<!-- measured:end -->"
 LAYER_TOKENS = (1, 64, 4096)
 LAYERS = """\
-The layer with combine="pairs", beside `fused_experts` on one GPU with all experts and the tokens of all ranks:
-with exact sizes, by the wall clock, as the host waits; with a capacity; what the model reckons of that; by
-stores. How much faster than one GPU, and tokens a second, of all ranks, are those of stores:"""
+The layer with combine="pairs", beside `fused_experts` on one GPU with all experts and the tokens of all
+ranks: with exact sizes, by the wall clock, as the host waits; with a capacity; what the model reckons of
+that; by stores. How much faster than one GPU, and tokens a second, of all ranks, are those of stores:"""
 
 
 def exchanges(rows: list[tuple[int, dict[str, Any]]]) -> Table:
-    beside = "plain", "ratio"
-    header = [
-        "layer",
-        "GPUs",
-        "tokens",
-        "combine",
-        "dispatch",
-        *beside,
-        "combine",
-        *beside,
-        "dispatch",
-        "combine",
-    ]
+    ways, beside = ("dispatch", "combine"), ("plain", "ratio")
+    cases = ["layer", "GPUs", "tokens", "combine"]
+    header = [*cases, ways[0], *beside, ways[1], *beside, *ways]
     lines = []
     for gpus, row in rows:
         if row["routing"] != "uniform":
