@@ -119,7 +119,7 @@ def _messages(seed: int) -> Call:
 
 
 def _stores(seed: int) -> Call:
-    """Ranks of one device, which take turns: flags say that all have come. Sums of whole numbers are exact."""
+    """Ranks of one device, in turn: flags say that all have come. Sums of whole numbers are exact."""
     pick = random.Random(seed)
     torch.manual_seed(seed)
     num_ranks, topk, hidden = pick.choice((1, 2, 3, 5)), pick.choice((1, 2, 6)), 8 * pick.choice((1, 3, 200))
