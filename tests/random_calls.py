@@ -24,7 +24,7 @@ from emulator import cases
 from emulator.cases import Call, Results
 
 from cupy_moe import fused_experts, route
-from cupy_moe.dispatch import tensors as tensors_of
+from cupy_moe.parallel import messages
 from cupy_moe.plans.experts import EXPERTS_KERNELS, FP8_KERNELS
 from cupy_moe.plans.route import ROUTE_KERNELS
 
@@ -134,10 +134,10 @@ def _stores(seed: int) -> Call:
 
     def expected(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         exists = (ids >= 0) & (ids < num_experts)
-        return x * torch.where(exists, weights, 0).sum(2, keepdim=True)
+        return 0 + x * torch.where(exists, weights, 0).sum(2, keepdim=True)  # no -0
 
     def run(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        if tensors_of.cuda_index("x", x.device) is None:
+        if messages.cuda_index("x", x.device) is None:
             return expected(x, ids, weights)
         with pytest.MonkeyPatch.context() as patch:
             buffers = test_parallel.Buffers(num_ranks, x.device, patch)
@@ -154,12 +154,10 @@ def _stores(seed: int) -> Call:
                 return results
 
             came = in_turn(lambda rank: ranks[rank].dispatch(x[rank], ids[rank], weights[rank]))
-            made = [
-                part.hidden_states
-                * torch.where(part.topk_ids >= 0, part.topk_weights, 0).sum(1, keepdim=True)
-                for part in came
-            ]
-            outputs = [torch.empty_like(part).copy_(part) for part in made]
+            outputs = []
+            for part in came:
+                own = torch.where(part.topk_ids >= 0, part.topk_weights, 0).sum(1, keepdim=True)
+                outputs.append(buffers.placed(part.hidden_states * own))
             back = in_turn(lambda rank: ranks[rank].combine(outputs[rank], came[rank].handle))
             return torch.stack(back)
 
