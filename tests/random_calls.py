@@ -123,12 +123,13 @@ def _stores(seed: int) -> Call:
     pick = random.Random(seed)
     torch.manual_seed(seed)
     num_ranks, topk, hidden = pick.choice((1, 2, 3, 5)), pick.choice((1, 2, 6)), 8 * pick.choice((1, 3, 200))
-    num_tokens, num_experts = pick.choice((1, 6, 40)), num_ranks * pick.randint(1, 4)
+    num_tokens, num_experts = pick.choice((1, 6, 40)), num_ranks * pick.randint(1, 4) + 4
     sizes = {"capacity": num_tokens, "max_row_bytes": 4 * hidden, "max_topk": topk + 1}
     combine = pick.choice(("pairs", "partial"))
     tensors = {
         "x": torch.randint(-9, 10, (num_ranks, num_tokens, hidden)).float(),
-        "ids": torch.randint(-1, num_experts + 1, (num_ranks, num_tokens, topk)),
+        # From -1 to num_experts, and of a token different ones, as pair_capacity has it.
+        "ids": torch.rand(num_ranks, num_tokens, num_experts + 2).argsort(2)[..., :topk] - 1,
         "weights": torch.randint(-3, 4, (num_ranks, num_tokens, topk)).float(),
     }
 
