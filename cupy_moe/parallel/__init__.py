@@ -55,7 +55,8 @@ class ExpertParallel:
                   int              the most tokens that a rank sends another: no wait, so that CUDA graphs
                                    can capture it; what finds no room is dropped, and counted
     pair_capacity int              the most pairs that come back from a rank, with "pairs"; by default all
-                                   that `capacity` tokens can have there, which are many
+                                   that `capacity` tokens can have there, which are many, if the experts of
+                                   a token are different ones
     device        torch.device     of all tensors; by default the current GPU for NCCL, else the CPU
 
     All ranks pass the same, and call `dispatch` and `combine` in the same order, also without any token. One
