@@ -1006,3 +1006,26 @@ def test_each_tensor_has_a_type(name: str, row: str, device: str, right: Any) ->
         if isinstance(given, torch.Tensor) and other != "out":
             wide = torch.ones(given.shape, dtype=torch.complex128, device=given.device)
             refuse(name, {**arguments, other: wide}, TypeError, r"\w+: .*expected ", device)
+
+
+@on_each_device([(name, "") for name in (*OPERATORS, "moe", "int8")])
+def test_nothing_is_launched_where_memory_was_freed(name: str, row: str, device: str, right: Any) -> None:
+    if device == "cpu":
+        return  # where torch refuses it
+
+    def freed(tensor: torch.Tensor) -> torch.Tensor:
+        copy = tensor.clone()
+        copy.untyped_storage().resize_(0)
+        return copy
+
+    arguments = right(name, device)
+    calls = [
+        {**arguments, other: freed(given)}
+        for other, given in arguments.items()
+        if isinstance(given, torch.Tensor) and other != "out"
+    ]
+    calls += [
+        with_output(arguments, number, freed(tensor)) for number, tensor in enumerate(outputs(arguments))
+    ]
+    for call in calls:
+        refuse(name, call, ValueError, r"\w+: .*memory of its own, got one without", device)

@@ -239,14 +239,13 @@ def _permute(
         )
         inverse, begin = address("out: inverse_ids", inverse_ids), address("out: expert_offsets", offsets)
         mapped = 0 if expert_map is None else address("expert_map", expert_map)
-        if sort is not None:
+        source = source or address("hidden_states", hidden_states)
+        target = target or address("out: permuted", permuted)
+        given_scales = 0 if scales is None else address("scales", scales)
+        written_scales = 0 if moved_scales is None else address("out: permuted_scales", moved_scales)
+        if sort is not None:  # all that may be refused has been
             sort(a, slots, blocks, 0, mapped, inverse, begin, 0, 0, 0, 0)
-        launch(
-            source or address("hidden_states", hidden_states), target or address("out: permuted", permuted),
-            inverse, 0 if scales is None else address("scales", scales),
-            0 if moved_scales is None else address("out: permuted_scales", moved_scales),
-            begin, slots, blocks, a, mapped,
-        )  # fmt: skip
+        launch(source, target, inverse, given_scales, written_scales, begin, slots, blocks, a, mapped)
     return MoEPermutation(*outputs)
 
 

@@ -214,6 +214,12 @@ def _route(
             if kernel is not None:
                 raise
             out = results  # the driver refuses to launch clusters here: one after the other
+    # The alignment would find out when gating is launched.
+    if expert_map is not None:
+        address("expert_map", expert_map)
+    if out is not None:
+        for name, tensor in zip(MoERouting._fields[2:], out[2:], strict=True):
+            address(f"out: {name}", tensor)
     tensors = bias, padding_mask, ids_dtype, None if out is None else out[:2], None, input_ids, hash_table
     gated = run_gate(gating_output, options, *tensors)
     aligned = moe_align_block_size(
