@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .dispatch.arrays import DLPackArray, from_array
-from .dispatch.tensors import PlainTensor, check_tensor
+from .dispatch.tensors import PlainTensor, check_layout, check_tensor
 from .plans.base import ceil_div
 from .values import INT32_MAX, as_int, check_range
 
@@ -282,6 +282,7 @@ def _scales(w1_scale: DLPackArray, w2_scale: DLPackArray, *dims: int) -> tuple[t
 def _blocks(name: str, array: DLPackArray, dtypes: tuple[torch.dtype, ...], *dims: int) -> torch.Tensor:
     """[E, blocks of rows, blocks of columns] of an array with so many dimensions."""
     tensor = from_array(name, array).detach()
+    check_layout(name, tensor)
     if tensor.dtype not in dtypes:
         raise TypeError(f"{name}: expected {' or '.join(map(str, dtypes))}, got {tensor.dtype}; cast it")
     if tensor.dim() not in dims:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from .dispatch.arrays import DLPackArray, from_array
-from .dispatch.tensors import check_tensor
+from .dispatch.tensors import check_tensor, cuda_index
 from .quantization import SCALES, unpack
 from .values import as_int, check_choice
 
@@ -161,6 +161,7 @@ def _check(
 ) -> None:
     experts, groups, device = len(words), scale.shape[1], words.device
     check_tensor("qweight", words, _INT32, words.shape, device, strided=True)
+    cuda_index("qweight", device)
     check_tensor("scales", scale, SCALES, (experts, groups, rows), device, strided=True)
     check_tensor("qzeros", zeros, _INT32, (experts, groups, rows // packed), device, strided=True)
     if not groups or columns % groups:

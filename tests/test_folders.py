@@ -12,7 +12,7 @@ import pytest
 from cache_helpers import USER, Sandbox, acting_as, files, needs_uids
 
 from cupy_moe.errors import KernelNotPrebuiltError
-from cupy_moe.images import compiler, folders, lookup, store
+from cupy_moe.images import compiler, folders, lookup, prebuild, sources, store
 from cupy_moe.images.folders import Root, UntrustedError
 
 STRANGER, COLLEAGUE, TEAM = 54322, 54323, 54400
@@ -115,11 +115,14 @@ def test_what_others_could_have_changed_is_not_taken(
 
 @needs_uids
 @pytest.mark.parametrize("mode", [0o755, 0o1777])
-@pytest.mark.parametrize("where", ["link in TMPDIR", "link in home", "TMPDIR", "CUPY_MOE_CACHE_DIR"])
+@pytest.mark.parametrize(
+    "where", ["link in TMPDIR", "link in home", "TMPDIR", "XDG_CACHE_HOME", "CUPY_MOE_CACHE_DIR"]
+)
 def test_a_user_cache_that_a_stranger_laid_out_is_not_taken(
     common: Path, image: store.Image, monkeypatch: pytest.MonkeyPatch, where: str, mode: int
 ) -> None:
-    trap = fill(common / ("trap" if "link" in where else f"cupy_moe-{USER}"), image, STRANGER)
+    own = "cupy_moe" if where == "XDG_CACHE_HOME" else f"cupy_moe-{USER}"
+    trap = fill(common / ("trap" if "link" in where else own), image, STRANGER)
     if mode == 0o1777:  # a folder of root's that anybody may add to
         os.chown(trap, 0, 0)
     trap.chmod(mode)
@@ -132,6 +135,8 @@ def test_a_user_cache_that_a_stranger_laid_out_is_not_taken(
         (home / ".cache" / "cupy_moe").symlink_to(trap)
         give(home, USER)
         monkeypatch.setenv("HOME", str(home))
+    elif where == "XDG_CACHE_HOME":
+        monkeypatch.setenv("XDG_CACHE_HOME", str(common))
     elif where == "CUPY_MOE_CACHE_DIR":
         monkeypatch.setenv("CUPY_MOE_CACHE_DIR", str(trap))
     with acting_as(USER):
@@ -273,6 +278,36 @@ def test_the_folder_of_the_package_is_trusted_as_its_code_is(
     monkeypatch.setattr(folders, "__file__", str(package / "images" / "folders.py"))
     with acting_as(USER):
         assert found() == "package"
+
+
+@needs_uids
+def test_the_cache_of_a_checkout_is_trusted_as_its_code_is(
+    common: Path, image: store.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(common / "checkout" / "cache", image, COLLEAGUE)
+    monkeypatch.setattr(sources, "checkout", lambda: common / "checkout")
+    with acting_as(USER):
+        assert found() == "checkout"
+
+
+@pytest.mark.parametrize("name", ["../sm_80/{}", "/etc/{}", "..", "{}/../{}", "./{}"])
+def test_a_manifest_names_no_file_elsewhere(
+    sandbox: Sandbox, image: store.Image, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    path = store.publish(Root(sandbox.prebuilt, "prebuilt"), image)
+    listed = {"files": {name.replace("{}", path.name): image.sidecar.sha256}}
+    path.with_name(prebuild.MANIFEST).write_bytes(store.to_json(listed))
+    read: list[str] = []
+    real = folders.Folder.read
+
+    def reading(folder: folders.Folder, name: str, limit: int) -> bytes:
+        read.append(name)
+        return real(folder, name, limit)
+
+    monkeypatch.setattr(folders.Folder, "read", reading)
+    problems = prebuild.problems(Root(sandbox.prebuilt, "prebuilt"), strict=False)
+    assert problems == [f"{path.with_name(prebuild.MANIFEST)}: cannot be understood"]
+    assert set(read) == {path.name, path.with_suffix(".json").name, prebuild.MANIFEST}
 
 
 # ---- writing

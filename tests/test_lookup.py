@@ -214,6 +214,7 @@ DAMAGES = {
     "sidecar with more": _edit(surprise=1),
     "sidecar of another": _edit(target="sm_80"),
     "sidecar of another unit": _edit(unit="../tiny"),
+    "sidecar of a folder above": _edit(target="../sm_90"),
     "sidecar with an odd key": _edit(entry_key=5),
     "sidecar with odd figures": _edit(kernels=5),
 }
@@ -474,6 +475,27 @@ def test_a_full_disk_will_do(miniature: Path, tmp_path: Path) -> None:
     assert run.stdout.split()[-1] == "compiled"
     assert run.stderr.count("compiled kernels are not kept") == 1
     assert not list(tmp_path.rglob("*.cubin"))
+
+
+AUDITED = """
+import sys
+asked = []
+sys.addaudithook(lambda event, _: asked.append(event))
+from cupy_moe.images import lookup
+print(next(lookup.candidates("tiny", (9, 0))).origin)
+print(*(event for event in asked if event.startswith(("socket.", "urllib.", "ftplib.", "http."))))
+"""
+
+
+def test_nothing_is_searched_elsewhere_or_downloaded(
+    miniature: Path, tmp_path: Path, sandbox: Sandbox
+) -> None:
+    (tmp_path / "home").mkdir()
+    for place in (".", "cache", "cupy_moe", "cupy_moe/cache", "home", "home/cache"):
+        sandbox.publish(tmp_path / place, "sm_90")
+    code = f"import os, sys; sys.path.insert(0, {str(miniature)!r}); os.chdir({str(tmp_path)!r})\n{AUDITED}"
+    run = run_python(miniature, "-c", code, env={"HOME": str(tmp_path / "home"), "TMPDIR": str(tmp_path)})
+    assert (run.returncode, run.stdout.split()) == (0, ["compiled"]), run.stderr
 
 
 def test_importing_creates_nothing_and_imports_little(tmp_path: Path) -> None:

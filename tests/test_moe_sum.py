@@ -1,4 +1,4 @@
-"""moe_sum: against float64 and by example on the CPU, element for element on a GPU, and every wrong call.
+"""moe_sum: against float64 and by example on the CPU, and element for element on a GPU.
 
 Grids: those of vLLM's and SGLang's tests, looped so that a few tests hold hundreds of cases.
 """
@@ -129,35 +129,6 @@ def test_arrays_of_numpy() -> None:
     assert (result == 1).all()
     assert moe_sum(x, out) is out
     assert (out == 2).all()
-
-
-X = torch.ones(3, 2, 4)
-
-
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        ({"input": 3}, TypeError, "input: expected a torch.Tensor or an array"),
-        ({"input": X[0]}, ValueError, "input: expected .tokens, topk, hidden., got .2, 4."),
-        ({"input": X.double()}, TypeError, "input: expected torch.float32, .* got torch.float64"),
-        ({"input": X.to("meta")}, ValueError, "input: expected a CUDA or CPU tensor"),
-        ({"out": 3}, TypeError, "out: expected a tensor for out, got int"),
-        ({"out": torch.ones(3, 4).half()}, TypeError, "out: expected torch.float32, got torch.float16"),
-        ({"out": torch.ones(3, 5)}, ValueError, r"out: expected shape \[3, 4\]"),
-        ({"out": torch.ones(4, 3).T}, ValueError, "rows of neighbouring elements"),
-        ({"topk_weights": torch.ones(3, 3)}, ValueError, r"topk_weights: expected shape \[3, 2\]"),
-        ({"topk_weights": torch.ones(3, 2).half()}, TypeError, "topk_weights: expected torch.float32"),
-        ({"topk_ids": torch.ones(3, 2)}, TypeError, "topk_ids: expected torch.int32 or torch.int64"),
-        ({"topk_ids": [[1, 2]] * 3}, TypeError, "topk_ids: .* got list"),
-        ({"expert_map": torch.ones(3, dtype=torch.int64)}, TypeError, "expert_map: expected torch.int32"),
-        ({"expert_map": torch.ones(3, 1, dtype=torch.int32)}, ValueError, r"expert_map: .* \[experts\]"),
-        ({"shared_output": torch.ones(3, 4).half()}, TypeError, "shared_output: expected torch.float32"),
-        ({"shared_output": torch.ones(3, 4, device="meta")}, ValueError, "shared_output: .* beside"),
-    ],
-)
-def test_wrong_arguments(options: dict[str, Any], error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        moe_sum(**{"input": X, **options})
 
 
 def test_operator_of_torch() -> None:

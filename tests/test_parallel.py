@@ -1,4 +1,4 @@
-"""Expert parallelism: ranks that are processes, placements, wrong calls, and kernels against the CPU."""
+"""Expert parallelism: ranks that are processes, placements, and kernels against the CPU."""
 
 from __future__ import annotations
 
@@ -117,52 +117,6 @@ def group() -> Iterator[dist.ProcessGroup]:
 X, IDS, WEIGHTS = torch.ones(3, 8), torch.tensor([[0, 1], [1, 0], [2, 5]]), torch.ones(3, 2)
 
 
-def dispatch(x: Any = X, ids: Any = IDS, weights: Any = WEIGHTS, **options: Any) -> Callable[[Any], Any]:
-    return lambda group: ExpertParallel(group, 3).dispatch(x, ids, weights, **options)
-
-
-def make(*arguments: Any, **options: Any) -> Callable[[Any], Any]:
-    return lambda group: ExpertParallel(group, *arguments, **options)
-
-
-WRONG: dict[str, tuple[type[Exception], str, Callable[[Any], Any]]] = {
-    "no experts": (ValueError, "num_experts: expected 1 to 65536, got 0", make(0)),
-    "half an expert": (TypeError, "num_experts: expected an int, got float", make(0.5)),
-    "a way to combine": (ValueError, "combine: expected one of 'pairs', 'partial'", make(2, combine="sum")),
-    "no capacity": (ValueError, "capacity: expected 1 to", make(2, capacity=0)),
-    "half of it": (ValueError, "pair_capacity: expected a capacity", make(2, pair_capacity=3)),
-    "a vector": (ValueError, "hidden_states: expected two dimensions", dispatch(X[0])),
-    "short rows": (ValueError, "hidden_states: .* multiple of 16 bytes, got 12", dispatch(X[:, :3])),
-    "floats": (TypeError, "topk_ids: expected torch.int32", dispatch(ids=IDS.float())),
-    "other tokens": (ValueError, r"topk_ids: expected shape \[3, 2\]", dispatch(ids=IDS[:2])),
-    "half weights": (TypeError, "topk_weights: expected torch.float32", dispatch(weights=WEIGHTS.half())),
-    "odd scales": (ValueError, "scales: .* multiple of 4 bytes, got 3", dispatch(scales=X[:, :3].byte())),
-    "wide scales": (TypeError, "scales: expected elements of up to 4", dispatch(scales=X.double())),
-    "fewer scales": (ValueError, r"scales: expected shape \[3, 8\]", dispatch(scales=X[:2])),
-    "a list": (TypeError, "topk_ids: expected a plain torch.Tensor, got list", dispatch(ids=[[0]])),
-    "meta": (ValueError, "hidden_states: .*meta", dispatch(X.to("meta"))),
-    "many experts": (
-        ValueError,
-        "topk_ids: topk: expected 1 to 64, got 65",
-        dispatch(ids=torch.zeros(3, 65).int(), weights=torch.zeros(3, 65)),
-    ),
-}
-
-
-@pytest.mark.parametrize("name", WRONG)
-def test_a_wrong_call_says_what_is_wrong(name: str, group: dist.ProcessGroup) -> None:
-    error, message, call = WRONG[name]
-    with pytest.raises(error, match=message):
-        call(group)
-
-
-def test_outputs_of_another_length_are_refused(group: dist.ProcessGroup) -> None:
-    parallel = ExpertParallel(group, 3)
-    received = parallel.dispatch(X, IDS, WEIGHTS)
-    with pytest.raises(ValueError, match=r"expert_outputs: expected shape \[5, hidden\], got \[3, 8\]"):
-        parallel.combine(X, received.handle)
-
-
 def test_layouts_that_have_to_be_copied(group: dist.ProcessGroup) -> None:
     eye = torch.eye(8, dtype=torch.bfloat16).repeat(3, 1, 1)
     parallel = ExpertParallel(group, 3)
@@ -274,6 +228,22 @@ def test_messages_of_garbage_stay_within_bounds() -> None:
             for capacity in (None, 3):
                 given = device.tensor(counts) if capacity is None else None
                 messages.expand(layout, device.tensor(came), given, 7, capacity, 2)
+            back = [device.tensor(torch.zeros(4, 3, 8)) for _ in range(4)]
+            peers = device.tensor(torch.tensor([memory.data_ptr() for memory in back]))
+            ids = torch.randint(-(2**31), 2**31 - 1, (12, 3), dtype=torch.int32)
+            messages.push(device.tensor(torch.ones(12, 8)), device.tensor(ids), peers, 3, seed % 4)
+
+
+def test_messages_of_garbage_on_the_cpu() -> None:
+    layout = MessageLayout(32, 3, 4)
+    for seed in range(8):
+        torch.manual_seed(seed)
+        came = torch.randint(0, 256, (12, layout.pitch), dtype=torch.uint8)
+        counts = torch.randint(0, 5, (4, 2), dtype=torch.int32)
+        counts[:, 1] = 3  # the rows that came
+        for told, capacity in ((counts, None), (None, 3)):
+            results = messages.expand(layout, came, told, 7, capacity, 2)
+            assert [len(result) for result in results] == [7] * 4
 
 
 @pytest.mark.gpu
@@ -390,10 +360,12 @@ def test_a_rank_that_does_not_come_is_waited_for_once(monkeypatch: pytest.Monkey
         assert parallel.late.tolist() == [1, 0, 1, 0]  # the first came once, but not twice
         with pytest.raises(PeerError, match=r"rank 1 of 4: ranks \[0, 2\] did not come within 0.0001 s"):
             parallel.check()
+        launched = len(device.launched)
         with pytest.raises(
             ValueError, match="hidden_states: bytes of a row with its scales: expected 1 to 32"
         ):
             parallel.dispatch(*map(device.tensor, (torch.ones(1, 16), IDS[:1], WEIGHTS[:1])))
+        assert len(device.launched) == launched
 
 
 def test_there_is_no_symmetric_memory_on_a_cpu(group: dist.ProcessGroup) -> None:

@@ -16,7 +16,7 @@ from cache_helpers import Everything
 from emulator import Emulator, cases
 from operator_cases import BIAS, LOGITS, MASK, Case
 
-from cupy_moe import MoERouting, aligned_sizes, moe_align_block_size, route, topk_softmax, topk_softplus_sqrt
+from cupy_moe import MoERouting, aligned_sizes, moe_align_block_size, route, topk_softmax
 from cupy_moe.errors import KernelLaunchError
 from cupy_moe.operators.gate import _run as run_gate
 from cupy_moe.plans.gate import plan_gate
@@ -118,53 +118,6 @@ def test_out_arrays_and_no_tokens() -> None:
         assert isinstance(got, np.ndarray)
         assert (got == expected.numpy()).all()
     assert route(x[:0], 2, 4).num_tokens_post_pad.tolist() == [0]
-
-
-X = torch.randn(4, 8)
-RIGHT = tuple(route(X, 2, 4))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        ({"gating_output": X[0]}, ValueError, "gating_output: expected .tokens, experts., got .8."),
-        ({"gating_output": X.double()}, TypeError, "gating_output: expected torch.float32"),
-        ({"topk": 9}, ValueError, "topk: expected 1 to 8, got 9"),
-        ({"block_size": 0}, ValueError, "block_size: expected 1 to 65536, got 0"),
-        ({"block_size": 1.5}, TypeError, "block_size: expected an int, got float"),
-        ({"scoring_func": "tanh"}, ValueError, "scoring_func: expected one of"),
-        ({"num_fused_shared_experts": 65}, ValueError, "num_fused_shared_experts: expected 0 to 64, got 65"),
-        ({"shared_expert_weight": 1e39}, ValueError, "shared_expert_weight: expected a number that fp32 has"),
-        ({"expert_map": MAP[:7]}, ValueError, r"expert_map: .* shape \[8\]"),
-        ({"input_ids": torch.zeros(4).int()}, TypeError, "input_ids, hash_table: expected both"),
-        ({"kernel": "fast"}, ValueError, "kernel: expected one of 'small', 'cluster8', 'separate'"),
-        ({"out": RIGHT[:2]}, TypeError, "out: expected the tensors .*, got 2 of them"),
-        ({"out": (*RIGHT[:4], RIGHT[4].long())}, TypeError, "out: num_tokens_post_pad: expected torch.int32"),
-        ({"out": (RIGHT[0][:2], *RIGHT[1:])}, ValueError, r"out: topk_weights: .* shape \[4, 2\]"),
-        ({"ids_dtype": torch.int16}, TypeError, "ids_dtype: expected torch.int32"),
-    ],
-)
-def test_wrong_arguments(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        route(**{"gating_output": X, "topk": 2, "block_size": 4, **arguments})
-
-
-def test_wrong_tables() -> None:
-    table, ids = torch.zeros(3, 2, dtype=torch.int32), torch.zeros(4, dtype=torch.int32)
-    calls: tuple[tuple[Any, type[Exception], str], ...] = (
-        ({"hash_table": table[:, :1]}, ValueError, r"hash_table: .* shape \[3, 2\]"),
-        ({"hash_table": table.float()}, TypeError, "hash_table: expected torch.int32 or torch.int64"),
-        ({"input_ids": ids[:3]}, ValueError, r"input_ids: .* shape \[4\]"),
-        ({"input_ids": ids.short()}, TypeError, "input_ids: expected torch.int32 or torch.int64"),
-        (
-            {"e_score_correction_bias": torch.ones(8)},
-            ValueError,
-            "hash_table: expected softplus_sqrt without a bias",
-        ),
-    )
-    for arguments, error, message in calls:
-        with pytest.raises(error, match=message):
-            topk_softplus_sqrt(X, 2, **{"input_ids": ids, "hash_table": table, **arguments})
 
 
 # ---- plans

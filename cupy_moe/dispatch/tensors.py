@@ -6,6 +6,7 @@ wait for the GPU. All of this runs with every call: what is right is found right
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, TypeAlias, TypeGuard
 
 import torch
@@ -45,6 +46,47 @@ def check_tensor(
         raise ValueError(f"{name}: expected it beside the other tensors on {device}, got {tensor.device}")
 
 
+def check_written(
+    names: Sequence[str], written: Sequence[PlainTensor | None], **read: PlainTensor | None
+) -> None:
+    """Raises ValueError where tensors that were passed in cannot be written without harm: where autograd
+    would have to know, and where memory is read, too, or written twice, as blocks of a kernel run in any
+    order.
+
+    `read` are the inputs by name, but for those that may be written over. As in PyTorch, tensors with gaps
+    are not looked at: others may lie in these.
+    """
+    for number, tensor in enumerate(written):
+        if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{names[number]}: expected a tensor that requires no gradient; detach it")
+    tensors = *written, *read.values()
+    try:
+        spans = [(tensor.data_ptr(), tensor.nbytes) for tensor in tensors if tensor is not None]
+    except RuntimeError:  # one without memory, which `address` refuses
+        return
+    spans.sort()
+    end = 0
+    for begin, num_bytes in spans:
+        if begin < end:
+            break
+        end = begin + num_bytes
+    else:
+        return  # as nearly always
+    for number, tensor in enumerate(written):
+        for other, beside in zip((*names, *read)[number + 1 :], tensors[number + 1 :], strict=True):
+            if _share_memory(tensor, beside):
+                raise ValueError(
+                    f"{names[number]}: expected memory of its own, got some that {other} has, too"
+                )
+
+
+def _share_memory(one: PlainTensor | None, other: PlainTensor | None) -> bool:
+    if one is None or other is None or not (one.is_contiguous() and other.is_contiguous()):
+        return False
+    begin, other_begin = one.data_ptr(), other.data_ptr()
+    return begin < other_begin + other.nbytes and other_begin < begin + one.nbytes
+
+
 def address(name: str, tensor: PlainTensor) -> int:
     """Where the elements are; 0 if there are none.
 
@@ -56,6 +98,7 @@ def address(name: str, tensor: PlainTensor) -> int:
         pointer = 0
     if not pointer and tensor.numel():
         check_layout(name, tensor)
+        cuda_index(name, tensor.device)  # on no other device can one have any
         raise ValueError(f"{name}: expected a tensor with memory of its own, got one without; clone it")
     return pointer
 

@@ -14,7 +14,16 @@ from ..cuda.limits import device_limits
 from ..cuda.structs import ArgumentStruct
 from ..dispatch.arrays import Array, DLPackArray
 from ..dispatch.operator import Operator, has_modes, in_transform, is_compiling
-from ..dispatch.tensors import PLAIN, PlainTensor, address, check_layout, check_tensor, cuda_index, is_plain
+from ..dispatch.tensors import (
+    PLAIN,
+    PlainTensor,
+    address,
+    check_layout,
+    check_tensor,
+    check_written,
+    cuda_index,
+    is_plain,
+)
 from ..errors import KernelLaunchError
 from ..plans.align import ALIGN_KERNELS, aligned_sizes, plan_align
 from ..plans.base import ceil_div, divisor, round_up
@@ -198,6 +207,27 @@ def moe_align_block_size(
                 and first.is_contiguous()
                 and second.is_contiguous()
             )
+            if fits:  # unless they share memory
+                a, b, c = first.data_ptr(), second.data_ptr(), third.data_ptr()
+                a_end, b_end, c_end = a + 4 * num_slots, b + 4 * num_blocks, c + 4
+                ids_end = ids + tensor.nbytes
+                fits = (
+                    (a_end <= b or b_end <= a)
+                    and (a_end <= c or c_end <= a)
+                    and (b_end <= c or c_end <= b)
+                    and (ids_end <= a or a_end <= ids)
+                    and (ids_end <= b or b_end <= ids)
+                    and (ids_end <= c or c_end <= ids)
+                )
+                if local is not None:
+                    mapped = local.data_ptr()
+                    map_end = mapped + 4 * num_experts
+                    fits = (
+                        fits
+                        and (map_end <= a or a_end <= mapped)
+                        and (map_end <= b or b_end <= mapped)
+                        and (map_end <= c or c_end <= mapped)
+                    )
         except (RuntimeError, TypeError, ValueError):
             fits = False
         if not fits:
@@ -206,7 +236,8 @@ def moe_align_block_size(
                 return _operator(
                     topk_ids, block_size, num_experts, expert_map, *flags, out=out, kernel=kernel
                 )
-            check_out(out, num_slots, num_blocks, tensor.device)
+            read = {"topk_ids": tensor, "expert_map": local}
+            check_out(out, num_slots, num_blocks, tensor.device, **read)
         outputs = out if type(out) is MoEAlignment else MoEAlignment(first, second, third)
     if launches is None:
         results = cpu.moe_align_block_size(
@@ -317,14 +348,18 @@ def are_outputs(out: Any) -> bool:
     return type(first) is type(second) is type(third) is _Tensor and type(out) is not _Tensor
 
 
-def check_out(out: Any, num_slots: int, num_blocks: int, device: torch.device) -> None:
-    """Raises where `out` is not what `allocate` would make; shapes may differ, lengths may not."""
+def check_out(
+    out: Any, num_slots: int, num_blocks: int, device: torch.device, **read: PlainTensor | None
+) -> None:
+    """Raises where `out` is not what `allocate` would make; shapes may differ, lengths may not. `read` as in
+    `check_written`."""
     for tensor, name, length in zip(out, MoEAlignment._fields, (num_slots, num_blocks, 1), strict=True):
         name = f"out: {name}"
         check_layout(name, tensor)
         check_tensor(
             name, tensor.view(-1) if tensor.is_contiguous() else tensor, (_int32,), (length,), device
         )
+    check_written([f"out: {name}" for name in MoEAlignment._fields], out, **read)
 
 
 def as_rows(topk_ids: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int, int]]:

@@ -80,7 +80,7 @@ def batched_moe_align_block_size(
     if out is None:
         outputs = allocate(call.num_slots, call.num_blocks, counts)
     else:
-        check_out(out, call.num_slots, call.num_blocks, device)
+        check_out(out, call.num_slots, call.num_blocks, device, expert_num_tokens=counts)
         outputs = MoEAlignment(*out)
     if call.launch is None:
         results = cpu.batched_moe_align_block_size(max_tokens, block_size, counts)
@@ -110,8 +110,8 @@ def _prepare(num_batches: int, max_tokens: int, block_size: int, device: torch.d
     num_slots = num_batches * width
     if num_slots + block_size - 1 > INT32_MAX:
         raise ValueError(
-            f"{num_batches} experts of {width} slots need {num_slots}, more than int32 numbers ({INT32_MAX})"
-            " with a block to spare"
+            f"max_tokens_per_batch: {num_batches} experts of {width} slots need {num_slots}, more than int32"
+            f" numbers ({INT32_MAX}) with a block to spare"
         )
     num_blocks = num_slots // block_size
     index = cuda_index("expert_num_tokens", device)

@@ -13,7 +13,15 @@ from ..cuda.limits import device_limits
 from ..cuda.structs import ArgumentStruct
 from ..dispatch.arrays import Array, DLPackArray
 from ..dispatch.operator import Operator, is_watched
-from ..dispatch.tensors import PlainTensor, address, check_layout, check_tensor, cuda_index, is_plain
+from ..dispatch.tensors import (
+    PlainTensor,
+    address,
+    check_layout,
+    check_tensor,
+    check_written,
+    cuda_index,
+    is_plain,
+)
 from ..errors import KernelLaunchError
 from ..plans.align import ALIGN_KERNELS, aligned_sizes, plan_align
 from ..plans.base import divisor
@@ -131,6 +139,10 @@ def moe_lora_align_block_size(
         outputs = MoEAlignment(*out)
         for name, result, shape in zip(MoEAlignment._fields, outputs, shapes, strict=True):
             check_tensor(f"out: {name}", result, _INT32, shape, device)
+        check_written(
+            [f"out: {name}" for name in MoEAlignment._fields], outputs, topk_ids=topk_ids,
+            token_lora_mapping=adapters, adapter_enabled=enabled, expert_map=expert_map,
+        )  # fmt: skip
     if call.launches is None:
         results = cpu.moe_lora_align_block_size(
             topk_ids, adapters, block_size, num_experts, max_loras, enabled, expert_map, pads

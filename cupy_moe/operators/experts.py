@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,15 @@ from ..cuda.structs import ArgumentStruct
 from ..cuda.tensor_map import tensor_map
 from ..dispatch.arrays import Array, DLPackArray
 from ..dispatch.operator import Operator, is_watched
-from ..dispatch.tensors import PlainTensor, address, check_layout, check_tensor, cuda_index, is_plain
+from ..dispatch.tensors import (
+    PlainTensor,
+    address,
+    check_layout,
+    check_tensor,
+    check_written,
+    cuda_index,
+    is_plain,
+)
 from ..plans.align import aligned_sizes
 from ..plans.base import MAX_EXPERTS, ceil_div, divisor
 from ..plans.experts import (
@@ -29,10 +38,11 @@ from ..plans.experts import (
     ExpertsPlan,
     plan_experts,
 )
+from ..plans.gate import MAX_TOPK
 from ..quantization import Quantization, Stored
 from ..values import INT32_MAX, as_bool, as_float, as_int, check_choice, check_fp32, check_range
 from .align import MoEAlignment, moe_align_block_size
-from .gate import topk_softmax
+from .gate import LOGIT_TYPES, topk_softmax
 from .moe_sum import launch_sum, prepare_sum
 from .quantize import prepare_groups
 
@@ -104,6 +114,7 @@ _SCALES = {
 _ID_TYPES = (torch.int32, torch.int64, torch.uint32)
 _FLOAT, _INT32 = (torch.float32,), (torch.int32,)
 _SILU = cpu.SWIGLU["silu"]
+_STORED = "w1_scale", "w2_scale", "w1_zeros", "w2_zeros"
 _SIZES = {"bf16": 2, "f16": 2, "fp8": 1}
 # Of kernels that may have scales in steps, where there are none.
 _NO_SCALES: dict[str, Any] = {
@@ -206,6 +217,48 @@ def fused_experts(
     Raises TypeError and ValueError for wrong arguments, before anything is launched; what loading a kernel
     for the first time raises; and KernelLaunchError. Semantics: vLLM's `fused_experts`.
     """
+    options = _Options(
+        activation, apply_router_weight_on_input, global_num_experts, expert_map, w1_bias, w2_bias,
+        routed_scaling_factor, shared_output, swiglu_alpha, swiglu_limit, quantization, workspace, out,
+        kernel,
+    )  # fmt: skip
+    return _fused_experts(hidden_states, w1, w2, topk_weights, topk_ids, options)
+
+
+class _Options(NamedTuple):
+    """All of `fused_experts` but the tensors that it has to have."""
+
+    activation: str = "silu"
+    apply_router_weight_on_input: bool = False
+    global_num_experts: int = -1
+    expert_map: PlainTensor | None = None
+    w1_bias: PlainTensor | None = None
+    w2_bias: PlainTensor | None = None
+    routed_scaling_factor: float = 1.0
+    shared_output: PlainTensor | None = None
+    swiglu_alpha: float | None = None
+    swiglu_limit: float | None = None
+    quantization: Quantization | None = None
+    workspace: PlainTensor | None = None
+    out: PlainTensor | None = None
+    kernel: str | None = None
+
+
+def _fused_experts(
+    hidden_states: PlainTensor,
+    w1: PlainTensor,
+    w2: PlainTensor,
+    topk_weights: PlainTensor,
+    topk_ids: PlainTensor,
+    options: _Options,
+    gate: Callable[[], object] | None = None,
+) -> Any:
+    """`fused_experts`; `gate` makes weights and ids, when nothing else is left that may be refused."""
+    (
+        activation, apply_router_weight_on_input, global_num_experts, expert_map, w1_bias, w2_bias,
+        routed_scaling_factor, shared_output, swiglu_alpha, swiglu_limit, quantization, workspace, out,
+        kernel,
+    ) = options  # fmt: skip
     tensors = hidden_states, w1, w2, topk_weights, topk_ids
     if not (quantization is None or isinstance(quantization, Quantization)):
         raise TypeError(f"quantization: expected a Quantization, got {type(quantization).__name__}")
@@ -214,6 +267,8 @@ def fused_experts(
     if is_watched() or not all(map(is_plain, tensors)) or not all(t is None or is_plain(t) for t in optional):
         if not (workspace is None or isinstance(workspace, torch.Tensor)):
             raise TypeError(f"workspace: expected a torch.Tensor, got {type(workspace).__name__}")
+        if gate is not None:
+            gate()
         # Without it: what is traced finds one for itself.
         return _operator(
             *tensors, activation, apply_router_weight_on_input, global_num_experts, expert_map, w1_bias,
@@ -272,6 +327,15 @@ def fused_experts(
         output = x.new_empty((num_tokens, hidden))
     else:
         check_tensor("out", out, (dtype,), (num_tokens, hidden), device)
+        check_written(
+            ("out", "workspace"), (out, workspace), w1=first, w2=second, topk_weights=weights, topk_ids=ids,
+            expert_map=local, w1_bias=w1_bias, w2_bias=w2_bias,
+            shared_output=None if shared is None or shared.data_ptr() == out.data_ptr() else shared,
+            hidden_states=None if x.data_ptr() == out.data_ptr() else x,
+            **(dict(zip(_STORED, stored, strict=True)) if stored else {}),
+        )  # fmt: skip
+    if workspace is not None:
+        _check_workspace(workspace, device)
     experts = num_experts if local is None else total
     strides = x.stride(0), *first.stride()[:2], *second.stride()[:2]
     call = _prepare(
@@ -279,16 +343,24 @@ def fused_experts(
         experts, local is not None, swiglu, kernel,
         None if quantization is None else quantization.stored,
     )  # fmt: skip
+    if num_tokens == 0:
+        if gate is not None:  # which has arguments of its own to check
+            gate()
+        return output
     if call is None:
+        if gate is not None:
+            gate()
         result = cpu.fused_experts(
             x, first, second, weights, ids, activation, on_input, local, biases[0], biases[1], factor, shared,
             swiglu_alpha, swiglu_limit, quantization, kernel in FP8_KERNELS,
         )  # fmt: skip
         with torch.no_grad():
             return output.copy_(result)
-    if num_tokens == 0:
-        return output
+    if workspace is not None:
+        _check_size(workspace, call.layout.size)
     if call.tokens_at_once < num_tokens:
+        if gate is not None:
+            gate()
         for begin in range(0, num_tokens, call.tokens_at_once):
             part = slice(begin, begin + call.tokens_at_once)
             fused_experts(
@@ -300,11 +372,7 @@ def fused_experts(
         return output
 
     layout = call.layout
-    memory: PlainTensor = workspace
-    if memory is None:
-        memory = x.new_empty(layout.size, dtype=torch.uint8)
-    else:
-        _check_workspace(memory, layout.size, device)
+    memory = x.new_empty(layout.size, dtype=torch.uint8) if workspace is None else workspace
     # All that may be refused, before the first launch.
     base, rows = memory.data_ptr(), address("hidden_states", x)
     gates, downs = address("w1", first), address("w2", second)
@@ -324,6 +392,8 @@ def fused_experts(
     router1, router2 = (router, 0) if on_input else (0, router)
     inner, outer = base + layout.activations, base + layout.outputs
     blocks = base + layout.sorted, base + layout.blocks, base + layout.post_pad
+    if gate is not None:
+        gate()
     if call.block_size:
         aligned = MoEAlignment(
             memory[layout.sorted : layout.sorted + 4 * layout.num_slots].view(torch.int32),
@@ -365,7 +435,7 @@ def fused_moe(
     """`topk_softmax` of the router's logits, then `fused_experts`.
 
     hidden_states    [T, H]      bf16, fp16
-    gating_output    [T, E]      fp32, fp16, bf16    logits of the router
+    gating_output    [T, E]      fp32, fp16, bf16    logits of the router, for all experts
     w1, w2                                           and `options`: as in `fused_experts`
     topk             1 to 64                         experts of a token
     renormalize                                      divide the weights of a token by their sum
@@ -380,8 +450,38 @@ def fused_moe(
 
     Cost: one launch more. Errors are those of the two. Semantics: vLLM's `fused_moe`.
     """
-    weights, ids = topk_softmax(gating_output, topk, renormalize)
-    return fused_experts(hidden_states, w1, w2, weights, ids, **options)
+    tensors = hidden_states, gating_output, w1, w2
+    if is_watched() or not all(map(is_plain, tensors)):
+        weights, ids = topk_softmax(gating_output, topk, renormalize)
+        return fused_experts(hidden_states, w1, w2, weights, ids, **options)
+    return _fused_moe(*tensors, topk, renormalize, _Options(**options))
+
+
+def _fused_moe(
+    hidden_states: PlainTensor,
+    gating_output: PlainTensor,
+    w1: PlainTensor,
+    w2: PlainTensor,
+    topk: int,
+    renormalize: bool,
+    options: _Options,
+) -> Any:
+    """`fused_moe` of plain tensors, which checks all before it launches the first part."""
+    topk = as_int("topk", topk)
+    check_range("topk", topk, MAX_TOPK)
+    shape, device = (*hidden_states.shape[:1], topk), hidden_states.device
+    check_layout("hidden_states", hidden_states)
+    weights = hidden_states.new_empty(shape, dtype=torch.float32)
+    ids = hidden_states.new_empty(shape, dtype=torch.int32)
+
+    def gate() -> None:
+        experts = w1 if options.expert_map is None else options.expert_map
+        shape = len(hidden_states), len(experts)
+        check_layout("gating_output", gating_output)
+        check_tensor("gating_output", gating_output, LOGIT_TYPES, shape, device, strided=True)
+        topk_softmax(gating_output, topk, renormalize, out=(weights, ids))
+
+    return _fused_experts(hidden_states, w1, w2, weights, ids, options, gate)
 
 
 def _tensors_of(quantization: Quantization) -> tuple[torch.Tensor | None, ...]:
@@ -436,7 +536,13 @@ def experts_workspace_bytes(
 
     Raises TypeError and ValueError for what is no size.
     """
-    tokens = _tokens_at_once(as_int("num_tokens", num_tokens), topk, hidden, intermediate)
+    sizes = {"num_tokens": num_tokens, "topk": topk, "hidden": hidden, "intermediate": intermediate}
+    num_tokens, topk, hidden, intermediate = (as_int(name, size) for name, size in sizes.items())
+    for name, size in sizes.items():
+        check_range(name, size, INT32_MAX, 0)
+    num_experts = as_int("num_experts", num_experts)
+    check_range("num_experts", num_experts, MAX_EXPERTS)
+    tokens = _tokens_at_once(num_tokens, topk, hidden, intermediate)
     return max(
         _lay_out(tokens * topk, hidden, intermediate, num_experts, block_size).size
         for block_size in (16, 32, 64, 128)
@@ -640,12 +746,15 @@ def _swiglu(activation: str, alpha: Any, limit: Any) -> tuple[float, float, floa
     return cpu.swiglu_numbers(activation, alpha, limit)
 
 
-def _check_workspace(memory: PlainTensor, size: int, device: torch.device) -> None:
+def _check_workspace(memory: PlainTensor, device: torch.device) -> None:
     check_layout("workspace", memory)
     if memory.dtype != torch.uint8 or memory.device != device or memory.dim() != 1:
         raise TypeError(
             f"workspace: expected bytes, [n] uint8 on {device}, got {memory.dtype} on {memory.device}"
         )
+
+
+def _check_size(memory: PlainTensor, size: int) -> None:
     if memory.numel() < size or not memory.is_contiguous() or memory.data_ptr() % _ALIGNMENT:
         raise ValueError(
             f"workspace: expected {size} bytes, at a multiple of {_ALIGNMENT}, got {memory.numel()}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import functools
+import math
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple
 
 import torch
@@ -14,7 +15,15 @@ from ..cuda.limits import device_limits
 from ..cuda.structs import ArgumentStruct
 from ..dispatch.arrays import Array, DLPackArray
 from ..dispatch.operator import Operator, is_watched
-from ..dispatch.tensors import PlainTensor, address, check_layout, check_tensor, cuda_index, is_plain
+from ..dispatch.tensors import (
+    PlainTensor,
+    address,
+    check_layout,
+    check_tensor,
+    check_written,
+    cuda_index,
+    is_plain,
+)
 from ..plans.base import MAX_EXPERTS
 from ..plans.gate import GATE_KERNELS, MAX_TOPK, GatePlan, plan_gate, plan_hash
 from ..values import INT32_MAX, as_bool, as_float, as_int, check_choice, check_fp32, check_range
@@ -49,6 +58,7 @@ _ELEMENTS = {
     torch.float16: ElementType.F16,
     torch.bfloat16: ElementType.BF16,
 }
+LOGIT_TYPES = tuple(_ELEMENTS)
 _SCORING = {
     "softmax": Scoring.SOFTMAX,
     "sigmoid": Scoring.SIGMOID,
@@ -57,6 +67,7 @@ _SCORING = {
 }
 _ID_TYPES = (torch.int32, torch.int64, torch.uint32)
 _FLOAT, _BOOL, _INDICES = (torch.float32,), (torch.bool,), (torch.int32, torch.int64)
+_OUTPUTS = "out: topk_weights", "out: topk_ids"
 MAX_SHARED = 64
 
 
@@ -115,8 +126,8 @@ class GateOptions(NamedTuple):
         for name in ("routed_scaling_factor", "softcap", "shared_expert_weight"):
             value = getattr(self, name)
             check_fp32(name, value)
-        if not self.softcap >= 0:
-            raise ValueError(f"softcap: expected 0 (none) or more, got {self.softcap}")
+        if not 0 <= self.softcap < math.inf:
+            raise ValueError(f"softcap: expected 0 (none) or a number above it, got {self.softcap}")
         groups = self.num_expert_group
         check_range("gating_output: number of experts", num_experts, MAX_EXPERTS)
         check_range("num_expert_group", groups, num_experts)
@@ -344,7 +355,6 @@ def run_gate(
     num_tokens, num_experts = gating_output.shape
     device = gating_output.device
     if out is not None:
-        check_gate_out(out, (num_tokens, options.num_results), device)
         ids_dtype = out[1].dtype
     elif ids_dtype is not torch.int32:
         ids_dtype = check_ids_dtype(ids_dtype)
@@ -361,7 +371,12 @@ def run_gate(
         topk_weights = gating_output.new_empty((num_tokens, options.num_results), dtype=torch.float32)
         topk_ids = gating_output.new_empty((num_tokens, options.num_results), dtype=ids_dtype)
     else:
+        check_gate_out(out, (num_tokens, options.num_results), device)
         topk_weights, topk_ids = out
+        check_written(
+            _OUTPUTS, out, gating_output=gating_output, e_score_correction_bias=bias,
+            padding_mask=padding_mask, input_ids=input_ids, hash_table=hash_table,
+        )  # fmt: skip
     if launch is None:
         weights, ids = cpu.gate(gating_output, bias, padding_mask, input_ids, hash_table, **options._asdict())
         with torch.no_grad():

@@ -13,7 +13,15 @@ from ..cuda.limits import device_limits
 from ..cuda.structs import ArgumentStruct
 from ..dispatch.arrays import Array, DLPackArray
 from ..dispatch.operator import Operator, is_watched
-from ..dispatch.tensors import PlainTensor, address, check_layout, check_tensor, cuda_index, is_plain
+from ..dispatch.tensors import (
+    PlainTensor,
+    address,
+    check_layout,
+    check_tensor,
+    check_written,
+    cuda_index,
+    is_plain,
+)
 from ..plans.base import divisor
 from ..plans.moe_sum import plan_sum
 from ..values import as_float, check_fp32
@@ -27,6 +35,7 @@ _ARGS = ArgumentStruct(
     " u32 num_threads, num_experts, words_per_id; float factor; i64 element_stride, shared_stride",
 )
 _ELEMENTS = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
+SUMMED_TYPES = tuple(_ELEMENTS)
 _ID_TYPES = (torch.int32, torch.int64, torch.uint32)
 _FLOAT, _INT32 = (torch.float32,), (torch.int32,)
 # Without a map, ids from here on are no experts: they are negative, unsigned and stand for -1, or nonsense.
@@ -48,7 +57,8 @@ def moe_sum(
     out[t] = routed_scaling_factor * sum over k of topk_weights[t, k] * input[t, k], plus shared_output[t]
 
     input                   [T, K, H]   fp32, fp16, bf16    of the k-th expert of token t; any strides
-    out                     [T, H]      as input            written instead of allocated
+    out                     [T, H]      as input            written instead of allocated; may be
+                                                            `shared_output`
     topk_weights            [T, K]      fp32                without them, all are 1
     topk_ids                [T, K]      int32, 64, uint32   expert of each slot; decides what is read
     expert_map              [E]         int32               this rank's id of each expert, -1: on another rank
@@ -112,7 +122,10 @@ def moe_sum(
         expert_map = checked("expert_map", expert_map, _INT32, expert_map.shape, device)
     if shared_output is not None:
         shared_output = checked("shared_output", shared_output, (dtype,), (num_tokens, hidden), device)
-    output = place_for_sum(out, num_tokens, hidden, input)
+    output = place_for_sum(
+        out, num_tokens, hidden, input, shared_output, input=input, topk_weights=topk_weights,
+        topk_ids=topk_ids, expert_map=expert_map,
+    )  # fmt: skip
     tensors = topk_weights, topk_ids, expert_map, factor, shared_output
     call = prepare_sum(input, output, *tensors, _NO_MAP if expert_map is None else len(expert_map))
     if call is None:
@@ -132,13 +145,24 @@ def as_factor(value: Any) -> float:
     return value or 0.0  # not -0.0, which would find what is cached for 0.0
 
 
-def place_for_sum(out: PlainTensor | None, num_tokens: int, hidden: int, beside: PlainTensor) -> PlainTensor:
+def place_for_sum(
+    out: PlainTensor | None,
+    num_tokens: int,
+    hidden: int,
+    beside: PlainTensor,
+    shared_output: PlainTensor | None,
+    **read: PlainTensor | None,
+) -> PlainTensor:
+    """`out`, checked, or a new one. It may be `shared_output`, which is read where it is written."""
     if out is None:
         return beside.new_empty((num_tokens, hidden))
     check_tensor("out", out, (beside.dtype,), (num_tokens, hidden), beside.device, strided=True)
     strides = out.stride()
     if hidden > 1 and strides[1] != 1:
         raise ValueError(f"out: expected rows of neighbouring elements, got strides {list(strides)}")
+    if shared_output is not None and shared_output.data_ptr() != out.data_ptr():
+        read["shared_output"] = shared_output
+    check_written(("out",), (out,), **read)
     return out
 
 

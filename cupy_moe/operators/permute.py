@@ -14,7 +14,15 @@ from ..cuda.limits import device_limits
 from ..cuda.structs import ArgumentStruct
 from ..dispatch.arrays import Array, DLPackArray
 from ..dispatch.operator import Operator, is_watched, nothing
-from ..dispatch.tensors import PlainTensor, address, check_layout, check_tensor, cuda_index, is_plain
+from ..dispatch.tensors import (
+    PlainTensor,
+    address,
+    check_layout,
+    check_tensor,
+    check_written,
+    cuda_index,
+    is_plain,
+)
 from ..plans.align import aligned_sizes
 from ..plans.base import divisor
 from ..plans.permute import PERMUTE_KERNELS, PermuteSizes, plan_permute
@@ -197,6 +205,9 @@ def _permute(
     if scales is not None:
         moved_scales = _place_for_scales(scales, num_slots, column_major, out)
     permuted, inverse_ids, offsets, sorted_ids, expert_ids = results
+    if out is not None:
+        read = {"hidden_states": hidden_states, "topk_ids": topk_ids, "expert_map": expert_map}
+        check_written([f"out: {name}" for name in names], (*results, moved_scales), **read, scales=scales)
     ids, id_strides = contiguous_or_rows(topk_ids)
     source, target = hidden_states.data_ptr(), permuted.data_ptr()
     call = _prepare(
@@ -228,14 +239,13 @@ def _permute(
         )
         inverse, begin = address("out: inverse_ids", inverse_ids), address("out: expert_offsets", offsets)
         mapped = 0 if expert_map is None else address("expert_map", expert_map)
-        if sort is not None:
+        source = source or address("hidden_states", hidden_states)
+        target = target or address("out: permuted", permuted)
+        given_scales = 0 if scales is None else address("scales", scales)
+        written_scales = 0 if moved_scales is None else address("out: permuted_scales", moved_scales)
+        if sort is not None:  # all that may be refused has been
             sort(a, slots, blocks, 0, mapped, inverse, begin, 0, 0, 0, 0)
-        launch(
-            source or address("hidden_states", hidden_states), target or address("out: permuted", permuted),
-            inverse, 0 if scales is None else address("scales", scales),
-            0 if moved_scales is None else address("out: permuted_scales", moved_scales),
-            begin, slots, blocks, a, mapped,
-        )  # fmt: skip
+        launch(source, target, inverse, given_scales, written_scales, begin, slots, blocks, a, mapped)
     return MoEPermutation(*outputs)
 
 
@@ -406,7 +416,7 @@ def moe_unpermute(
 
     permuted                [M, H]   fp32, fp16, bf16    rows of the pairs; any strides
     inverse_ids             [T, K]   int32, uint32       the row of each pair
-    out                     [T, H]   as permuted         written instead of allocated
+    out                     [T, H]   as permuted         written instead of allocated; may be `shared_output`
     topk_weights            [T, K]   fp32                without them, all are 1
     expert_offsets          [E + 1]  int32, int64        of which the last one says how many rows are in use
     routed_scaling_factor                                multiplies the sum, but not `shared_output`
@@ -468,7 +478,10 @@ def moe_unpermute(
         check_tensor("expert_offsets", expert_offsets, _OFFSETS, expert_offsets.shape, device)
         address("expert_offsets", expert_offsets)
         in_use = expert_offsets[-1:]
-    output = place_for_sum(out, num_tokens, hidden, permuted)
+    output = place_for_sum(
+        out, num_tokens, hidden, permuted, shared_output, permuted=permuted, inverse_ids=slots,
+        topk_weights=topk_weights, expert_offsets=expert_offsets,
+    )  # fmt: skip
     rows = permuted.expand(num_tokens, num_rows, hidden)  # any of them may be a slot of any token
     tensors = topk_weights, slots, in_use, factor, shared_output
     call = prepare_sum(rows, output, *tensors, num_rows, rows_of=topk)

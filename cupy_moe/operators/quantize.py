@@ -13,7 +13,15 @@ from ..cuda.limits import device_limits
 from ..cuda.structs import ArgumentStruct
 from ..dispatch.arrays import Array, DLPackArray
 from ..dispatch.operator import Operator, is_watched
-from ..dispatch.tensors import PlainTensor, address, check_layout, check_tensor, cuda_index, is_plain
+from ..dispatch.tensors import (
+    PlainTensor,
+    address,
+    check_layout,
+    check_tensor,
+    check_written,
+    cuda_index,
+    is_plain,
+)
 from ..plans.base import divisor
 from ..plans.quantize import QUANTIZE_CHUNK, plan_quantize
 from ..values import FLOAT32_MAX, INT32_MAX, as_bool, as_float, as_int, check_range
@@ -246,6 +254,7 @@ def _quantize(
         check_scales(
             "out: scales", scales, (num_rows, num_groups), device, options.column_major_scales, _FLOAT
         )
+        check_written(("out: q", "out: scales"), (q, scales), x=x, sorted_token_ids=sorted_token_ids)
     target = q.data_ptr()
     launch = _prepare(
         (num_tokens, width), strides[0], scales.stride(), num_rows, x.dtype, device,

@@ -12,7 +12,7 @@ from ..cuda.limits import device_limits
 from ..cuda.structs import ArgumentStruct
 from ..dispatch.arrays import Array, DLPackArray
 from ..dispatch.operator import Operator, is_watched
-from ..dispatch.tensors import PlainTensor, address, check_tensor, cuda_index, is_plain
+from ..dispatch.tensors import PlainTensor, address, check_tensor, check_written, cuda_index, is_plain
 from ..errors import KernelLaunchError
 from ..plans.align import aligned_sizes
 from ..plans.base import divisor
@@ -189,6 +189,11 @@ def _route(
     if out is not None:
         check_gate_out(out[:2], (num_tokens, options.num_results), device)
         check_out(out[2:], call.num_slots, call.num_blocks, device)
+        names = [f"out: {name}" for name in MoERouting._fields]
+        check_written(
+            names, out, gating_output=gating_output, e_score_correction_bias=bias, padding_mask=padding_mask,
+            input_ids=input_ids, hash_table=hash_table, expert_map=expert_map,
+        )  # fmt: skip
     if call.launch is not None:
         check_gate_tensors(bias, padding_mask, num_tokens, num_experts, device)
         results: MoERouting[Any] = (
@@ -209,6 +214,12 @@ def _route(
             if kernel is not None:
                 raise
             out = results  # the driver refuses to launch clusters here: one after the other
+    # The alignment would find out when gating is launched.
+    if expert_map is not None:
+        address("expert_map", expert_map)
+    if out is not None:
+        for name, tensor in zip(MoERouting._fields[2:], out[2:], strict=True):
+            address(f"out: {name}", tensor)
     tensors = bias, padding_mask, ids_dtype, None if out is None else out[:2], None, input_ids, hash_table
     gated = run_gate(gating_output, options, *tensors)
     aligned = moe_align_block_size(

@@ -14,7 +14,15 @@ from ..cuda.limits import device_limits
 from ..cuda.structs import ArgumentStruct
 from ..dispatch.arrays import Array, DLPackArray
 from ..dispatch.operator import Operator, is_watched, nothing
-from ..dispatch.tensors import PlainTensor, address, check_layout, check_tensor, cuda_index, is_plain
+from ..dispatch.tensors import (
+    PlainTensor,
+    address,
+    check_layout,
+    check_tensor,
+    check_written,
+    cuda_index,
+    is_plain,
+)
 from ..errors import KernelLaunchError
 from ..plans.align import ALIGN_KERNELS, aligned_sizes, plan_align
 from ..plans.base import ceil_div, divisor
@@ -184,6 +192,9 @@ def _sort(
     call = _prepare(sizes, topk_ids.dtype, strides, device, kernel)
     shapes = _shapes(topk_ids.shape, num_slots, num_blocks, num_experts, fine_block_size)
     results = make_results(MoESorting._fields, asked, shapes, _dtypes(offsets_dtype), device, out)
+    if out is not None:
+        names = [f"out: {name}" for name in MoESorting._fields]
+        check_written(names, results, topk_ids=topk_ids, expert_map=expert_map, topk_weights=topk_weights)
     if call is None:
         expected = cpu.moe_sort(
             topk_ids, block_size, num_experts, expert_map, pads, ignores, topk_weights, fine_block_size,

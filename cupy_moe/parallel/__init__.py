@@ -7,12 +7,13 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from ..dispatch.tensors import check_layout, check_tensor, is_plain
+from ..dispatch.tensors import check_layout, check_tensor, cuda_index, is_plain
 from ..errors import PeerError
 from ..operators.experts import fused_experts
+from ..operators.moe_sum import SUMMED_TYPES, as_factor, place_for_sum
 from ..operators.permute import moe_unpermute
 from ..plans.parallel import MAX_RANKS, MAX_TOPK, MessageLayout
-from ..values import INT32_MAX, as_int, check_choice, check_range, kind_of
+from ..values import INT32_MAX, as_int, check_choice, check_fp32, check_range, kind_of
 from . import messages
 from .placement import Placement, place_experts, replica_table
 from .placement import replicate_experts as replicate_experts
@@ -111,10 +112,15 @@ class ExpertParallel:
         if device is None:
             on_gpu = "nccl" in dist.get_backend(group)
             device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
-        self.device = device
+        try:
+            self.device = torch.device(device)
+        except (TypeError, RuntimeError) as error:
+            raise TypeError(f"device: expected a torch.device, got {device!r}") from error
+        cuda_index("device", self.device)
         table, self._most_local = replica_table(self.placement, self.num_experts)
-        self._replicas = torch.tensor(table, dtype=torch.int32, device=device)
-        self.dropped = torch.zeros(1, dtype=torch.int32, device=device)
+        self._replicas = torch.tensor(table, dtype=torch.int32, device=self.device)
+        self.device = self._replicas.device  # with the number that a GPU has
+        self.dropped = torch.zeros(1, dtype=torch.int32, device=self.device)
 
     def dispatch(
         self,
@@ -201,16 +207,37 @@ class ExpertParallel:
 
         Raises TypeError and ValueError for wrong arguments, before anything is sent; PeerError as `dispatch`.
         """
+        if not isinstance(handle, Handle):
+            raise TypeError(f"handle: expected that of a dispatch, got {kind_of(handle)}")
+        if not is_plain(expert_outputs):
+            raise TypeError(f"expert_outputs: expected a plain torch.Tensor, got {kind_of(expert_outputs)}")
         check_layout("expert_outputs", expert_outputs)
         num_outputs = self._num_outputs(handle)
         if expert_outputs.dim() != 2 or len(expert_outputs) != num_outputs:
             raise ValueError(
                 f"expert_outputs: expected shape [{num_outputs}, hidden], got {list(expert_outputs.shape)}"
             )
+        shape, dtype = tuple(expert_outputs.shape), expert_outputs.dtype
+        check_tensor("expert_outputs", expert_outputs, SUMMED_TYPES, shape, self.device, strided=True)
+        self._check_sum(len(handle.slots), shape[1], dtype, routed_scaling_factor, shared_output, out)
         back = self._send_back(expert_outputs.contiguous(), handle)
         return moe_unpermute(
             back, handle.slots, out, routed_scaling_factor=routed_scaling_factor, shared_output=shared_output
         )
+
+    def _check_sum(
+        self, num_tokens: int, hidden: int, dtype: torch.dtype, factor: Any, shared_output: Any, out: Any
+    ) -> None:
+        """What `moe_unpermute` would refuse, before anything is sent, as others wait for what is."""
+        check_fp32("routed_scaling_factor", as_factor(factor))
+        for name, tensor in (("shared_output", shared_output), ("out", out)):
+            if not (tensor is None or is_plain(tensor)):
+                raise TypeError(f"{name}: expected a plain torch.Tensor, got {kind_of(tensor)}")
+        shape = num_tokens, hidden
+        if shared_output is not None:
+            check_tensor("shared_output", shared_output, (dtype,), shape, self.device, strided=True)
+        if out is not None:
+            place_for_sum(out, *shape, torch.empty(0, dtype=dtype, device=self.device), shared_output)
 
     # ---- how rows get from rank to rank
 
@@ -326,6 +353,7 @@ class ExpertParallel:
             if is_read and aligned
             else hidden_states.clone(memory_format=torch.contiguous_format)
         )
+        self._room(topk)
         return rows, MessageLayout(row_bytes, topk, scale_bytes)
 
 
@@ -369,6 +397,18 @@ def ep_fused_experts(
 
     Cost: that of its three parts. Errors are theirs. Semantics: vLLM's modular fused MoE with all-to-all.
     """
+    if not isinstance(parallel, ExpertParallel):
+        raise TypeError(f"parallel: expected an ExpertParallel, got {kind_of(parallel)}")
+    for name in ("expert_map", "global_num_experts", "workspace"):
+        if name in options:
+            raise TypeError(f"{name}: expected none, as `parallel` says which experts are where")
+    parallel._check(hidden_states, topk_ids, topk_weights, None)
+    (num_tokens, hidden), dtype = hidden_states.shape, hidden_states.dtype
+    parallel._check_sum(num_tokens, hidden, dtype, routed_scaling_factor, shared_output, out)
+    if parallel.experts:  # of no tokens, which launches nothing: what is wrong is refused before others wait
+        fused_experts(hidden_states[:0], w1, w2, topk_weights[:0, :1], topk_ids[:0, :1], **options)
+        if len(w1) != len(parallel.experts):
+            raise ValueError(f"w1: expected the {len(parallel.experts)} experts of this rank, got {len(w1)}")
     received = parallel.dispatch(hidden_states, topk_ids, topk_weights)
     rows = received.hidden_states
     if parallel.experts:

@@ -7,10 +7,13 @@ from typing import Any
 
 import torch
 
+from ..dispatch.tensors import check_layout
 from ..plans.base import MAX_EXPERTS, ceil_div
-from ..values import as_int, check_choice, check_range
+from ..plans.parallel import MAX_RANKS
+from ..values import as_float, as_int, check_choice, check_range, kind_of
 
 PLACEMENTS = ("linear", "round_robin")
+_MAP_TYPES = (torch.int8, torch.int16, torch.int32, torch.int64)
 
 Placement = list[list[int]]  # the experts of each rank, in the order of its weights
 
@@ -44,7 +47,13 @@ def place_experts(num_experts: int, num_ranks: int, placement: Any = "linear") -
         each, more = divmod(num_experts, num_ranks)
         ends = [(rank + 1) * each + min(rank + 1, more) for rank in range(num_ranks)]
         return [list(range(begin, end)) for begin, end in zip([0, *ends], ends, strict=False)]
-    ranks = [[as_int("placement", expert) for expert in experts] for experts in placement]
+    try:
+        lists = [list(experts) for experts in placement]
+    except TypeError:
+        raise TypeError(
+            f"placement: expected a name, a tensor or the experts of each rank, got {kind_of(placement)}"
+        ) from None
+    ranks = [[as_int("placement", expert) for expert in experts] for experts in lists]
     if len(ranks) != num_ranks:
         raise ValueError(f"placement: expected the experts of {num_ranks} ranks, got {len(ranks)} lists")
     for rank, experts in enumerate(ranks):
@@ -56,10 +65,11 @@ def place_experts(num_experts: int, num_ranks: int, placement: Any = "linear") -
 
 
 def _of_maps(maps: torch.Tensor, num_experts: int, num_ranks: int) -> Placement:
-    if maps.shape != (num_ranks, num_experts) or maps.is_floating_point():
+    check_layout("placement", maps)
+    if maps.shape != (num_ranks, num_experts) or maps.dtype not in _MAP_TYPES or maps.is_meta:
         raise ValueError(
             f"placement: expected the expert_map of each rank, integers of shape"
-            f" [{num_ranks}, {num_experts}], got {maps.dtype} {list(maps.shape)}"
+            f" [{num_ranks}, {num_experts}], got {maps.dtype} {list(maps.shape)} on {maps.device}"
         )
     ranks: Placement = []
     for rank, row in enumerate(maps.tolist()):
@@ -85,14 +95,22 @@ def replicate_experts(loads: Sequence[float], num_ranks: int, num_redundant: int
     >>> replicate_experts([6.0, 1.0, 1.0, 1.0, 1.0], 2, 1)
     [[0, 1, 3], [0, 2, 4]]
 
-    Raises ValueError where more replicas are asked for than there are ranks for them. Semantics: DeepSeek's
-    EPLB for a group without nodes.
+    Raises TypeError and ValueError for wrong arguments, such as more replicas than there are ranks for them.
+    Semantics: DeepSeek's EPLB for a group without nodes.
     """
+    try:
+        loads = [as_float("loads", load) for load in loads]
+    except TypeError:
+        raise TypeError(f"loads: expected a list of floats, got {kind_of(loads)}") from None
+    num_ranks, num_redundant = as_int("num_ranks", num_ranks), as_int("num_redundant", num_redundant)
+    if not all(load >= 0 for load in loads):
+        raise ValueError(f"loads: expected numbers from 0 on, got {loads}")
+    check_range("loads: length", len(loads), MAX_EXPERTS)
+    check_range("num_ranks", num_ranks, MAX_RANKS)
+    check_range("num_redundant", num_redundant, len(loads) * (num_ranks - 1), 0)
     num_experts, replicas = len(loads), [1] * len(loads)
     for _ in range(num_redundant):
         open_ones = [expert for expert in range(num_experts) if replicas[expert] < num_ranks]
-        if not open_ones:
-            raise ValueError(f"num_redundant: {num_experts} experts on all of {num_ranks} ranks need no more")
         replicas[max(open_ones, key=lambda expert: (loads[expert] / replicas[expert], -expert))] += 1
     most = ceil_div(num_experts + num_redundant, num_ranks)
     ranks: Placement = [[] for _ in range(num_ranks)]

@@ -82,6 +82,15 @@ class SymmetricExpertParallel(ExpertParallel):
                 f" {self._timeout / 1e9} s: they have failed, are gone, or are too slow"
             )
 
+    def _check(
+        self, hidden_states: Any, topk_ids: Any, topk_weights: Any, scales: Any
+    ) -> tuple[torch.Tensor, MessageLayout]:
+        rows, layout = super()._check(hidden_states, topk_ids, topk_weights, scales)
+        row_bytes = layout.row_bytes + layout.scale_bytes
+        check_range("hidden_states: bytes of a row with its scales", row_bytes, self.max_row_bytes)
+        check_range("topk_ids: topk", layout.topk, self.max_topk)
+        return rows, layout
+
     def _send(
         self,
         layout: MessageLayout,
@@ -90,9 +99,6 @@ class SymmetricExpertParallel(ExpertParallel):
         weights: torch.Tensor,
         routed: messages.Routed,
     ) -> tuple[torch.Tensor, torch.Tensor | None, Handle]:
-        row_bytes, most = layout.row_bytes + layout.scale_bytes, self.max_row_bytes
-        check_range("hidden_states: bytes of a row with its scales", row_bytes, most)
-        check_range("topk_ids: topk", layout.topk, self.max_topk)
         num_rows = self.num_ranks * (self.capacity or 0)
         _, slots = messages.pack(
             layout, rows, scales, weights, routed, self._most_local, self.num_ranks, num_rows, self.capacity,

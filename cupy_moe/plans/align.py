@@ -67,8 +67,9 @@ def aligned_sizes(
         num_slots = min(num_ids * block_size, num_slots)
     if num_slots > INT32_MAX:
         raise ValueError(
-            f"{num_ids} ids, num_experts={num_experts} and block_size={block_size} need {num_slots} slots,"
-            f" more than int32 can number ({INT32_MAX}); split the batch or take a smaller block_size"
+            f"block_size: {num_ids} ids, num_experts={num_experts} and block_size={block_size} need"
+            f" {num_slots} slots, more than int32 can number ({INT32_MAX}); split the batch or take a smaller"
+            " block_size"
         )
     return num_slots, ceil_div(num_slots, block_size)
 
