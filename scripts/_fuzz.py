@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing as mp
 import queue
 import random
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import click
@@ -20,6 +22,7 @@ from emulator.cases import GUARD, POISON
 # What the emulator may be, by a call's seed.
 DEVICES = {80: gpus.A100, 89: gpus.RTX4090, 90: gpus.H200, 120: gpus.RTX5090}
 NAME_BYTES = 1000
+CALLS_AT_ONCE = 60
 
 
 class CannotDoError(Exception):
@@ -28,12 +31,15 @@ class CannotDoError(Exception):
 
 def check(name: str, where: str) -> str:
     """What is wrong with the results of a call, or with what lies beside them; "" if nothing is."""
+    return started(name, where)()
+
+
+def started(name: str, where: str) -> Callable[[], str]:
+    """A call that has begun; what is returned waits for it, and tells what is wrong."""
     call, kernel = random_calls.make(name)
-    guards = Allocations("cuda")
+    guards = Allocations("cuda" if where == "gpu" else "cpu")
     try:
-        if where == "cpu":
-            results = call.run(torch.clone)
-        elif where == "gpu":
+        if where != "emulator":
             with guards:
                 results = call.run(lambda tensor: guards.add(tensor).tensor, kernel)
         else:
@@ -45,40 +51,61 @@ def check(name: str, where: str) -> str:
         if kernel is None:
             raise
         raise CannotDoError from error
+    around = []
     for placed in guards.kept:
-        begin = placed.begin - placed.memory.data_ptr()
-        if (placed.memory[:begin] != POISON).any() or (placed.memory[-GUARD:] != POISON).any():
-            return f"a guard of a tensor {list(placed.tensor.shape)} was written to"
-    return call.compare(call, tuple(result.cpu() for result in results), call.specified())
+        around += [placed.memory[: placed.begin - placed.memory.data_ptr()], placed.memory[-GUARD:]]
+    written = (torch.cat(around) != POISON).any() if around else torch.tensor(False)
+
+    def wrong() -> str:
+        if written:
+            return "a guard beside a tensor was written to"
+        return call.compare(
+            call, tuple(result.cpu() for result in results), random_calls.specified(name, call)
+        )
+
+    return wrong
 
 
 def work(
     where: str, seeds: range, operators: tuple[str, ...], until: float, current: Any, results: Any
 ) -> None:
-    """Calls until the time is up or none are left. Tells what was done now and then, and each failure."""
+    """Calls until the time is up or none are left. Tells what was done now and then, and each failure.
+
+    A GPU that several processes have is waited for only once for many calls.
+    """
     torch.set_num_threads(1)
-    done: Counter[str] = Counter()
-    told = time.monotonic()
-    for name in random_calls.names(seeds, operators):
-        if where == "cpu" and name.count(":") > 1:
-            continue
-        if time.monotonic() > until:
-            break
-        current.value = name.encode()
-        operator, kernel = name.split(":")[0], name.partition(":")[2].partition(":")[2]
-        try:
-            if wrong := check(name, where):
-                results.put(("failed", name, wrong))
-            done[f"{operator} {kernel}"] += 1
-        except CannotDoError:
-            pass
-        except Exception as error:
-            results.put(("failed", name, f"{type(error).__name__}: {error}"))
-            if "CUDA error" in str(error):
-                break  # nothing works in this process any more
+    names = random_calls.names(seeds, operators)
+    at_once = CALLS_AT_ONCE if where == "gpu" else 1
+    told, done = time.monotonic(), Counter[str]()
+    while time.monotonic() < until and (chunk := list(itertools.islice(names, at_once))):
+        waiting: list[tuple[str, Callable[[], str]]] = []
+        for name in chunk:
+            if where == "cpu" and name.count(":") > 1:
+                continue
+            current.value = name.encode()
+            try:
+                waiting.append((name, started(name, where)))
+            except CannotDoError:
+                pass
+            except Exception as error:
+                results.put(("failed", name, f"{type(error).__name__}: {error}"))
+        for name, wrong in waiting:
+            current.value = name.encode()
+            operator, _, kernel = name.partition(":")
+            try:
+                if said := wrong():
+                    results.put(("failed", name, said))
+                done[f"{operator} {kernel.partition(':')[2]}"] += 1
+            except Exception as error:
+                which = (
+                    "" if "CUDA error" not in str(error) else f", of this call or the {at_once - 1} after it"
+                )
+                results.put(("failed", name, f"{type(error).__name__}: {error}{which}"))
+                if which:
+                    return  # nothing works in this process any more
         if time.monotonic() - told > 0.5:
             results.put(("done", done, ""))
-            done, told = Counter(), time.monotonic()
+            told, done = time.monotonic(), Counter()
     results.put(("done", done, ""))
 
 

@@ -177,14 +177,35 @@ CALLS: dict[str, Callable[[int], Call]] = {
 }
 
 
+CALLS_KEPT = 100
+
+
 class Named(NamedTuple):
     call: Call
     kernel: str | None
 
 
+@functools.lru_cache(4)
+def _of_seed(function: Callable[[int], Call], seed: int) -> Call:
+    """Once for all kernels."""
+    return function(seed)
+
+
+@functools.lru_cache(CALLS_KEPT)
+def _specified(function: Callable[[int], Call], seed: int) -> Results:
+    return _of_seed(function, seed).specified()
+
+
+def specified(name: str, call: Call) -> Results:
+    """What a call of this name has to give; once for all kernels, where nothing was changed."""
+    operator, seed, *rest = name.split(":")
+    is_whole = all(word in call.kernels for word in rest)
+    return _specified(CALLS[operator], int(seed)) if is_whole else call.specified()
+
+
 def make(name: str) -> Named:
     operator, seed, *rest = name.split(":")
-    call, kernel = CALLS[operator](int(seed)), None
+    call, kernel = _of_seed(CALLS[operator], int(seed)), None
     for word in rest:
         if word.startswith("-"):
             call = without(call, word[1:])
