@@ -136,7 +136,7 @@ def test_threads_share_no_arguments(driver: Driver) -> None:
 
 
 def test_a_thread_without_a_context_gets_one(driver: Driver) -> None:
-    driver.refusals = [launch.INVALID_CONTEXT]
+    driver.refusals = [driver_module.INVALID_CONTEXT]
     bind(1, 2, device=3)(10, 20, 30, 40)
     assert driver.devices == [3]
     assert driver.given == [(10, 20, 30, 40, 1, 2)]
@@ -362,7 +362,7 @@ def test_a_refused_launch_that_overlaps_names_the_kernel(library: Library) -> No
 
 
 def test_a_launch_that_overlaps_gets_a_context_too(library: Library) -> None:
-    library.driver.refusals = [launch.INVALID_CONTEXT]
+    library.driver.refusals = [driver_module.INVALID_CONTEXT]
     overlapping(device=3)(10, 20, 30, 40)
     assert library.driver.devices == [3]
     assert library.driver.given == [(10, 20, 30, 40, 7, 8)]
