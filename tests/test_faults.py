@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import ctypes
+import errno
+import os
 import re
+import shutil
 import struct
 from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from cache_helpers import PACKAGE, Sandbox
+from cache_helpers import HEADER, PACKAGE, Sandbox, forget_sources, run_python
+from cli_helpers import invoke
+from click.testing import CliRunner
 from made_up_driver import Driver, Refused, made_up
 
 from cupy_moe import _cupy
@@ -21,8 +28,29 @@ from cupy_moe.cuda import driver as driver_module
 from cupy_moe.cuda import launch, limits, modules, tensor_map
 from cupy_moe.cuda.driver import INVALID_CONTEXT
 from cupy_moe.errors import CupyMoeError, KernelLaunchError, KernelLoadError, KernelNotPrebuiltError
-from cupy_moe.images import compiler
+from cupy_moe.images import compiler, folders, lookup, prebuild, sources, store
+from cupy_moe.images.folders import Root
 from cupy_moe.plans.base import LaunchPlan
+from cupy_moe.tools.cli import main
+
+made: dict[tuple[str, str], store.Image] = {}
+
+
+@pytest.fixture
+def quick(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each image is compiled once for all tests."""
+    compile_image = store.compile_image
+
+    def compiled(unit: sources.Unit, target: str) -> store.Image:
+        key = unit.digest, target
+        made[key] = made.get(key) or compile_image(unit, target)
+        return made[key]
+
+    monkeypatch.setattr(store, "compile_image", compiled)
+    monkeypatch.setattr(lookup, "compile_image", compiled)
+    store.compile_image(sandbox.unit, "sm_90")
+    compiler.installed_nvrtc()
+
 
 # ---- a driver that fails
 
@@ -138,7 +166,7 @@ class Fallible:
 
 
 @pytest.fixture
-def fallible(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fallible]:
+def fallible(quick: None, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fallible]:
     """With an image for device 0, another that would do for it as well, and none for device 1."""
     for target in ("sm_90", "compute_90"):
         sandbox.publish(sandbox.prebuilt, target)
@@ -248,3 +276,343 @@ def test_a_driver_without_a_function_is_told(fallible: Fallible) -> None:
     del fallible.library.cuTensorMapEncodeTiled
     with pytest.raises(KernelLoadError, match="the driver has no cuTensorMapEncodeTiled"):
         driver_module.driver_function("cuTensorMapEncodeTiled")
+
+
+# ---- a disk that fails
+
+
+class FailingFile:
+    """A file that takes nothing, or cannot be closed: a disk is full when a buffer is written out."""
+
+    def __init__(self, file: Any, disk: Disk) -> None:
+        self.file, self.disk = file, disk
+
+    def __enter__(self) -> FailingFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+        self.disk.step("close a file")
+
+    def read(self) -> bytes:
+        self.disk.step("read a file")
+        return self.file.read()
+
+    def write(self, data: bytes) -> None:
+        self.file.write(data[: len(data) // 2])
+        self.file.flush()
+        self.disk.step("write")
+        self.file.write(data[len(data) // 2 :])
+
+
+WRITES = ("makedirs", "mkdir", "replace", "create", "write", "close a file")
+CHANGES = (*WRITES, "unlink")
+
+
+class Disk:
+    """Fails the n-th call of the operating system; or of some kinds, the n-th and all that come later."""
+
+    MADE_BY_NAME = "open", "mkdir", "replace", "unlink", "listdir", "scandir"
+    OF_WHAT_IS_THERE = "stat", "lstat", "fstat", "read", "readlink"
+
+    def __init__(self) -> None:
+        self.count = self.failing = self.number = 0
+        self.from_then_on: tuple[str, ...] = ()
+        self.failed: list[str] = []
+        self.is_on = False
+
+    def step(self, name: str) -> None:
+        """One of the kinds that fail from then on; or any, where a single call fails."""
+        if not self.is_on or (self.from_then_on and name not in self.from_then_on):
+            return
+        self.count += 1
+        if self.count == self.failing or (self.count > self.failing and self.from_then_on):
+            self.failed.append(name)
+            raise OSError(self.number, os.strerror(self.number))
+
+    def patch(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        for name in (*self.MADE_BY_NAME, *self.OF_WHAT_IS_THERE):
+            monkeypatch.setattr(os, name, self.wrap(name, getattr(os, name)))
+        monkeypatch.setattr(os, "close", self.close)
+        for module in (folders, sources):
+            monkeypatch.setattr(module, "open", self.open_file, raising=False)
+
+    def wrap(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            creates = name == "open" and arguments[1] & os.O_CREAT
+            self.step("create" if creates else name)
+            return function(*arguments, **options)
+
+        return call
+
+    def close(self, fd: int, close: Callable[[int], None] = os.close) -> None:
+        close(fd)
+        self.step("close")
+
+    def open_file(self, *arguments: Any) -> Any:
+        return FailingFile(open(*arguments), self)
+
+    @contextlib.contextmanager
+    def fails(self, call: int, number: int, from_then_on: tuple[str, ...] = ()) -> Iterator[None]:
+        self.count, self.failing, self.number = 0, call, number
+        self.from_then_on, self.failed, self.is_on = from_then_on, [], True
+        try:
+            yield
+        finally:
+            self.is_on = False
+
+
+@pytest.fixture
+def disk(quick: None, monkeypatch: pytest.MonkeyPatch) -> Disk:
+    disk = Disk()
+    disk.patch(monkeypatch)
+    return disk
+
+
+FAULTS = {
+    "full from then on": (errno.ENOSPC, WRITES),
+    "read-only from then on": (errno.EROFS, CHANGES),
+    "EIO once": (errno.EIO, ()),
+    "EACCES once": (errno.EACCES, ()),
+}
+
+
+Faulty = contextlib.AbstractContextManager[None]
+
+
+def each_fault(disk: Disk, fault: str, prepare: Callable[[], Any]) -> Iterator[Faulty]:
+    """What makes the first call fail, then what makes the second, until there are no more."""
+    for call in range(1, 1000):
+        prepare()
+        yield disk.fails(call, *FAULTS[fault])
+        if not disk.failed:
+            assert call > 5 or FAULTS[fault][1]
+            return
+    pytest.fail("no end")
+
+
+def leftovers(root: Path) -> list[Path]:
+    return list(root.rglob(f"{folders.TEMPORARY}*"))
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("kept", ["nowhere", "by the user", "prebuilt"])
+def test_a_look_up_on_a_disk_that_fails(
+    disk: Disk, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, kept: str, fault: str
+) -> None:
+    """It finds the image, wherever that is, or makes it; or says what is wrong with the sources."""
+    expected = store.compile_image(sandbox.unit, "sm_90").data
+    where = {"nowhere": None, "by the user": sandbox.user, "prebuilt": sandbox.prebuilt}[kept]
+    if kept == "prebuilt":
+        sandbox.prebuilt.mkdir()
+        monkeypatch.setenv("CUPY_MOE_PREBUILT_DIR", str(sandbox.prebuilt))
+
+    def prepare() -> None:
+        shutil.rmtree(sandbox.user, ignore_errors=True)
+        if where:
+            sandbox.publish(where, "sm_90")
+        forget_sources()
+        lookup._compiled.clear()
+        folders._warned.clear()
+
+    for faulty in each_fault(disk, fault, prepare):
+        with faulty, contextlib.suppress(CupyMoeError):
+            assert next(lookup.candidates("tiny", (9, 0))).data == expected
+        assert not leftovers(sandbox.user) or "unlink" in disk.failed
+        for root in (sandbox.user, sandbox.prebuilt):
+            assert prebuild.problems(Root(root, "user"), strict=False) == [], disk.failed
+        assert next(lookup.candidates("tiny", (9, 0))).data == expected
+
+
+@pytest.mark.parametrize("fault", [fault for fault in FAULTS if fault != "EACCES once"])
+@pytest.mark.parametrize("before", ["nothing", "the same", "others"])
+def test_prebuilding_on_a_disk_that_fails(disk: Disk, sandbox: Sandbox, before: str, fault: str) -> None:
+    """Success means that all is there. Else what is there is whole, and the next run adds the rest."""
+    out = sandbox.prebuilt
+    build = "prebuild", "--arch", "sm_90", "--out", out
+
+    def prepare() -> None:
+        shutil.rmtree(out, ignore_errors=True)
+        if before == "others":
+            (sandbox.sources / "tiny.cuh").write_text(HEADER + "// as it was\n")
+        forget_sources()
+        if before != "nothing":
+            invoke(*build)
+        (sandbox.sources / "tiny.cuh").write_text(HEADER)
+        forget_sources()
+        folders._warned.clear()
+
+    for faulty in each_fault(disk, fault, prepare):
+        with faulty:
+            result = CliRunner().invoke(main, [str(word) for word in build])
+        assert isinstance(result.exception, SystemExit | None), (disk.failed, result.exc_info)
+        assert result.exit_code in (0, 1)
+        assert (result.exit_code == 0) or result.stderr.splitlines()[-1].startswith("Error: ")
+        assert not leftovers(out) or "unlink" in disk.failed
+        root = Root(out, "prebuilt")
+        assert prebuild.problems(root, strict=False) == [], disk.failed
+        forget_sources()
+        if result.exit_code == 0 and not fault.startswith("read-only"):
+            assert lacking(root) == [], disk.failed
+        make_old(out)
+        invoke(*build)
+        assert prebuild.problems(root, strict=True) == [], disk.failed
+        assert leftovers(out) == []
+
+
+def lacking(root: Root) -> list[str]:
+    """What a folder lacks; more than it needs may be left for an hour."""
+    odd = prebuild.problems(root, strict=True)
+    return [problem for problem in odd if not re.search(r": stale|manifest.json does not list ", problem)]
+
+
+def make_old(folder: Path) -> None:
+    """What a writer has left who was cut off is removed after an hour."""
+    for path in folder.rglob("*.*"):
+        os.utime(path, (0, 0))
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_cleaning_on_a_disk_that_fails(disk: Disk, sandbox: Sandbox, fault: str) -> None:
+    """What is in use stays."""
+    path = sandbox.publish(sandbox.user, "sm_90")
+    stale = path.with_name(path.name.replace("tiny", "gone"))
+
+    def prepare() -> None:
+        forget_sources()
+        stale.touch()
+        os.utime(stale, (0, 0))
+
+    for faulty in each_fault(disk, fault, prepare):
+        with faulty:
+            result = CliRunner().invoke(main, ["clean"])
+        assert isinstance(result.exception, SystemExit | None), (disk.failed, result.exc_info)
+        assert next(lookup.candidates("tiny", (9, 0))).path == path.with_suffix(".json"), disk.failed
+    assert not stale.exists()
+
+
+# ---- processes that are killed
+
+
+def test_prebuilding_that_is_killed(tmp_path: Path, sandbox: Sandbox) -> None:
+    """Before each change that it makes, and at any time; see killed.py."""
+    script = str(Path(__file__).with_name("killed.py"))
+    run = run_python(PACKAGE.parent, script, str(sandbox.sources), str(tmp_path / "out"))
+    print(run.stdout)
+    assert run.returncode == 0, run.stdout + run.stderr
+    killed = dict(re.findall(r"(.*): killed (\d+) times", run.stdout))
+    assert killed.keys() == {"nothing before", "others before", "at any time"}
+    assert all(int(count) > 5 for count in killed.values())
+
+
+# ---- forks
+
+FORKED = """
+import os, signal, sys, threading, time
+import torch
+from cupy_moe import moe_align_block_size
+from cupy_moe.cuda import modules
+from cupy_moe.images import compiler
+from cupy_moe.errors import CupyMoeError
+
+torch.set_num_threads(1)
+device = sys.argv[1]
+ids = torch.arange(500, dtype=torch.int32) % 7
+expected = moe_align_block_size(ids, 16, 7)
+here = ids.to(device)
+outs = moe_align_block_size(here, 16, 7)
+
+def hold():
+    with modules._lock, compiler._loading:
+        held.set()
+        time.sleep(60)
+
+held = threading.Event()
+threading.Thread(target=hold, daemon=True).start()
+held.wait()
+
+def same(results):
+    return all(torch.equal(a.cpu(), b) for a, b in zip(results, expected))
+
+def on_cpu():
+    assert same(moe_align_block_size(ids, 16, 7))
+
+def loads():
+    modules.function(0, "align_small", "align_small_i32x")
+
+def prepares():
+    moe_align_block_size(here[:300], 16, 7)
+
+def launches():
+    moe_align_block_size(here, 16, 7, out=outs)
+
+def allocates():
+    moe_align_block_size(here, 16, 7)
+
+for call in (on_cpu, *((loads, prepares, launches, allocates) if device == "cuda" else ())):
+    child = os.fork()
+    if not child:
+        signal.alarm(30)
+        try:
+            call()
+            said = "right"
+        except CupyMoeError as error:
+            said = f"{type(error).__name__}: {error}"
+        except RuntimeError as error:  # torch's own
+            said = f"torch: {error}"
+        print(call.__name__, said.splitlines()[0], flush=True)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert status == 0, (call, status)
+print("in the parent", same(moe_align_block_size(here, 16, 7)), flush=True)
+os._exit(0)
+"""
+
+
+def run_forked(device: str) -> dict[str, str]:
+    run = run_python(PACKAGE.parent, "-W", "ignore", "-c", FORKED, device)
+    assert run.returncode == 0, run.stdout + run.stderr
+    lines = re.findall(r"^(on_cpu|loads|prepares|launches|allocates|in the parent) (.*)$", run.stdout, re.M)
+    return dict(lines)
+
+
+def test_a_forked_child_takes_tensors_of_the_cpu_whatever_locks_were_held() -> None:
+    assert run_forked("cpu") == {"on_cpu": "right", "in the parent": "True"}
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # of Python 3.12 on, where there are threads
+def test_a_forked_child_waits_for_no_thread_that_it_does_not_have(quick: None) -> None:
+    """Which was loading a kernel, or NVRTC."""
+    with modules._lock, compiler._loading:
+        child = os.fork()
+        if not child:
+            held = modules._lock.acquire(blocking=False) and compiler._loading.acquire(blocking=False)
+            os._exit(0 if held and driver_module._forked else 1)
+        assert os.waitpid(child, 0)[1] == 0
+    assert not driver_module._forked
+
+
+def test_a_driver_that_a_fork_has_closed_is_explained(
+    fallible: Fallible, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(driver_module, "_forked", [True])
+    call = launch.bind(PLAN, 0, 4, struct.pack("@2I", 7, 8))
+    fallible.calls.clear()
+    fallible.failing = "driver.launchKernel", 1, 3
+    with pytest.raises(KernelLaunchError, match="forked after it was initialised; start processes by spawn"):
+        call(1, 2, 3, 4)
+    forget(monkeypatch)
+    fallible.failing = "Device", fallible.calls["Device"] + 1, 3
+    with pytest.raises(KernelLoadError, match="forked after it was initialised"):
+        modules.function(0, "tiny", "tiny_add")
+
+
+@pytest.mark.gpu
+def test_a_forked_child_of_a_process_with_cuda_is_told_so() -> None:
+    """By us, or by torch where that comes first; nothing hangs, and the parent goes on."""
+    said = run_forked("cuda")
+    assert said.pop("on_cpu") == "right"
+    assert said.pop("in the parent") == "True"
+    assert said.keys() == {"loads", "prepares", "launches", "allocates"}
+    for line in said.values():
+        assert line == "right" or re.search(r"fork|initialization error", line), said
