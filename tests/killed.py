@@ -5,7 +5,6 @@ python tests/killed.py SOURCES FOLDER
 
 from __future__ import annotations
 
-import contextlib
 import os
 import random
 import shutil
@@ -13,13 +12,11 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cache_helpers import HEADER, forget_sources
 from cli_helpers import invoke
-from test_faults import CHANGES, Disk, lacking, leftovers, make_old
+from failing_disk import CHANGES, Disk, compile_once, complete, fill, renew
 
 from cupy_moe.images import compiler, lookup, prebuild, sources, store
 from cupy_moe.images.folders import Root
@@ -58,7 +55,7 @@ def ended(pid: int) -> bool:
 
 
 def check(folder: Path, expected: bytes, about: str) -> None:
-    """What is there is whole; and once more makes it complete."""
+    """What is there is whole."""
     root = Root(folder, "prebuilt")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CUPY_MOE_DISABLE_CACHE", "1")
@@ -67,29 +64,7 @@ def check(folder: Path, expected: bytes, about: str) -> None:
         lookup._compiled.clear()
         assert next(lookup.candidates("tiny", (9, 0))).data == expected, about
     assert prebuild.problems(root, strict=False) == [], about
-    invoke("prebuild", "--arch", "sm_90", "--out", folder)
-    assert lacking(root) == [], about
-    make_old(folder)
-    invoke("prebuild", "--arch", "sm_90", "--out", folder)
-    assert prebuild.problems(root, strict=True) == [], about
-    assert leftovers(folder) == [], about
-
-
-@contextlib.contextmanager
-def cached() -> Iterator[None]:
-    """Compilations cost nothing."""
-    compile_image = store.compile_image
-    made: dict[tuple[str, str], store.Image] = {}
-
-    def compiled(unit: sources.Unit, target: str) -> store.Image:
-        key = unit.digest, target
-        made[key] = made.get(key) or compile_image(unit, target)
-        return made[key]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(store, "compile_image", compiled)
-        patch.setattr(lookup, "compile_image", compiled)
-        yield
+    complete(folder)
 
 
 def main(kernels: Path, folder: Path) -> None:
@@ -97,17 +72,12 @@ def main(kernels: Path, folder: Path) -> None:
     expected = compiler.compile(sources.unit("tiny"), "sm_90").data  # and loads NVRTC once, for all children
     compiler.installed_nvrtc()
     for before in ("nothing", "others"):
-        with cached():
+        template = fill(folder.with_name(before), kernels, before)
+        with pytest.MonkeyPatch.context() as patch:
+            compile_once(patch)
+            store.compile_image(sources.unit("tiny"), "sm_90")
             for call in range(1, 1000):
-                shutil.rmtree(folder, ignore_errors=True)
-                if before == "others":
-                    (kernels / "tiny.cuh").write_text(HEADER + "// as it was\n")
-                forget_sources()
-                if before != "nothing":
-                    invoke("prebuild", "--arch", "sm_90", "--out", folder)
-                (kernels / "tiny.cuh").write_text(HEADER)
-                forget_sources()
-                store.compile_image(sources.unit("tiny"), "sm_90")
+                renew(folder, template)
                 if ended(start(folder, call)):
                     break
                 check(folder, expected, f"{before} before, call {call}")
