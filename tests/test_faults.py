@@ -81,7 +81,7 @@ class Fallible:
         self.library = SimpleNamespace(
             cuLaunchKernelEx=lambda *given: self.status("cuLaunchKernelEx", lambda: self.launch(*given)),
             cuOccupancyMaxActiveClusters=lambda count, *_: self.status(
-                "cuOccupancyMaxActiveClusters", lambda: ctypes.memmove(count, b"\7\0\0\0", 4)
+                "cuOccupancyMaxActiveClusters", lambda: self.count_clusters(count)
             ),
             cuTensorMapEncodeTiled=lambda *_: self.status("cuTensorMapEncodeTiled", self.use_context),
         )
@@ -136,12 +136,21 @@ class Fallible:
     def module(self) -> Any:
         return SimpleNamespace(
             load=self.wrap("Module.load", Refused, self.driver.load),
-            get_function=self.wrap("Module.get_function", Refused, self.driver.get_function),
+            get_function=self.wrap("Module.get_function", Refused, self.get_function),
         )
 
+    def get_function(self, entry: str) -> Any:
+        self.use_context()
+        return self.driver.get_function(entry)
+
     def attribute(self, attribute: int, function: int) -> int:
+        self.use_context()
         known = attribute != modules.MAX_DYNAMIC_SHARED
         return self.driver.funcGetAttribute(attribute, function) if known else 231_424
+
+    def count_clusters(self, place: int) -> None:
+        self.use_context()
+        ctypes.memmove(place, b"\7\0\0\0", 4)
 
     def make_context(self, _: int) -> None:
         self.has_no_context = False
@@ -189,6 +198,7 @@ def everything(fallible: Fallible) -> list[Any]:
     """All that is asked of a driver, from the first call in a process to a launch; what comes of it."""
     results: list[Any] = [modules.warmup()]
     found = limits.device_limits(0)
+    fallible.has_no_context = True  # in another thread
     results += [found.num_sms, found.max_clusters("tiny", "tiny_cluster", 16)]
     for overlaps in (False, True):
         call = launch.bind(PLAN._replace(overlaps=overlaps), 0, 4, struct.pack("@2I", 7, 8))

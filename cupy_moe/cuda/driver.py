@@ -59,6 +59,16 @@ def explain(error: Exception) -> str:
 
 
 @contextlib.contextmanager
+def current(device: int) -> Iterator[None]:
+    """Inside, a device is the current one, and has its context: a new thread of that device has none."""
+    from .._cupy import cupy
+
+    with cupy.cuda.Device(device):
+        cupy.cuda.runtime.setDevice(device)
+        yield
+
+
+@contextlib.contextmanager
 def errors_of(what: str) -> Iterator[None]:
     """Errors of CuPy, the driver's and the runtime's, are KernelLoadErrors that begin with `what`."""
     from .._cupy import cupy

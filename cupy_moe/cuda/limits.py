@@ -12,7 +12,7 @@ from ..images import sources
 from ..images.targets import runs_somehow
 from ..plans.base import DeviceLimits
 from . import modules
-from .driver import driver_function, errors_of, is_general, pack_launch_config
+from .driver import current, driver_function, errors_of, is_general, pack_launch_config
 
 
 @functools.cache
@@ -45,7 +45,7 @@ def max_clusters(device: int, unit: str, entry: str, size: int) -> int:
     from .._cupy import cupy
 
     function, count = modules.function(device, unit, entry), ctypes.c_int()
-    with errors_of(f"device {device}: {unit}/{entry}"), cupy.cuda.Device(device):
+    with errors_of(f"device {device}: {unit}/{entry}"), current(device):
         shared_bytes = cupy.cuda.driver.funcGetAttribute(modules.MAX_DYNAMIC_SHARED, function)
         config = pack_launch_config(size, 1, 1, 32, 1, 1, shared_bytes, 0, 0, 0)
         occupancy = driver_function("cuOccupancyMaxActiveClusters")

@@ -14,7 +14,7 @@ from ..errors import KernelLoadError, KernelNotPrebuiltError
 from ..images import lookup, sources
 from ..images.targets import number, runs_somehow
 from ..values import as_int
-from .driver import errors_of, explain, is_general
+from .driver import current, errors_of, explain, is_general
 
 log = logging.getLogger("cupy_moe")
 
@@ -128,7 +128,7 @@ def _get_function(device: int, unit: str, entry: str) -> Any:
 
     driver, runtime = cupy.cuda.driver, cupy.cuda.runtime
     module, used = _load(device, unit)
-    with cupy.cuda.Device(device):
+    with current(device):
         try:
             function = module.get_function(entry)
             static = driver.funcGetAttribute(_STATIC_SHARED, function.ptr)
@@ -160,7 +160,7 @@ def _load(device: int, unit: str) -> tuple[Any, lookup.Image]:
         from .._cupy import cupy
 
         refused = ""
-        with errors_of(f"device {device}: {unit!r} cannot be loaded"), cupy.cuda.Device(device):
+        with errors_of(f"device {device}: {unit!r} cannot be loaded"), current(device):
             candidates = lookup.candidates(unit, capability(device))
             while True:
                 try:
