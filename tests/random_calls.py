@@ -1,8 +1,8 @@
-"""Random calls of every operator, for scripts/fuzz and scripts/sanitize, which compare them with the CPU.
+"""Random calls of every operator, for scripts/fuzz, sanitize and soak, which compare them with the CPU.
 
 A name, OPERATOR:SEED or OPERATOR:SEED:KERNEL, tells a call, and makes it again; so do the changes behind it,
 which make it smaller: `-expert_map` leaves an argument out, `topk_ids<3` keeps the first of what has as many
-rows as that tensor.
+rows as that tensor; and `topk_ids=300` repeats these rows until there are so many.
 """
 
 from __future__ import annotations
@@ -212,6 +212,9 @@ def make(name: str) -> Named:
         elif "<" in word:
             like, _, length = word.partition("<")
             call = shortened(call, like, int(length))
+        elif "=" in word:
+            like, _, length = word.partition("=")
+            call = repeated(call, like, int(length))
         else:
             kernel = word
     return Named(call, kernel)
@@ -227,6 +230,14 @@ def without(call: Call, name: str) -> Call:
 def shortened(call: Call, like: str, length: int) -> Call:
     whole = len(call.tensors[like])
     tensors = {n: t[:length] if t.dim() and len(t) == whole else t for n, t in call.tensors.items()}
+    return call._replace(tensors=tensors)
+
+
+def repeated(call: Call, like: str, length: int) -> Call:
+    """Of any length; also what makes of one call calls of thousands of sizes."""
+    whole = len(call.tensors[like])
+    rows = torch.arange(length) % whole
+    tensors = {n: t[rows] if t.dim() and len(t) == whole else t for n, t in call.tensors.items()}
     return call._replace(tensors=tensors)
 
 

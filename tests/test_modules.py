@@ -9,12 +9,13 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 from cache_helpers import PACKAGE, Everything, Sandbox, copy_package, run_python
+from made_up_driver import Driver, Refused, made_up
 
 import cupy_moe
+from cupy_moe import _cupy
 from cupy_moe.cuda import limits, modules
 from cupy_moe.errors import KernelLoadError, KernelNotPrebuiltError
 from cupy_moe.images import compiler, elf, lookup, sources, targets
@@ -30,72 +31,11 @@ def fresh(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
 # ---- a made-up driver
 
 
-class Refused(Exception):
-    def __init__(self, status: int) -> None:
-        super().__init__(f"CUDA_ERROR_{status}")
-        self.status = status
-
-
-class Driver:
-    """Refuses images by origin and target, records what it is told."""
-
-    def __init__(self) -> None:
-        self.refuses: dict[str, int] = {}  # bytes found in an image -> CUresult
-        self.missing: dict[str, int] = {}  # entry -> CUresult
-        self.loads: list[bytes] = []
-        self.attributes: list[tuple[int, int, int]] = []
-        self.refused_attribute = 0
-        self.current = [0]
-        self.CUDADriverError = Refused
-
-    def load(self, data: bytes) -> None:
-        self.loads.append(data)
-        kind = "compute" if data[:4] != b"\x7fELF" else f"sm_{elf.number(data)}"
-        if kind in self.refuses:
-            raise Refused(self.refuses[kind])
-
-    def get_function(self, entry: str) -> Any:
-        if entry in self.missing:
-            raise Refused(self.missing[entry])
-        return SimpleNamespace(ptr=1000 * (self.current[-1] + 1) + len(entry))
-
-    def funcGetAttribute(self, attribute: int, function: int) -> int:
-        cluster = 16 if function % 1000 == len("tiny_cluster") else 0
-        return {modules._STATIC_SHARED: 1024, modules._CLUSTER_WIDTH: cluster}[attribute]
-
-    def funcSetAttribute(self, function: int, attribute: int, value: int) -> None:
-        if attribute == self.refused_attribute:
-            raise Refused(1)
-        self.attributes.append((function, attribute, value))
-
-
 @pytest.fixture
 def driver(fresh: None, monkeypatch: pytest.MonkeyPatch) -> Driver:
-    from cupy_moe import _cupy
-
     compiler.toolchain()  # with CuPy itself: the made-up one has no compiler
     driver = Driver()
-
-    class Device:
-        def __init__(self, device: int) -> None:
-            self.device = device
-            self.compute_capability = {0: "90", 1: "80"}[device]
-
-        def __enter__(self) -> None:
-            driver.current.append(self.device)
-
-        def __exit__(self, *_: object) -> None:
-            driver.current.pop()
-
-    runtime = SimpleNamespace(
-        getDevice=lambda: 0,
-        getDeviceProperties=lambda device: {"name": b"Imaginary"},
-        deviceGetAttribute=lambda attribute, device: {97: 232448, 120: int(device == 0)}[attribute],
-        cudaDevAttrMaxSharedMemoryPerBlockOptin=97,
-    )
-    function = SimpleNamespace(Module=lambda: driver)
-    cuda = SimpleNamespace(Device=Device, driver=driver, runtime=runtime, function=function)
-    monkeypatch.setattr(_cupy, "cupy", SimpleNamespace(cuda=cuda))
+    monkeypatch.setattr(_cupy, "cupy", made_up(driver))
     return driver
 
 
@@ -206,7 +146,6 @@ def test_without_a_gpu_the_error_is_one_of_ours(driver: Driver, monkeypatch: pyt
     def fail(*_: object) -> None:
         raise Refused(100)
 
-    monkeypatch.setattr(cupy.cuda.runtime, "CUDARuntimeError", Refused, raising=False)
     monkeypatch.setattr(cupy.cuda.runtime, "getDevice", fail)
     with pytest.raises(KernelLoadError, match="no GPU to load kernels on: CUDA_ERROR_100"):
         cupy_moe.warmup()

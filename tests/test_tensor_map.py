@@ -11,7 +11,7 @@ import pytest
 
 from cupy_moe import _cupy
 from cupy_moe.cuda import driver
-from cupy_moe.cuda.launch import INVALID_CONTEXT
+from cupy_moe.cuda.driver import INVALID_CONTEXT
 from cupy_moe.cuda.tensor_map import tensor_map
 from cupy_moe.errors import KernelLaunchError
 from cupy_moe.operators import experts as operator

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
+import os
 import threading
 import time
 from collections import Counter
@@ -14,10 +14,20 @@ from ..errors import KernelLoadError, KernelNotPrebuiltError
 from ..images import lookup, sources
 from ..images.targets import number, runs_somehow
 from ..values import as_int
+from .driver import current, errors_of, explain, is_general
 
 log = logging.getLogger("cupy_moe")
 
 _lock = threading.RLock()
+
+
+def _begin_child() -> None:
+    """The thread that had it is not in this process, and would never give it back."""
+    global _lock
+    _lock = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_begin_child)
 _modules: dict[tuple[int, str], tuple[Any, lookup.Image]] = {}
 _functions: dict[tuple[int, str, str], Any] = {}  # a module is unloaded with the last reference to it
 
@@ -43,7 +53,8 @@ def function(device: int, unit: str, entry: str) -> int:
     if key not in _functions:
         with _lock:
             if key not in _functions:
-                _functions[key] = _get_function(device, unit, entry)
+                with errors_of(f"device {device}: {unit}/{entry} cannot be loaded"):
+                    _functions[key] = _get_function(device, unit, entry)
     return int(_functions[key].ptr)
 
 
@@ -57,7 +68,7 @@ def warmup(devices: int | Iterable[int] | None = None) -> int:
         try:
             devices = cupy.cuda.runtime.getDevice()
         except cupy.cuda.runtime.CUDARuntimeError as error:
-            raise KernelLoadError(f"no GPU to load kernels on: {error}") from error
+            raise KernelLoadError(f"no GPU to load kernels on: {explain(error)}") from error
     total = 0
     for device in devices if isinstance(devices, Iterable) else [devices]:
         device = as_int("devices", device)
@@ -90,7 +101,7 @@ def capability(device: int) -> tuple[int, int]:
     try:
         digits = cupy.cuda.Device(device).compute_capability
     except cupy.cuda.runtime.CUDARuntimeError as error:
-        raise KernelLoadError(f"device {device} cannot be used: {error}") from error
+        raise KernelLoadError(f"device {device} cannot be used: {explain(error)}") from error
     return int(digits[:-1]), int(digits[-1])
 
 
@@ -101,13 +112,15 @@ def can_overlap(device: int, unit: str) -> bool:
         return False
     from .._cupy import cupy
 
-    return bool(cupy.cuda.runtime.driverGetVersion() >= _OVERLAP_IN_GRAPHS)
+    with errors_of("no version of the driver"):
+        return bool(cupy.cuda.runtime.driverGetVersion() >= _OVERLAP_IN_GRAPHS)
 
 
 def has_clusters(device: int) -> bool:
     from .._cupy import cupy
 
-    return bool(cupy.cuda.runtime.deviceGetAttribute(_CLUSTER_LAUNCH, device))
+    with errors_of(f"device {device} cannot be used"):
+        return bool(cupy.cuda.runtime.deviceGetAttribute(_CLUSTER_LAUNCH, device))
 
 
 def _get_function(device: int, unit: str, entry: str) -> Any:
@@ -115,7 +128,7 @@ def _get_function(device: int, unit: str, entry: str) -> Any:
 
     driver, runtime = cupy.cuda.driver, cupy.cuda.runtime
     module, used = _load(device, unit)
-    with cupy.cuda.Device(device):
+    with current(device):
         try:
             function = module.get_function(entry)
             static = driver.funcGetAttribute(_STATIC_SHARED, function.ptr)
@@ -125,14 +138,17 @@ def _get_function(device: int, unit: str, entry: str) -> Any:
                 has_clusters(device)
                 and driver.funcGetAttribute(_CLUSTER_WIDTH, function.ptr) > _PORTABLE_CLUSTER
             ):
-                with contextlib.suppress(driver.CUDADriverError):  # then `max_clusters` is 0
+                try:
                     driver.funcSetAttribute(function.ptr, _NON_PORTABLE_CLUSTER, 1)
+                except driver.CUDADriverError as error:
+                    if is_general(error.status):
+                        raise  # else `max_clusters` is 0
         except driver.CUDADriverError as error:
             if error.status in _CAPTURE:
                 raise _in_capture(unit, error) from error
             has = f", which has {', '.join(used.sidecar.kernels)}" if error.status == _NOT_FOUND else ""
             where = f"{entry!r} of the {used.sidecar.target} image of {unit!r}{has}"
-            raise KernelLoadError(f"device {device}: {where}: {error}") from error
+            raise KernelLoadError(f"device {device}: {where}: {explain(error)}") from error
     return function
 
 
@@ -144,7 +160,7 @@ def _load(device: int, unit: str) -> tuple[Any, lookup.Image]:
         from .._cupy import cupy
 
         refused = ""
-        with cupy.cuda.Device(device):
+        with errors_of(f"device {device}: {unit!r} cannot be loaded"), current(device):
             candidates = lookup.candidates(unit, capability(device))
             while True:
                 try:
@@ -159,6 +175,8 @@ def _load(device: int, unit: str) -> tuple[Any, lookup.Image]:
                 except cupy.cuda.driver.CUDADriverError as error:
                     if error.status in _CAPTURE:
                         raise _in_capture(unit, error) from error
+                    if is_general(error.status):
+                        raise  # another image would fare no better, or be taken from now on
                     reason = _explain(candidate, error)
                     expected = error.status == _NO_BINARY_FOR_GPU
                     log.log(

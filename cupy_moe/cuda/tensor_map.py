@@ -7,8 +7,7 @@ import functools
 import struct
 
 from ..errors import KernelLaunchError
-from .driver import driver_function
-from .launch import INVALID_CONTEXT
+from .driver import INVALID_CONTEXT, driver_function, errors_of
 from .structs import TENSOR_MAP_WORDS
 
 _TYPES = {"fp8": 0, "f16": 6, "bf16": 9}  # CUtensorMapDataType
@@ -36,7 +35,8 @@ def tensor_map(
     if status == INVALID_CONTEXT:  # a new thread has none before its first runtime call
         from .._cupy import cupy
 
-        cupy.cuda.runtime.free(0)
+        with errors_of("no context to map tensors in"):
+            cupy.cuda.runtime.free(0)
         status = encode(*arguments)
     if status:
         raise KernelLaunchError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import os
 import re
 import sys
 import threading
@@ -37,6 +38,15 @@ class Compiled:
 
 _WHEELS = {12: "nvidia-cuda-nvrtc-cu12", 13: "nvidia-cuda-nvrtc"}  # of each CUDA that there is a CuPy for
 _loading = threading.Lock()
+
+
+def _begin_child() -> None:
+    """The thread that had it is not in this process, and would never give it back."""
+    global _loading
+    _loading = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_begin_child)
 
 
 def _nvrtc() -> Any:

@@ -25,6 +25,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from .. import config
 from . import sources
@@ -52,6 +53,10 @@ def warn_once(key: str, message: str, *arguments: object) -> None:
     if key not in _warned:
         _warned.add(key)
         log.warning(message, *arguments)
+
+
+def refuse(error: OSError) -> NoReturn:
+    raise error
 
 
 def warn_of(error: OSError) -> None:
@@ -114,7 +119,7 @@ class Folder:
         return self
 
     def __exit__(self, *_: object) -> None:
-        os.close(self.fd)
+        _close(self.fd)
 
     def names(self) -> list[str]:
         with _about(self.path):
@@ -147,7 +152,7 @@ class Folder:
                     data += chunk
                 return data
             finally:
-                os.close(fd)
+                _close(fd)
 
     def write(self, name: str, data: bytes) -> None:
         """Replace a file as a whole. No fsync: what a power cut tears, the sha256 tells."""
@@ -180,15 +185,24 @@ class Folder:
                 raise
             kind = "a link" if error.errno == errno.ELOOP else "a link or not a folder"
             raise UntrustedError(errno.EPERM, f"is {kind}") from None
-        if self.trust and (reason := self.trust.objection(os.fstat(fd))):
-            os.close(fd)
-            raise UntrustedError(errno.EPERM, reason)
+        try:
+            if self.trust and (reason := self.trust.objection(os.fstat(fd))):
+                raise UntrustedError(errno.EPERM, reason)
+        except OSError:
+            _close(fd)
+            raise
         return fd
 
     def _mode(self, full: int) -> int:
         """Less what would not be trusted, whatever the umask."""
         barred = stat.S_IWOTH if self.trust and self.trust.team is not None else stat.S_IWOTH | stat.S_IWGRP
         return full & ~barred
+
+
+def _close(fd: int) -> None:
+    """Of what was only read: nothing is lost, whatever a disk says."""
+    with contextlib.suppress(OSError):
+        os.close(fd)
 
 
 @contextlib.contextmanager
@@ -223,7 +237,7 @@ class Root:
         try:
             folder = Folder(fd, self.path, self._trust(os.fstat(fd)))
         except BaseException:
-            os.close(fd)
+            _close(fd)
             raise
         for name in parts:
             with folder:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import stat
 import time
@@ -113,32 +114,47 @@ def finish(root: Root, target: str) -> str | None:
     """Leave one fresh image per unit in a prebuilt folder, as a wheel should carry it, and its manifest.
 
     Returns the sha256 of the manifest, or None: there is one only where there is every unit. Writes nothing
-    that is there already, as the folder may be read-only. Raises OSError.
+    that is there already, as the folder may be read-only. A manifest lists what is there at any time, also if
+    this is cut off. Raises OSError, and then has removed nothing that may be whole and is needed.
     """
     units = {name: unit for name, unit in sources.units().items() if target in made_for(unit.targets, target)}
     newest: dict[str, tuple[float, Sidecar]] = {}
-    for folder in root.opened(target):
-        for path, sidecar in store.sidecars(folder):
+    unread: list[str] = []
+    for folder in root.opened(target, folders.refuse):
+        for path, sidecar in store.sidecars_of(folder, folder.names()):
+            if isinstance(sidecar, store.Unread):
+                unread.append(f"{path} {sidecar}")
             if isinstance(sidecar, str) or sidecar.unit not in units:
                 continue
             if sidecar.source_digest == units[sidecar.unit].digest:
-                with contextlib.suppress(DamagedEntryError, FileNotFoundError):
+                try:
                     store.read(folder, sidecar)
                     made = folder.status(path.name).st_mtime
+                except store.UnreadEntryError as error:
+                    unread.append(f"the image of {path} {error}")
+                except (DamagedEntryError, FileNotFoundError):
+                    continue
+                else:
                     if made >= newest.get(sidecar.unit, (0.0, sidecar))[0]:
                         newest[sidecar.unit] = made, sidecar
     kept = {sidecar.stem: sidecar for _, sidecar in newest.values()}
-    sweep(root, target, lambda sidecar: sidecar is not None and sidecar.stem not in kept)
-
     files = {stem + store.suffix(target): sidecar.sha256 for stem, sidecar in kept.items()}
     data = store.to_json({"schema": sources.SCHEMA, "target": target, "package": __version__, "files": files})
     complete = bool(units) and newest.keys() == units.keys()
-    for folder in root.opened(target):
+    if unread and not complete:
+        raise OSError(errno.EIO, "; ".join(unread))
+    for folder in root.opened(target, folders.refuse):
         if not complete:
             with contextlib.suppress(FileNotFoundError):
                 folder.remove(MANIFEST)
         elif not _holds(folder, MANIFEST, data):
             folder.write(MANIFEST, data)
+    sweep(
+        root,
+        target,
+        lambda sidecar: sidecar is not None and sidecar.stem not in kept,
+        report=folders.refuse,
+    )
     return hashlib.sha256(data).hexdigest() if complete else None
 
 
@@ -153,18 +169,23 @@ def _holds(folder: Folder, name: str, data: bytes) -> bool:
 
 
 def sweep(
-    root: Root, target: str | None, unwanted: Callable[[Sidecar | None], bool], dry_run: bool = False
+    root: Root,
+    target: str | None,
+    unwanted: Callable[[Sidecar | None], bool],
+    dry_run: bool = False,
+    report: Callable[[OSError], None] = folders.warn_of,
 ) -> tuple[int, int]:
     """Remove unwanted images, what is damaged, and what killed writers left; nothing that is not named as
     our files are. Returns how many files, and their bytes.
 
     An image without a valid sidecar may be that of a writer who comes to the sidecar next, and so is left
-    alone for an hour, unless `unwanted(None)`.
+    alone for an hour, unless `unwanted(None)`; one whose sidecar cannot be read now, for good.
     """
     files = size = 0
-    for folder in root.opened(target):
-        known = {path.stem: sidecar for path, sidecar in store.sidecars(folder)}
-        for name in sorted(folder.names(), key=lambda name: not name.endswith(".json")):  # a sidecar first
+    for folder in root.opened(target, report):
+        names = folder.names()
+        known = {path.stem: sidecar for path, sidecar in store.sidecars_of(folder, names)}
+        for name in sorted(names, key=lambda name: not name.endswith(".json")):  # a sidecar first
             try:
                 status = folder.status(name)
                 is_old = time.time() - status.st_mtime > _ORPHAN_AGE
@@ -187,6 +208,8 @@ def _is_doomed(
     sidecar = known.get(match["stem"])
     if isinstance(sidecar, Sidecar):
         return unwanted(sidecar)
+    if isinstance(sidecar, store.Unread):
+        return unwanted(None)
     return match["suffix"] == ".json" or is_old or unwanted(None)
 
 

@@ -18,7 +18,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from .. import config
 from ..errors import CupyMoeError
@@ -56,12 +56,12 @@ def source_digest(unit: str, files: dict[str, str], options: Iterable[str]) -> s
 def checkout() -> Path | None:
     """The repository root when the package runs from a checkout or an editable install."""
     root = _package().parent
-    return root if (root / "kernels_cu").is_dir() else None
+    return root if os.path.isdir(root / "kernels_cu") else None
 
 
 def source_folder() -> Path:
     packaged = _package() / "kernels_cu"
-    if packaged.is_dir():
+    if os.path.isdir(packaged):
         return packaged
     root = checkout()
     if root is None:
@@ -92,7 +92,7 @@ def unit(name: str) -> Unit:
 def _paths(folder: Path) -> dict[str, str]:
     """Names of units -> where they are in the folder."""
     found: dict[str, str] = {}
-    for parent, _, names in os.walk(folder):  # in half the time of Path.rglob
+    for parent, _, names in os.walk(folder, onerror=_refuse):  # in half the time of Path.rglob
         for name in names:
             stem, suffix = os.path.splitext(name)
             if suffix == ".cu" and stem in found:
@@ -104,8 +104,11 @@ def _paths(folder: Path) -> dict[str, str]:
 
 @functools.cache
 def _read_unit(folder: Path, path: str, options: tuple[str, ...]) -> Unit:
-    with open(path, "rb") as file:
-        source = file.read()
+    try:
+        with open(path, "rb") as file:
+            source = file.read()
+    except OSError as error:
+        _refuse(error)
     said = {key: tuple(words.decode().split()) for key, words in _SAYS.findall(b"\n" + source)}
     wanted = said.get(b"targets", DEFAULT_TARGETS)
     if unknown := set(wanted) - {*DEFAULT_TARGETS, *SPECIFIC_TARGETS}:
@@ -138,3 +141,10 @@ def _read_header(folder: Path, name: str) -> bytes | None:
             return file.read()
     except FileNotFoundError:  # which the compiler tells with the line
         return None
+    except OSError as error:
+        _refuse(error)
+
+
+def _refuse(error: OSError) -> NoReturn:
+    """What cannot be read now is not remembered as if it were not there."""
+    raise CupyMoeError(f"the kernel sources cannot be read: {error}") from error

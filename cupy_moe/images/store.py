@@ -21,7 +21,7 @@ from typing import Any
 
 from .._version import __version__
 from . import compiler, elf
-from .folders import LAYOUT, Folder, Root, explain
+from .folders import LAYOUT, Folder, Root, UntrustedError, explain
 from .sources import SCHEMA, Unit
 from .targets import is_ptx, number
 
@@ -62,6 +62,14 @@ class Image:
 
 class DamagedEntryError(Exception):
     """An image or its .json is not what was published. Never leaves a look-up."""
+
+
+class UnreadEntryError(DamagedEntryError):
+    """An image that cannot be read now. It may be whole, so it is nothing to remove."""
+
+
+class Unread(str):
+    """What is the matter with a .json that cannot be read now, and may be whole."""
 
 
 def suffix(target: str) -> str:
@@ -136,8 +144,15 @@ def sidecars(folder: Folder, unit: str | None = None) -> Iterator[tuple[Path, Si
     try:
         names = folder.names()
     except OSError as error:
-        yield folder.path, explain(error)
+        yield folder.path, Unread(explain(error))
         return
+    yield from sidecars_of(folder, names, unit)
+
+
+def sidecars_of(
+    folder: Folder, names: list[str], unit: str | None = None
+) -> Iterator[tuple[Path, Sidecar | str]]:
+    """As above, of a folder that was listed."""
     for name in names:
         match = FILE.fullmatch(name)
         if not match or match["suffix"] != ".json" or unit not in (None, match["unit"]):
@@ -149,8 +164,10 @@ def sidecars(folder: Folder, unit: str | None = None) -> Iterator[tuple[Path, Si
                 found = f"is of {found.target}/{found.stem}"
         except FileNotFoundError:
             continue  # the folder is being cleaned
-        except OSError as error:
+        except UntrustedError as error:
             found = explain(error)
+        except OSError as error:
+            found = Unread(explain(error))
         except DamagedEntryError as error:
             found = str(error)
         yield folder.path / name, found
@@ -163,8 +180,10 @@ def read(folder: Folder, sidecar: Sidecar) -> bytes:
     """The bytes of an image, checked against its sidecar. Raises DamagedEntryError."""
     try:
         data = folder.read(sidecar.stem + suffix(sidecar.target), MAX_IMAGE)
-    except OSError as error:
+    except (UntrustedError, FileNotFoundError) as error:
         raise DamagedEntryError(explain(error)) from None
+    except OSError as error:
+        raise UnreadEntryError(explain(error)) from error
     if len(data) != sidecar.size:
         raise DamagedEntryError(f"has {len(data)} bytes instead of {sidecar.size}")
     if hashlib.sha256(data).hexdigest() != sidecar.sha256:
