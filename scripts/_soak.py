@@ -44,6 +44,8 @@ FRESH = 0.3  # of all calls are of a size that may never have been seen
 BASES = 6  # calls of each operator that these are made of
 # Whose check needs memory that was poisoned, and of which there are only kernels.
 NOT_ON_CPU = ("permute", "quantized_experts", "fp8_rows")
+# Its ranks are made up for the whole process, so that one thread alone can call it.
+ALONE = "stores"
 GRAPH_CALLS, REPLAYS = 12, 50
 # By how many MB memory may grow after the warm-up. What torch has allocated is known to the byte, and is cut
 # from segments of 20 MB, for each stream its own; the host remembers prepared calls, up to 40 MB of them.
@@ -68,7 +70,9 @@ class Prepared(NamedTuple):
 class Soak:
     def __init__(self, where: str, operators: tuple[str, ...], calls: int, seed: int, threads: int) -> None:
         self.is_gpu, self.seed = where == "gpu", seed
-        self.operators = [name for name in operators if self.is_gpu or name not in NOT_ON_CPU]
+        self.operators = [
+            name for name in operators if name != ALONE and (self.is_gpu or name not in NOT_ON_CPU)
+        ]
         self.done: Counter[str] = Counter()
         self.fresh = self.graphs = self.replays = self.mismatches = 0
         self.failures: dict[str, tuple[str, str]] = {}  # of each operator, the first: name, what is wrong
