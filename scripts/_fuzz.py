@@ -17,7 +17,7 @@ import gpus
 import random_calls
 import torch
 from emulator import Allocations, Emulator
-from emulator.cases import GUARD, POISON
+from emulator.cases import POISON
 
 # What the emulator may be, by a call's seed.
 DEVICES = {80: gpus.A100, 89: gpus.RTX4090, 90: gpus.H200, 120: gpus.RTX5090}
@@ -40,8 +40,13 @@ def started(name: str, where: str) -> Callable[[], str]:
     guards = Allocations("cuda" if where == "gpu" else "cpu")
     try:
         if where != "emulator":
+            tensors = list(call.tensors.values())
+            placed = {
+                id(tensor): beside.tensor
+                for tensor, beside in zip(tensors, guards.add_all(tensors), strict=True)
+            }
             with guards:
-                results = call.run(lambda tensor: guards.add(tensor).tensor, kernel)
+                results = call.run(lambda tensor: placed[id(tensor)], kernel)
         else:
             seed = int(name.split(":")[1])
             arch = sorted(DEVICES)[seed % len(DEVICES)]
@@ -52,8 +57,9 @@ def started(name: str, where: str) -> Callable[[], str]:
             raise
         raise CannotDoError from error
     around = []
-    for placed in guards.kept:
-        around += [placed.memory[: placed.begin - placed.memory.data_ptr()], placed.memory[-GUARD:]]
+    for kept in guards.kept:
+        before, after = kept.begin - kept.memory.data_ptr(), kept.end - kept.memory.data_ptr()
+        around += [kept.memory[:before], kept.memory[after:]]
     written = (torch.cat(around) != POISON).any() if around else torch.tensor(False)
 
     def wrong() -> str:

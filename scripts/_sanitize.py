@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import click
@@ -44,7 +45,11 @@ def main(tools: tuple[str, ...], operators: tuple[str, ...], seeds: int, listed:
         for entry in image.sidecar.kernels
     }
     calls, missing = reach(set(wanted), operators or tuple(random_calls.CALLS), seeds)
-    found = {tool: sanitize(tool, calls) for tool in tools or TOOLS}
+    click.echo(f"{len(calls)} calls reach {len(wanted) - len(missing)} of {len(wanted)} kernels")
+    with ThreadPoolExecutor() as pool:  # each tool has a process of its own
+        found = dict(
+            zip(tools or TOOLS, pool.map(lambda tool: sanitize(tool, calls), tools or TOOLS), strict=True)
+        )
     reached = Counter(unit for entry, unit in wanted.items() if entry not in missing)
     for unit, count in Counter(wanted.values()).items():
         click.echo(f"{unit:20} {reached[unit]:4} of {count:4} kernels")

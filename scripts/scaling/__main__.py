@@ -1,7 +1,8 @@
 """Runs experts on the ranks of torchrun: checks what they give, then times it; see scripts/expert_parallel.
 
 Checked is that each rank gets what it would get with all experts, to the last bit: values are small
-integers, whose sums are exact, so that it does not matter which kernels run. Then, for each shape, number of
+integers, whose sums are exact, so that it does not matter which kernels run; and that rows of fp8 come with
+their scales. Then, for each shape, number of
 tokens of a rank, routing and way to combine: times in CUDA graphs, medians, of the slowest rank; of dispatch
 and of combine with as much capacity as the tokens need, beside `all_to_all_single` of the same bytes; of the
 experts between them; of the layer; and of `fused_experts` with all experts and the tokens of all ranks. With
@@ -210,6 +211,31 @@ def check(ranks: Ranks, ways: Sequence[str]) -> int:
     return checked
 
 
+def check_scales(ranks: Ranks, ways: Sequence[str]) -> int:
+    """The number of ways by which rows of fp8 came with their scales, and back as what they stand for."""
+    shape, device, tokens = Shape(16, 4, 256, 64), ranks.device, 37
+    generator = torch.Generator().manual_seed(1)
+    ids = routed("uniform", tokens, shape, ranks.size)[ranks.rank * tokens : (ranks.rank + 1) * tokens].to(
+        device
+    )
+    for _ in range(ranks.rank + 1):  # other tokens on each rank
+        x = torch.randint(-4, 5, (tokens, shape.hidden), generator=generator)
+        scales = 2.0 ** torch.randint(-2, 3, (tokens, 2), generator=generator)
+    rows, scales = x.to(device).to(torch.float8_e4m3fn), scales.to(device)
+    meant = rows.float() * scales.repeat_interleave(128, dim=1)
+    weights = torch.ones(ids.shape, device=device)
+    for way, combine in itertools.product(ways, ("pairs", "partial")):
+        parallel = make(ranks, shape, way, tokens, combine=combine)
+        came = parallel.dispatch(rows, ids, weights, scales=scales)
+        assert came.scales is not None
+        own = torch.where(came.topk_ids >= 0, came.topk_weights, 0).sum(1, keepdim=True)
+        values = came.hidden_states.float() * came.scales.repeat_interleave(128, dim=1) * own
+        result = parallel.combine(torch.where(own > 0, values, 0).bfloat16(), came.handle)
+        same = torch.equal(result, (meant * shape.topk).bfloat16())
+        assert ranks.most(not same) == 0, f"{way}, {combine}: fp8 rows or scales are not those that were sent"
+    return len(ways)
+
+
 # ---- times
 
 
@@ -350,6 +376,7 @@ def main(arguments: list[str]) -> None:
     ranks.say(f"{ranks.size} ranks, {what}, torch {torch.__version__}, cupy_moe {cupy_moe.__version__}")
     ways = ["exact", "fixed", *(["symmetric"] if has_symmetric_memory(ranks) else [])]
     ranks.say(f"{check(ranks, ways)} layers gave the bits of one rank, by {', '.join(ways)}")
+    ranks.say(f"rows of fp8 came with their scales, and back, in {check_scales(ranks, ways)} ways")
     rows: list[dict[str, Any]] = []
     if not options.check:
         columns = [*COLUMNS, *(SYMMETRIC_COLUMNS if "symmetric" in ways else ())]

@@ -17,7 +17,7 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,7 +32,7 @@ from cupy_moe.cuda import launch, modules, tensor_map
 from cupy_moe.images import sources
 from cupy_moe.plans.base import DeviceLimits
 
-from .cases import POISON, Placed, place
+from .cases import Placed, place_all, place_poison
 
 HERE = Path(__file__).parent
 # Modules that launch kernels, and keep what they have prepared in functions called `_prepare`.
@@ -202,17 +202,21 @@ class Allocations(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if func in (torch.empty, torch.Tensor.new_empty):
-            placed = self.add(result)
-            placed.memory.fill_(POISON)
-            return placed.tensor
+            with torch._C.DisableTorchFunction():
+                self.kept.append(place_poison(result))
+            return self.kept[-1].tensor
         if func is torch.Tensor.contiguous and result is not args[0]:
             return self.add(result).tensor
         return result
 
     def add(self, tensor: torch.Tensor) -> Placed:
+        return self.add_all([tensor])[0]
+
+    def add_all(self, tensors: Iterable[torch.Tensor]) -> list[Placed]:
         with torch._C.DisableTorchFunction():
-            self.kept.append(place(tensor, self._device))
-        return self.kept[-1]
+            placed = place_all(tensors, self._device)
+        self.kept += placed
+        return placed
 
 
 class Emulator:

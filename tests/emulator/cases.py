@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +29,7 @@ from cupy_moe.cpu import sort as cpu_sort
 from cupy_moe.operators import quantize as quantize_operator
 from cupy_moe.operators.gate import GateOptions, _run
 from cupy_moe.plans.align import ALIGN_KERNELS
+from cupy_moe.plans.base import round_up
 from cupy_moe.plans.gate import GATE_KERNELS
 from cupy_moe.plans.permute import PERMUTE_KERNELS
 
@@ -49,14 +50,43 @@ GUARD, POISON = 256, 0x5A
 
 
 def place(tensor: torch.Tensor, device: str = "cpu") -> Placed:
-    size, off = tensor.element_size(), tensor.data_ptr() % 16
+    return place_all([tensor], device)[0]
+
+
+def place_all(tensors: Iterable[torch.Tensor], device: str) -> list[Placed]:
+    """Of tensors on the CPU, in one piece of memory, as each copy to a GPU takes its time."""
+    like, sizes = list(tensors), [_guarded_bytes(tensor) for tensor in tensors]
+    memory = torch.full((sum(sizes),), POISON, dtype=torch.uint8)
+    for placed, tensor in zip(_views(memory, like, sizes), like, strict=True):
+        placed.tensor.copy_(tensor)
+    return _views(memory.to(device), like, sizes)
+
+
+def place_poison(like: torch.Tensor) -> Placed:
+    """Memory beside `like` that nobody has written."""
+    size = _guarded_bytes(like)
+    memory = torch.full((size,), POISON, dtype=torch.uint8, device=like.device)
+    return _views(memory, [like], [size])[0]
+
+
+def _num_bytes(tensor: torch.Tensor) -> int:
     reach = sum(stride * (length - 1) for stride, length in zip(tensor.stride(), tensor.shape, strict=True))
-    num_bytes = (reach + 1) * size if tensor.numel() else 0
-    memory = torch.full((2 * GUARD + off + num_bytes,), POISON, dtype=torch.uint8, device=device)
-    inner = memory[GUARD + off : GUARD + off + num_bytes].view(tensor.dtype)
-    copy = inner.as_strided(tensor.shape, tensor.stride()).copy_(tensor)
-    begin = memory.data_ptr() + GUARD + off
-    return Placed(copy, memory, begin, begin + num_bytes)
+    return (reach + 1) * tensor.element_size() if tensor.numel() else 0
+
+
+def _guarded_bytes(tensor: torch.Tensor) -> int:
+    return round_up(2 * GUARD + tensor.data_ptr() % 16 + _num_bytes(tensor), 16)
+
+
+def _views(memory: torch.Tensor, like: list[torch.Tensor], sizes: list[int]) -> list[Placed]:
+    found = []
+    for part, tensor in zip(memory.split(sizes), like, strict=True):
+        first, num_bytes = GUARD + tensor.data_ptr() % 16, _num_bytes(tensor)
+        inner = part[first : first + num_bytes].view(tensor.dtype)
+        begin = part.data_ptr() + first
+        copy = inner.as_strided(tensor.shape, tensor.stride())
+        found.append(Placed(copy, part, begin, begin + num_bytes))
+    return found
 
 
 Results = tuple[torch.Tensor, ...]
