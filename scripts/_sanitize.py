@@ -46,6 +46,8 @@ def main(tools: tuple[str, ...], operators: tuple[str, ...], seeds: int, listed:
     }
     calls, missing = reach(set(wanted), operators or tuple(random_calls.CALLS), seeds)
     click.echo(f"{len(calls)} calls reach {len(wanted) - len(missing)} of {len(wanted)} kernels")
+    if missing and not operators:
+        click.echo(f"not reached: {', '.join(sorted(missing))}", err=True)
     with ThreadPoolExecutor() as pool:  # each tool has a process of its own
         found = dict(
             zip(tools or TOOLS, pool.map(lambda tool: sanitize(tool, calls), tools or TOOLS), strict=True)
@@ -54,8 +56,6 @@ def main(tools: tuple[str, ...], operators: tuple[str, ...], seeds: int, listed:
     for unit, count in Counter(wanted.values()).items():
         click.echo(f"{unit:20} {reached[unit]:4} of {count:4} kernels")
     click.echo(f"{len(calls)} calls; " + "; ".join(f"{tool}: {said}" for tool, said in found.items()))
-    if missing and not operators:
-        click.echo(f"not reached: {', '.join(sorted(missing))}", err=True)
     if FAILED in found.values() or (missing and not operators):
         sys.exit(1)
 
