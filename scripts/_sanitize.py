@@ -21,6 +21,7 @@ from cupy_moe.cuda import modules
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 FOUND = 86  # exit status
 FAILED = "FAILED"
+ENOUGH_SEEDS = 20  # for an operator to have launched something of each of its units
 # What a tool says of kernels whose names begin so, and why it is none.
 NOT_FOLLOWED = "copies of scales and their readers, which cp.async.mbarrier.arrive is between"
 EXPLAINED = {("racecheck", "experts_wgmma_fp8_"): NOT_FOLLOWED}
@@ -44,7 +45,7 @@ def main(tools: tuple[str, ...], operators: tuple[str, ...], seeds: int, listed:
         for image in modules.images(torch.cuda.current_device())
         for entry in image.sidecar.kernels
     }
-    calls, missing = reach(set(wanted), operators or tuple(random_calls.CALLS), seeds)
+    calls, missing = reach(wanted, operators or tuple(random_calls.CALLS), seeds)
     click.echo(f"{len(calls)} calls reach {len(wanted) - len(missing)} of {len(wanted)} kernels")
     if missing and not operators:
         click.echo(f"not reached: {', '.join(sorted(missing))}", err=True)
@@ -60,9 +61,11 @@ def main(tools: tuple[str, ...], operators: tuple[str, ...], seeds: int, listed:
         sys.exit(1)
 
 
-def reach(missing: set[str], operators: tuple[str, ...], seeds: int) -> tuple[list[str], set[str]]:
-    """Calls that launch each kernel once, found without a tool; and what none of them launched."""
-    seen: set[str] = set()
+def reach(wanted: dict[str, str], operators: tuple[str, ...], seeds: int) -> tuple[list[str], set[str]]:
+    """Calls that launch each kernel once, found without a tool; and what none of them launched. `wanted` has
+    the unit of each kernel: operators that launch none of those that are missing are not called any more."""
+    missing, seen = set(wanted), set[str]()
+    units: dict[str, set[str]] = {operator: set() for operator in operators}
     load = modules.function
 
     def function(device: int, unit: str, entry: str) -> object:
@@ -72,6 +75,10 @@ def reach(missing: set[str], operators: tuple[str, ...], seeds: int) -> tuple[li
     modules.function = function
     calls = []
     for name in random_calls.names(range(seeds), operators):
+        operator, seed = name.split(":")[:2]
+        if int(seed) >= ENOUGH_SEEDS and units[operator].isdisjoint(wanted[entry] for entry in missing):
+            continue
+        seen.clear()
         try:
             wrong = check(name)
         except ValueError:
@@ -80,8 +87,9 @@ def reach(missing: set[str], operators: tuple[str, ...], seeds: int) -> tuple[li
             continue  # the kernel cannot do it
         if wrong:
             raise click.ClickException(f"{name}: {wrong}")
+        units[operator] |= {wanted[entry] for entry in seen if entry in wanted}
         if seen & missing:
-            missing = missing - seen
+            missing -= seen
             calls.append(name)
         if not missing:
             break
