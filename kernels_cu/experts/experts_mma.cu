@@ -7,9 +7,7 @@
 // grid     blocks * column_tiles; block: kThreads
 // shared   kStages * (kRows + kWeightRows) * 128 bytes
 // limits   depth is a multiple of 8, rows and weights are aligned to 16 bytes
-// targets  sm_80 sm_86 sm_87 sm_89 sm_100 sm_120 compute_90
-//
-// Hopper has wgmma, so that nothing chooses these kernels there; who asks for one gets the PTX.
+// targets  sm_80 sm_86 sm_87 sm_89 sm_90 sm_100 sm_120 compute_90
 //
 // A block makes kRows rows by kColumns columns of the output. With a gate, a column takes two rows of weights: those of
 // eight gates and of their eight ups alternate in shared memory, so that a thread has the sums of both.
