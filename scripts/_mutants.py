@@ -419,6 +419,12 @@ MUTANTS = [
     Mutant("another swizzle than kernels read", MAP, "_ZEROS_OUTSIDE = 0, 3,", "_ZEROS_OUTSIDE = 0, 2,"),
     # without consequence
     Mutant("a row goes to each pair's rank", ROUTE, "bool is_first = rank >= 0;", "bool is_first = rank >= 0 && k == 0;"),
+    Mutant("few pairs: those of warps before do not count", ROUTE, "counts[b][lane_id()] = sum - count;", "counts[b][lane_id()] = 0;"),
+    Mutant("few pairs: a bucket begins where it ends", ROUTE, "args.offsets[bucket] = start;", "args.offsets[bucket] = start + total;"),
+    Mutant("few pairs: rows are sorted among pairs", ROUTE, "const u32 first_rows = args.has_pairs ? args.num_ranks : 0;", "const u32 first_rows = 0;"),
+    Mutant("few pairs: each pair is a row", ROUTE, "is_first = ranks[other] != rank;", "is_first = true;"),
+    Mutant("few pairs: the last offset is left out", ROUTE, "if (threadIdx.x == 0) args.offsets[num_buckets] = all;", ""),
+    Mutant("rows go back in the order of others", PUSH, "const u32 row = peer * args.room + position;", "const u32 row = index;"),
     Mutant("pairs beyond the room come back", PACK, "positions[k] < args.pair_capacity", "positions[k] <= args.pair_capacity"),
     Mutant("rows beyond the capacity are sent", PACK, "position < args.capacity.value;", "position <= args.capacity.value;"),
     Mutant("rows without a token keep their ids", PACK, "if (args.is_exact) return;", "return;"),
