@@ -206,7 +206,7 @@ MUTANTS = [
     Mutant("rows of unknown experts are left as they are", MMA_BOTH, "if (!args.clears_unknown) return;", "return;"),
     Mutant("one block more", MMA, "place.block * Tile::kRows >= (u32)*args.num_tokens_post_pad", "place.block * Tile::kRows > (u32)*args.num_tokens_post_pad", "that block has no expert, and its pairs are padding"),
     Mutant("blocks of experts that a map invents have no place", PLAN_EXPERTS, "blocks = min(num_pairs, all_experts) + max(0, num_pairs - all_experts)", "blocks = min(num_pairs, num_experts) + max(0, num_pairs - num_experts)"),
-    Mutant("the bias of the column beside", EXPERTS, "bias[Tile::weight_row(args, first_column, r)]", "bias[Tile::weight_row(args, first_column, r - e)]"),
+    Mutant("the bias of the column beside", EXPERTS, "mine[e * args.row_step]", "mine[0]"),
     Mutant("padding is written to row 0", MMA_BOTH, "if (exists && column < args.num_columns) {", "if (column < args.num_columns) {"),
     Mutant("padding is written to row 0, two columns at a time", MMA_BOTH, "if (exists && column < args.num_columns) *", "if (column < args.num_columns) *"),
     Mutant("quads transpose one pair of words by the other bit", MMA_BOTH, "exchange(words[1], words[3], is_upper, 2);", "exchange(words[1], words[3], is_odd, 2);"),
@@ -381,7 +381,7 @@ MUTANTS = [
     Mutant("blocks of unknown experts are left out", WGMMA, "b < args.num_blocks; b += gridDim.x) {", "b < args.num_blocks; b += 2 * gridDim.x) {"),
     Mutant("padding of unknown experts is cleared", WGMMA, "      if (pair >= args.num_pairs) break;\n      clear_row", "      clear_row"),
     Mutant("all but the first rows of unknown experts are left as they are", WGMMA, "for (u32 r = 0; r < kTileRows; ++r) {\n      const u32 pair = (u32)args", "for (u32 r = 0; r < 64; ++r) {\n      const u32 pair = (u32)args"),
-    Mutant("boxes have gates and ups the other way round", "cupy_moe/operators/experts.py", "(depth, 8, 2, columns // 8, experts), strides,", "(depth, 8, 2, columns // 8, experts), (strides[0], strides[2], strides[1], strides[3]),"),
+    Mutant("boxes have gates and ups the other way round", "cupy_moe/operators/_experts_launches.py", "(depth, 8, 2, columns // 8, experts), strides,", "(depth, 8, 2, columns // 8, experts), (strides[0], strides[2], strides[1], strides[3]),"),
     # mma.sync of fp8
     Mutant("the first half of a step twice", MMA_FP8, "weights + chunk_offset(r, (first + k) * 2 +", "weights + chunk_offset(r, k * 2 +"),
     Mutant("upper rows have the scales of lower ones, mma_fp8", MMA_FP8, "scales.rows[m * 16 + half * 8 + lane_id() / 4]", "scales.rows[m * 16 + lane_id() / 4]"),
@@ -418,7 +418,7 @@ MUTANTS = [
     Mutant("strides of a tensor map are those of the box", MAP, "(ctypes.c_uint64 * (rank - 1))(*strides)", "(ctypes.c_uint64 * (rank - 1))(*box[1:])"),
     Mutant("another swizzle than kernels read", MAP, "_ZEROS_OUTSIDE = 0, 3,", "_ZEROS_OUTSIDE = 0, 2,"),
     # without consequence
-    Mutant("a row goes to each pair's rank", ROUTE, "bool is_first = rank >= 0;", "bool is_first = rank >= 0 && k == 0;"),
+    Mutant("a row goes to each pair's rank", ROUTE, "is_first = rank_of(args, place_of(args, other, token)) != rank;", "is_first = true;"),
     Mutant("few pairs: those of warps before do not count", ROUTE, "counts[b][lane_id()] = sum - count;", "counts[b][lane_id()] = 0;"),
     Mutant("few pairs: a bucket begins where it ends", ROUTE, "args.offsets[bucket] = start;", "args.offsets[bucket] = start + total;"),
     Mutant("few pairs: rows are sorted among pairs", ROUTE, "const u32 first_rows = args.has_pairs ? args.num_ranks : 0;", "const u32 first_rows = 0;"),

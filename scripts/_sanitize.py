@@ -37,6 +37,7 @@ def main(tools: tuple[str, ...], operators: tuple[str, ...], seeds: int, listed:
 
     Fails where a tool finds something, a result is wrong, or a kernel was not reached.
     """
+    torch.set_num_threads(1)  # the calls are small, and the tools have a process each
     if listed:
         run_listed(json.loads(listed.read_text()))
         return

@@ -18,7 +18,7 @@ from operator_cases import Case
 import cupy_moe
 from cupy_moe import experts_workspace_bytes, fused_experts, fused_moe, topk_softmax
 from cupy_moe.cpu import experts as cpu
-from cupy_moe.operators import experts as operator
+from cupy_moe.operators import _experts_launches as launches
 from cupy_moe.operators.experts import ACTIVATIONS
 from cupy_moe.plans import experts as plans
 from cupy_moe.plans.experts import EXPERTS_KERNELS, TILES, plan_experts
@@ -282,8 +282,8 @@ def test_a_workspace_is_as_large_as_said(monkeypatch: pytest.MonkeyPatch) -> Non
     for num_tokens, num_experts in ((1, 4), (5, 128), (300, 64)):
         said = experts_workspace_bytes(num_tokens, 8, 64, 32, num_experts)
         for block_size in (0, 16, 32, 64, 128):
-            assert operator._lay_out(num_tokens * 8, 64, 32, num_experts, block_size).size <= said
-    monkeypatch.setattr(operator, "MAX_WORKSPACE_BYTES", 10_000)
+            assert launches.lay_out(num_tokens * 8, 64, 32, num_experts, block_size).size <= said
+    monkeypatch.setattr(launches, "MAX_WORKSPACE_BYTES", 10_000)
     assert experts_workspace_bytes(10**9, 8, 64, 32, 4) < 40_000
 
 
@@ -489,7 +489,7 @@ def test_parts_have_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
         whole = call(device.tensor)
     hidden, inner = call.tensors["w2"].shape[1:]
     per_token = 2 * call.tensors["topk_ids"].shape[1] * (hidden + inner)
-    monkeypatch.setattr(operator, "MAX_WORKSPACE_BYTES", 3 * per_token)
+    monkeypatch.setattr(launches, "MAX_WORKSPACE_BYTES", 3 * per_token)
     with Emulator(A100, 80)() as device:
         parts = call(device.tensor)
         assert len(device.launched) == 4 * -(-len(call.tensors["hidden_states"]) // 3)
@@ -504,7 +504,7 @@ def test_parts_have_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def device_kernels() -> list[str]:
-    limits = operator.device_limits(torch.cuda.current_device())
+    limits = launches.device_limits(torch.cuda.current_device())
     return [name for name in EXPERTS_KERNELS if name != "wgmma" or limits.runs("experts_wgmma")]
 
 
@@ -557,10 +557,10 @@ def test_gpu_parts_and_offsets_past_32_bits(monkeypatch: pytest.MonkeyPatch) -> 
     result = fused_experts(x, w1, w2, weights, ids)
     expected = cpu.fused_experts(x, w1[590:], w2[590:], weights, ids - 590)
     assert close(result, expected)
-    monkeypatch.setattr(operator, "MAX_WORKSPACE_BYTES", 20 * 2 * 2 * (hidden + inner))
-    operator._prepare.cache_clear()
+    monkeypatch.setattr(launches, "MAX_WORKSPACE_BYTES", 20 * 2 * 2 * (hidden + inner))
+    launches.prepare_experts.cache_clear()
     parts = fused_experts(x, w1, w2, weights, ids, kernel="mma_16")
-    operator._prepare.cache_clear()
+    launches.prepare_experts.cache_clear()
     monkeypatch.undo()
     assert torch.equal(parts, fused_experts(x, w1, w2, weights, ids, kernel="mma_16"))
 

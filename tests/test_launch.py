@@ -24,7 +24,8 @@ from cupy_moe.cuda import driver as driver_module
 from cupy_moe.cuda import launch, modules, tensor_map
 from cupy_moe.cuda.limits import device_limits
 from cupy_moe.errors import KernelLaunchError
-from cupy_moe.operators import align, align_batched, align_lora, experts, gate, permute, quantize, route, sort
+from cupy_moe.operators import _experts_launches as experts
+from cupy_moe.operators import align, align_batched, align_lora, gate, permute, quantize, route, sort
 from cupy_moe.operators import moe_sum as moe_sum_operator
 from cupy_moe.parallel import messages
 from cupy_moe.plans.base import LaunchPlan
@@ -208,7 +209,8 @@ def test_all_that_is_remembered_of_calls_takes_less_than_40_mb(
             Places(fp32, cuda, (128, 16, 6), (96, 6, 1)),
         )
         stored = Stored("fp8", places, (None, None), 128, 128)
-        experts._prepare(*sizes, cuda, "silu", torch.int32, 128, False, (1.0, 0.0, math.inf), None, stored)
+        given = "silu", torch.int32, 128, False, (1.0, 0.0, math.inf), None, stored
+        experts.prepare_experts(*sizes, cuda, *given)
         moved = permute._Sizes(
             num_tokens=6000 + i, hidden=7168, row_stride=7168, element_bytes=2, topk=8, block_size=1,
             num_experts=256, num_slots=8 * (6000 + i), num_blocks=8 * (6000 + i), maps=False, offset_bytes=4,

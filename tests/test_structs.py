@@ -18,7 +18,7 @@ import cupy_moe.parallel.messages
 from cupy_moe.cuda import structs
 from cupy_moe.cuda.structs import ArgumentStruct
 from cupy_moe.images import compiler, sources, targets
-from cupy_moe.operators import align, experts, gate
+from cupy_moe.operators import _experts_launches, align, gate
 from cupy_moe.plans import align as align_plans
 from cupy_moe.plans import base
 from cupy_moe.plans import experts as experts_plans
@@ -131,8 +131,8 @@ def camel(name: str) -> str:
         ("align/align.cuh", align.MapMode),
         ("gate/gate.cuh", gate.ElementType),
         ("gate/gate.cuh", gate.Scoring),
-        ("experts/experts.cuh", experts.Activation),
-        ("experts/formats.cuh", experts.ScaleType),
+        ("experts/experts.cuh", _experts_launches.Activation),
+        ("experts/formats.cuh", _experts_launches.ScaleType),
     ],
 )
 def test_enums_have_the_names_and_values_of_the_source(file: str, enumeration: type[enum.IntEnum]) -> None:

@@ -14,7 +14,7 @@ from cupy_moe.cuda import driver
 from cupy_moe.cuda.driver import INVALID_CONTEXT
 from cupy_moe.cuda.tensor_map import tensor_map
 from cupy_moe.errors import KernelLaunchError
-from cupy_moe.operators import experts as operator
+from cupy_moe.operators import _experts_launches as launches
 
 POINTER, WORD = ctypes.c_void_p, ctypes.c_uint32
 # CUresult cuTensorMapEncodeTiled(map, type, rank, address, sizes, strides, box, steps, four enums)
@@ -130,7 +130,7 @@ def test_a_box_has_eight_gates_then_their_ups(alternate: bool) -> None:
     """As `TileOf::weight_row` has it, for tiles and experts that no map could mix up."""
     columns, depth, row, expert = 200, 72, 80, 100_000
     gate, up = (2 * row, row) if alternate else (row, columns * row)
-    map_ = operator._map_gated("bf16", 3, columns, depth, expert, gate, up)
+    map_ = launches._map_gated("bf16", 3, columns, depth, expert, gate, up)
     box_columns = 64
     for first in range(0, 256, box_columns):
         found = rows_of_box(map_, (64, 0, 0, first // 8, 2))
@@ -143,7 +143,7 @@ def test_a_box_has_eight_gates_then_their_ups(alternate: bool) -> None:
 
 
 def test_a_box_without_a_gate_has_its_rows_in_order() -> None:
-    map_ = operator._map_plain("bf16", 3, 136, 72, 100_000, 80)
+    map_ = launches._map_plain("bf16", 3, 136, 72, 100_000, 80)
     for first in (0, 128):
         expected = [2 * (100_000 + r * 80) if r < 136 else None for r in range(first, first + 128)]
         assert rows_of_box(map_, (0, 0, first // 8, 0, 1)) == expected

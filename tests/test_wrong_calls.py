@@ -683,7 +683,7 @@ def watched(device: str) -> Iterator[list[str]]:
     """Launches, uses of the CPU specification and exchanges between ranks; "planned" launches nothing."""
     seen: list[str] = []
     modules = [importlib.import_module(f"cupy_moe.{name}") for name in LAUNCHING]
-    prepared = [f for m in modules for n, f in vars(m).items() if n.startswith("_prepare") and callable(f)]
+    prepared = [f for m in modules for n, f in vars(m).items() if n.lstrip("_").startswith("prepare")]
 
     def noted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any, **named: Any) -> Any:
@@ -703,12 +703,13 @@ def watched(device: str) -> Iterator[list[str]]:
 
     with pytest.MonkeyPatch.context() as patch:
         for module in modules:
-            patch.setattr(module, "bind", bind)
-            if device == "planned":
-                known = vars(module)["cuda_index"] if hasattr(module, "cuda_index") else None
+            patch.setattr(module, "bind", bind, raising=False)
+            if device == "planned" and hasattr(module, "cuda_index"):
+                known = module.cuda_index
                 index = lambda name, device, known=known: known(name, device) or 0  # noqa: E731
                 patch.setattr(module, "cuda_index", index)
                 patch.setattr(module, "device_limits", lambda _: H200, raising=False)
+            if device == "planned":
                 patch.setattr(module, "tensor_map", lambda *_: (0,) * 16, raising=False)
             for name, function in vars(getattr(module, "cpu", None) or object).items():
                 if inspect.isfunction(function) and name in SPECIFICATIONS:

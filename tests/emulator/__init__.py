@@ -36,7 +36,7 @@ from .cases import Placed, place_all, place_poison
 
 HERE = Path(__file__).parent
 # Modules that launch kernels, and keep what they have prepared in functions called `_prepare`.
-LAUNCHING = [*(f"operators.{stem}" for stem in STEMS), "parallel.messages"]
+LAUNCHING = [*(f"operators.{stem}" for stem in STEMS), "operators._experts_launches", "parallel.messages"]
 COMPILER = os.environ.get("CXX") or shutil.which("g++") or "g++"
 WATCHED = [
     "-std=c++17",
@@ -256,7 +256,7 @@ class Emulator:
             function
             for module in launching
             for name, function in vars(module).items()
-            if name.startswith("_prepare") and hasattr(function, "cache_clear")
+            if name.lstrip("_").startswith("prepare") and hasattr(function, "cache_clear")
         ]
 
         class Refused(Exception):
@@ -265,7 +265,8 @@ class Emulator:
         driver = SimpleNamespace(launchKernel=self._launch, CUDADriverError=Refused)
         with pytest.MonkeyPatch.context() as patch, self._allocations:
             for module in launching:
-                patch.setattr(module, "cuda_index", lambda name, device: 0)
+                if hasattr(module, "cuda_index"):
+                    patch.setattr(module, "cuda_index", lambda name, device: 0)
                 if hasattr(module, "device_limits"):
                     patch.setattr(module, "device_limits", lambda device: self.limits)
             for function in prepared:
