@@ -30,7 +30,7 @@ def options(seconds: float) -> list[str]:
 def test_every_operator_is_called_and_memory_is_flat() -> None:
     """In a process of its own, as memory that others have left is filled and emptied here."""
     environment = os.environ | {"PYTHONPATH": ".:tests:scripts"}
-    command = [sys.executable, "scripts/_soak.py", *options(2)]
+    command = [sys.executable, "scripts/_soak.py", *options(1)]
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     said, errors = run.stdout, run.stderr
     assert (run.returncode, errors) == (0, ""), said
