@@ -186,7 +186,7 @@ class Named(NamedTuple):
     kernel: str | None
 
 
-@functools.lru_cache(4)
+@functools.lru_cache(CALLS_KEPT)
 def _of_seed(function: Callable[[int], Call], seed: int) -> Call:
     """Once for all kernels."""
     return function(seed)
@@ -249,7 +249,7 @@ def names(seeds: range, operators: Collection[str], seldom: int = 1) -> Iterator
         for operator in operators:
             if number % seldom and operator in SLOW:
                 continue
-            call = CALLS[operator](seed)
+            call = _of_seed(CALLS[operator], seed)
             for kernel in (*((None,) if call.plans else ()), *call.kernels):
                 yield f"{operator}:{seed}" + (f":{kernel}" if kernel else "")
 

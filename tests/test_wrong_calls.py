@@ -977,6 +977,12 @@ def test_a_workspace_is_large_enough_and_of_its_own(name: str, row: str, device:
     overlapping = whole[begin : begin + arguments["out"].nbytes].view(torch.float16).view_as(arguments["out"])
     call = {**arguments, "workspace": whole[begin:], "out": overlapping}
     refuse(name, call, ValueError, "out: .*memory of its own, got some that workspace has", device)
+    # Also where there is no `out`: memory of an input would be written over.
+    read = (
+        whole[begin : begin + arguments["w2"].nbytes].view(arguments["w2"].dtype).view(arguments["w2"].shape)
+    )
+    call = {n: v for n, v in arguments.items() if n != "out"} | {"workspace": whole[begin:], "w2": read}
+    refuse(name, call, ValueError, "workspace: .*memory of its own, got some that w2 has", device)
     if device != "cpu":  # which takes none
         for wrong in (whole[begin : begin + 512], whole[begin + 16 :], whole[begin:][::2]):
             refuse(

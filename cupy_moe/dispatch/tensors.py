@@ -64,13 +64,7 @@ def check_written(
         spans = [(tensor.data_ptr(), tensor.nbytes) for tensor in tensors if tensor is not None]
     except RuntimeError:  # one without memory, which `address` refuses
         return
-    spans.sort()
-    end = 0
-    for begin, num_bytes in spans:
-        if begin < end:
-            break
-        end = begin + num_bytes
-    else:
+    if are_apart(spans):
         return  # as nearly always
     for number, tensor in enumerate(written):
         for other, beside in zip((*names, *read)[number + 1 :], tensors[number + 1 :], strict=True):
@@ -78,6 +72,17 @@ def check_written(
                 raise ValueError(
                     f"{names[number]}: expected memory of its own, got some that {other} has, too"
                 )
+
+
+def are_apart(spans: list[tuple[int, int]]) -> bool:
+    """Whether no two of these share memory: addresses and numbers of bytes, which are put in order."""
+    spans.sort()
+    end = 0
+    for begin, num_bytes in spans:
+        if begin < end:
+            return False
+        end = begin + num_bytes
+    return True
 
 
 def _share_memory(one: PlainTensor | None, other: PlainTensor | None) -> bool:

@@ -18,6 +18,7 @@ from ..dispatch.tensors import (
     PLAIN,
     PlainTensor,
     address,
+    are_apart,
     check_layout,
     check_tensor,
     check_written,
@@ -207,27 +208,14 @@ def moe_align_block_size(
                 and first.is_contiguous()
                 and second.is_contiguous()
             )
-            if fits:  # unless they share memory
-                a, b, c = first.data_ptr(), second.data_ptr(), third.data_ptr()
-                a_end, b_end, c_end = a + 4 * num_slots, b + 4 * num_blocks, c + 4
-                ids_end = ids + tensor.nbytes
-                fits = (
-                    (a_end <= b or b_end <= a)
-                    and (a_end <= c or c_end <= a)
-                    and (b_end <= c or c_end <= b)
-                    and (ids_end <= a or a_end <= ids)
-                    and (ids_end <= b or b_end <= ids)
-                    and (ids_end <= c or c_end <= ids)
-                )
+            if fits:
+                spans = [
+                    (ids, tensor.nbytes), (first.data_ptr(), 4 * num_slots),
+                    (second.data_ptr(), 4 * num_blocks), (third.data_ptr(), 4),
+                ]  # fmt: skip
                 if local is not None:
-                    mapped = local.data_ptr()
-                    map_end = mapped + 4 * num_experts
-                    fits = (
-                        fits
-                        and (map_end <= a or a_end <= mapped)
-                        and (map_end <= b or b_end <= mapped)
-                        and (map_end <= c or c_end <= mapped)
-                    )
+                    spans.append((local.data_ptr(), local.nbytes))
+                fits = are_apart(spans)
         except (RuntimeError, TypeError, ValueError):
             fits = False
         if not fits:

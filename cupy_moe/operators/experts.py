@@ -11,14 +11,7 @@ from ..cpu import experts as cpu
 from ..cuda.tensor_map import tensor_map
 from ..dispatch.arrays import Array, DLPackArray
 from ..dispatch.operator import Operator, is_watched
-from ..dispatch.tensors import (
-    PlainTensor,
-    address,
-    check_layout,
-    check_tensor,
-    check_written,
-    is_plain,
-)
+from ..dispatch.tensors import PlainTensor, address, check_layout, check_tensor, check_written, is_plain
 from ..plans.base import MAX_EXPERTS
 from ..plans.experts import EXPERTS_KERNELS, FP8_KERNELS, QUANTIZED_KERNELS
 from ..plans.gate import MAX_TOPK
@@ -81,7 +74,7 @@ def fused_experts(
                                                            their types and shapes are as it says
     workspace               [n]         uint8              n: `experts_workspace_bytes`; else allocated
     out                     [T, H]      as hidden_states   written instead of allocated; contiguous; may be
-                                                           `hidden_states`
+                                                           `hidden_states` or `shared_output`
     kernel                  one of EXPERTS_KERNELS,        forces one, for tests and benchmarks
                             or of QUANTIZED_KERNELS
 
@@ -233,15 +226,16 @@ def _fused_experts(
         output = x.new_empty((num_tokens, hidden))
     else:
         check_tensor("out", out, (dtype,), (num_tokens, hidden), device)
+    if workspace is not None:
+        _check_workspace(workspace, device)
+    if out is not None or workspace is not None:
         check_written(
             ("out", "workspace"), (out, workspace), w1=first, w2=second, topk_weights=weights, topk_ids=ids,
             expert_map=local, w1_bias=w1_bias, w2_bias=w2_bias,
-            shared_output=None if shared is None or shared.data_ptr() == out.data_ptr() else shared,
-            hidden_states=None if x.data_ptr() == out.data_ptr() else x,
+            shared_output=None if shared is None or shared.data_ptr() == output.data_ptr() else shared,
+            hidden_states=None if x.data_ptr() == output.data_ptr() else x,
             **(dict(zip(_STORED, stored, strict=True)) if stored else {}),
         )  # fmt: skip
-    if workspace is not None:
-        _check_workspace(workspace, device)
     experts = num_experts if local is None else total
     strides = x.stride(0), *first.stride()[:2], *second.stride()[:2]
     call = prepare_experts(

@@ -395,7 +395,8 @@ def ep_fused_experts(
     [5.0, 5.0, 5.0]
     >>> dist.destroy_process_group()
 
-    Cost: that of its three parts. Errors are theirs. Semantics: vLLM's modular fused MoE with all-to-all.
+    Cost: that of its three parts, and of the host, as all is checked before others wait, that of a call
+    without tokens. Errors are theirs. Semantics: vLLM's modular fused MoE with all-to-all.
     """
     if not isinstance(parallel, ExpertParallel):
         raise TypeError(f"parallel: expected an ExpertParallel, got {kind_of(parallel)}")

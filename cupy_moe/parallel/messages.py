@@ -1,6 +1,7 @@
 """What is sent between ranks, made and read: kernels on a GPU, `cupy_moe.cpu.parallel` on the CPU.
 
-Arguments are those of the CPU specification, and are checked by who calls. What is written is allocated here.
+Arguments are those of the CPU specification, but for what `route` returns as one, and are checked by who
+calls. What is written is allocated here.
 """
 
 from __future__ import annotations

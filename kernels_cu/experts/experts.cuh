@@ -183,8 +183,8 @@ __device__ __forceinline__ void load_router_weights(const Args& args, const u32*
 }
 
 // Bias, router weight, activation: for 16 rows of the tile in the layout of m16n8k16, by one warp, of kN products side by
-// side, for the rows of weights from first_weight_row on, a multiple of 16. One thing after another, as what a call does not have is then
-// jumped over once. With a gate, the results are where the gates were.
+// side, for the rows of weights from first_weight_row on, a multiple of 16. One thing after another, as what a call does
+// not have is then jumped over once. With a gate, the results are where the gates were.
 template <typename Tile, typename Args, u32 kN>
 __device__ __forceinline__ void finish_sums(const Args& args, const float (&weights)[2], u32 expert, u32 first_column,
                                             u32 first_weight_row, float (&sums)[kN][4]) {
