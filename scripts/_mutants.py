@@ -357,7 +357,7 @@ MUTANTS = [
     Mutant("the scale of the row before", WGMMA_FP8, "later[half] = args.row_scales[at[half]];", "later[half] = args.row_scales[at[half] ^ 1];"),
     Mutant("all steps have the scales of the first", WGMMA_FP8, "later[half] = args.row_scales[++at[half]];", "later[half] = args.row_scales[at[half]];"),
     Mutant("a step has the scales of the next", WGMMA_FP8, "        now[half] = later[half];\n        if (has_later) later[half] = args.row_scales[++at[half]];", "        if (has_later) later[half] = args.row_scales[++at[half]];\n        now[half] = later[half];"),
-    Mutant("scales are read behind the last", WGMMA_FP8, "row_scales.next(args, step + 1 < num_steps)", "row_scales.next(args, true)", "the workspace goes on behind them"),
+    Mutant("scales are read behind the last", WGMMA_FP8, "row_scales.next(args, step + 2 < num_steps)", "row_scales.next(args, true)", "the workspace goes on behind them: only initcheck sees it"),
     Mutant("each pair has scales of its own", WGMMA_FP8, "args.rows_shared.quotient(pair < args.num_pairs ? pair : first) * num_steps", "(pair < args.num_pairs ? pair : first) * num_steps"),
     Mutant("gates have the scales of ups", WGMMA_FP8, "factors[e / 2][n % 2]", "factors[e / 2][1 - n % 2]"),
     Mutant("upper rows have the scales of lower ones", WGMMA_FP8, "factors[e / 2][n % 2]", "factors[1 - e / 2][n % 2]"),

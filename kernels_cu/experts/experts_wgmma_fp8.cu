@@ -46,7 +46,7 @@ struct Product : TileOf<ElementType, kHasGate, kTileRows, kWeightRows, kThreads,
         commit_products();
 #pragma unroll
         for (u32 i = 0; i < 4; ++i) factors[i / 2][i % 2] = row_scales.now[i / 2] * of.weights[half][i % 2];
-        if (half == 1) row_scales.next(args, step + 1 < num_steps);
+        if (half == 1) row_scales.next(args, step + 2 < num_steps);
         wait_products<0>();
         if (half == 1) arrive_in_both(shared.empty[turn.index]);
 #pragma unroll

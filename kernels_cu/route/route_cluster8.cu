@@ -26,10 +26,7 @@ __device__ __forceinline__ void route_cluster(const RouteArgs& args) {
   __shared__ Inbox inbox;
   const u32 rank = cluster_rank<kCluster>(), num_threads = blockDim.x;
   const u32 num_results = args.topk + args.num_shared, ids_per_block = args.rows_per_block * num_results;
-  if (threadIdx.x == 0) {
-    inbox.open();
-    inbox.expect((kCluster - 1) * ids_per_block * sizeof(u32));
-  }
+  if (threadIdx.x == 0) inbox.open();
   cluster_arrive<kCluster>();
   const Placed placed(args, nullptr);
   u32* ids = (u32*)memory + Table((u32*)memory, placed).words();  // [kCluster][ids_per_block]
@@ -44,6 +41,7 @@ __device__ __forceinline__ void route_cluster(const RouteArgs& args) {
   u32* mine = ids + rank * ids_per_block;
   fill(mine, used, ids_per_block, ~0u, threadIdx.x, num_threads);
   __syncthreads();
+  if (threadIdx.x == 0) inbox.expect((kCluster - 1) * ids_per_block * sizeof(u32));
   cluster_wait<kCluster>();
 #pragma unroll 1
   for (u32 k = threadIdx.x; k < (kCluster - 1) * ids_per_block / 4; k += num_threads) {
