@@ -428,7 +428,7 @@ MUTANTS = [
     Mutant("pairs beyond the room come back", PACK, "positions[k] < args.pair_capacity", "positions[k] <= args.pair_capacity"),
     Mutant("rows beyond the capacity are sent", PACK, "position < args.capacity.value;", "position <= args.capacity.value;"),
     Mutant("rows without a token keep their ids", PACK, "if (args.is_exact) return;", "return;"),
-    Mutant("pairs of a row in the same slot", EXPAND, "before += locals[other] >= 0;", "before += 0;"),
+    Mutant("pairs of a row in the same slot", EXPAND, "if (other == k) slot = num_pairs;", ""),
     Mutant("slots without a pair keep their ids", EXPAND, "if (args.is_exact || part > 0) return;", "return;"),
     Mutant("rows go back to the first rank", PUSH, "args.peers[peer]", "args.peers[0]"),
     Mutant("a flag for oneself", SYNC, "args.peers[peer]) + args.rank", "args.peers[args.rank]) + peer"),

@@ -52,7 +52,7 @@ __device__ __forceinline__ uint2 slots_of_sender(const ExpandArgs& args, u32 row
   return make_uint2(pairs_before[rank], pairs_before[rank] + args.counts[2 * rank]);
 }
 
-// Whether any of topk ids is one. All threads of the block have a look.
+// Whether any of topk ids is one.
 __device__ __forceinline__ bool has_pair(const u32* ids, u32 topk) {
   u32 k = 0;
 #pragma unroll 1
@@ -75,18 +75,24 @@ extern "C" __global__ void __launch_bounds__(kThreads) ep_expand(const __grid_co
   const uint2 range = slots_of_sender(args, row);
   if (k < topk) locals[k] = (int)words[k];
   __syncthreads();
-  if (k < topk) {
-    u32 before = words[2 * topk];
+  u32 num_pairs = 0, slot = 0;
 #pragma unroll 1
-    for (u32 other = 0; other < k; ++other) before += locals[other] >= 0;
-    const u32 slot = range.x + before, end = min_u32(range.y, args.num_pairs);
-    const bool exists = locals[k] >= 0 && slot >= range.x && slot < end;
+  for (u32 other = 0; other < topk; ++other) {
+    if (other == k) slot = num_pairs;
+    num_pairs += locals[other] >= 0;
+  }
+  // Of a row without pairs, nothing else is read: nobody may have written it.
+  const u32 first_slot = range.x + (num_pairs > 0 ? words[2 * topk] : 0);
+  if (k < topk) {
+    slot += first_slot;
+    const bool exists = locals[k] >= 0 && slot >= range.x && slot < min_u32(range.y, args.num_pairs);
     slots[k] = slot;
     targets[k] = exists ? args.rows + (u64)slot * args.units_per_row * sizeof(uint4) : nullptr;
     if (exists && part == 0) args.ids[slot] = locals[k], args.weights[slot] = words[topk + k];
   }
   __syncthreads();
-  const u32 begin = part * args.units_per_part, end = min_u32(begin + args.units_per_part, args.units_per_row);
+  const u32 begin = part * args.units_per_part;
+  const u32 end = num_pairs > 0 ? min_u32(begin + args.units_per_part, args.units_per_row) : begin;
   copy_units(reinterpret_cast<const uint4*>(message), targets, topk, begin, end);
 #pragma unroll 1
   for (u32 to = warp_id(); part == 0 && to < topk; to += kThreads / kWarpSize) {
@@ -98,13 +104,9 @@ extern "C" __global__ void __launch_bounds__(kThreads) ep_expand(const __grid_co
   if (args.is_exact || part > 0) return;
 
   const u32 position = row - args.capacity.quotient(row) * args.capacity.value;
-  const bool is_row = has_pair(words, topk);
   const bool is_last = position + 1 == args.capacity.value || !has_pair(words + args.pitch / 4, topk);
-  if (!is_last || !(is_row || position == 0)) return;
-  u32 num_pairs = 0;
+  if (!is_last || !(num_pairs > 0 || position == 0)) return;
+  const u32 behind = first_slot + num_pairs;
 #pragma unroll 1
-  for (u32 other = 0; other < topk; ++other) num_pairs += locals[other] >= 0;
-  const u32 first = range.x + (is_row ? words[2 * topk] + num_pairs : 0);
-#pragma unroll 1
-  for (u32 slot = first + threadIdx.x; slot < min_u32(range.y, args.num_pairs); slot += kThreads) args.ids[slot] = -1;
+  for (u32 to = behind + threadIdx.x; to < min_u32(range.y, args.num_pairs); to += kThreads) args.ids[to] = -1;
 }
