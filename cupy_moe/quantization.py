@@ -62,7 +62,8 @@ class Quantization:
 
     format                "fp8", "int8", "int4"
     w1_scale, w2_scale    [E, R, C]               as given, with dimensions of 1 at the end
-    w1_zeros, w2_zeros    [E, R, C] uint8, None   of int4
+    w1_zeros, w2_zeros    [E, R, C] uint8, None   of int4; on GPUs, with bf16, odd ones above 128 count as
+                                                  even neighbours
     block_rows            int                     rows with one scale; 0: all, or, where `w1_scale` has two
                                                   for an expert, the first half of the rows of `w1`, and the
                                                   second

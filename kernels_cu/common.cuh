@@ -23,6 +23,15 @@ __device__ __forceinline__ u32 warp_id() { return threadIdx.x / kWarpSize; }
 // Where EMULATED is set, a C++ compiler makes of a kernel what runs on a CPU (tests/emulator). PTX then gives way to
 // functions called `plain_`, which do the same in C++; a test on GPUs compares the two.
 
+// Compilers otherwise make a value again each time it is used, where they think that this is cheap.
+template <typename T>
+__device__ __forceinline__ void keep_in_register(T& value) {
+#if !EMULATED
+  if constexpr (sizeof(T) == 8) asm volatile("" : "+l"(value));
+  else asm volatile("" : "+r"(value));
+#endif
+}
+
 __device__ __forceinline__ u32 plain_lanes_below() { return (1u << lane_id()) - 1; }
 __device__ __forceinline__ u32 lanes_below() {
 #if EMULATED

@@ -111,7 +111,14 @@ def quantized(seed: int, name: str, most_tokens: int = 40, **given: Any) -> tupl
     w1, w2 = call.tensors["w1"], call.tensors["w2"]
     tensors = {**call.tensors, "w1": _weights(format, *w1.shape), "w2": _weights(format, *w2.shape)}
     dtype = pick.choice(SCALES)
-    return call._replace(tensors=tensors), make(dtype, len(w1), w1.shape[1], *w2.shape[1:])
+    stored = make(dtype, len(w1), w1.shape[1], *w2.shape[1:])
+    if pick.random() < 0.3:  # padded rows
+        for weights in ("w1", "w2"):
+            rows = tensors[weights]
+            tensors[weights] = torch.cat([rows, _weights(format, *rows.shape[:2], 32)], dim=2)[
+                :, :, : rows.shape[2]
+            ]
+    return call._replace(tensors=tensors), stored
 
 
 def is_gated(call: Layer) -> bool:

@@ -37,7 +37,7 @@ def called(call: Layer, quantization: Quantization, place: Place, **more: Any) -
     return call(place, quantization=moved(quantization, place), **more)
 
 
-WEIGHTS_ALONE = ("quantized_8", "quantized_16")
+WEIGHTS_ALONE = ("quantized_8", "quantized_16", "quantized_48")
 
 
 def kernels_for(call: Layer) -> list[str]:
@@ -75,12 +75,15 @@ def planned(num_pairs: int, num_experts: int = 128, limits: Any = H200, **more: 
 def test_kernels_by_the_pairs_of_an_expert() -> None:
     assert [planned(n).kernel for n in (1, 128, 129)] == ["quantized_8", "quantized_8", "quantized_16"]
     assert [planned(n, 8).kernel for n in (32, 33)] == ["quantized_8", "quantized_16"]
+    most = plans.QUANTIZED_MEAN_PAIRS * 8
+    chosen = [planned(n, 8, weight_format=each).kernel for each in QUANTIZED_BITS for n in (most, most + 1)]
+    assert chosen == ["quantized_16", "quantized_48"] * len(QUANTIZED_BITS)
     forced = [
         planned(1, kernel=name, multiplies_fp8=True, limits=RTX4090 if name == "mma_fp8" else H200)
         for name in QUANTIZED_KERNELS
     ]
     assert [plan.kernel for plan in forced] == list(QUANTIZED_KERNELS)
-    assert [plan.block_size for plan in forced] == [0, 16, 128, 128]
+    assert [plan.block_size for plan in forced] == [0, 16, 48, 128, 128]
     with pytest.raises(ValueError, match="kernel='quantized_8': at most 128 pairs, got 129"):
         planned(129, kernel="quantized_8")
     with pytest.raises(ValueError, match=r"compute capability 8\.0"):
@@ -117,8 +120,11 @@ def test_fp8_is_multiplied_without_wgmma_where_experts_have_many_rows() -> None:
             "quantized_8", "quantized_16", "mma_fp8", "mma_fp8"
         ]  # fmt: skip
         assert chosen(limits, most, multiplies_fp8=False) == ["quantized_16"]
+        assert chosen(limits, most + 1, multiplies_fp8=False) == ["quantized_48"]
         of_others = plan_experts(most, 8, 16, 2048, 768, "bf16", True, limits, None, "fp8", True)
         assert of_others.kernel == "quantized_16"  # half of the pairs go to other ranks
+        of_others = plan_experts(2 * most, 8, 16, 2048, 768, "bf16", True, limits, None, "int4")
+        assert of_others.kernel == "quantized_16"
         assert chosen(limits, 1, kernel="mma_fp8") == ["mma_fp8"]
         for pairs, num_experts in ((1, 8), (1024, 8), (1025, 8), (1025, 3), (131_072, 128)):
             plan = planned(pairs, num_experts, limits, kernel="mma_fp8", multiplies_fp8=True)
@@ -139,18 +145,23 @@ def test_fp8_is_multiplied_without_wgmma_where_experts_have_many_rows() -> None:
 def test_plans_fit_their_devices_and_their_sources(weight_format: str) -> None:
     text = sources.unit(f"experts_{weight_format}").headers["experts/quantized.cuh"].decode()
     for limits in (A100, RTX4090, H200):
-        for pairs, name in ((1, "quantized_8"), (4096, "quantized_16")):
+        # Rows of weights, stages, and blocks that an SM of an H200 has room for.
+        for name, height, stages, most in (
+            ("quantized_8", 64, 3, 1), ("quantized_16", 128, 3, 3), ("quantized_48", 128, 2, 2)
+        ):  # fmt: skip
+            pairs = 1 if name == "quantized_8" else 4096
             plan = planned(pairs, limits=limits, weight_format=weight_format, kernel=name)
-            stage = 64 * 128 + plan_pairs(name) * 128 * 8 // QUANTIZED_BITS[weight_format] * 2
+            stage = height * 128 + plan_pairs(name) * 128 * 8 // QUANTIZED_BITS[weight_format] * 2
             for launch, columns, width in zip(plan.products, plan.columns, (768, 2048), strict=True):
                 assert launch.unit == f"experts_{weight_format}"
-                assert launch.shared_bytes == stage * (3 if name == "quantized_8" else 4)
+                assert launch.shared_bytes == stage * stages
                 static = plans.DIRECT_STATIC_BYTES if name == "quantized_8" else 0
                 assert launch.shared_bytes + static <= limits.shared_bytes
                 assert text.count(f", {plan_pairs(name)})") == 4  # entries
-                assert launch.grid <= plans.QUANTIZED_BLOCKS * limits.num_sms
                 if pairs == 1:
                     assert launch.grid == width // columns
+                elif limits == H200:
+                    assert launch.grid == most * limits.num_sms
 
 
 def plan_pairs(name: str) -> int:
@@ -163,8 +174,9 @@ def plan_pairs(name: str) -> int:
 @needs_compiler
 @pytest.mark.parametrize("name", FORMATS)
 def test_emulated(name: str) -> None:
-    """Each kernel, the same bits: with groups of its own and with those of align."""
-    for seed in range(3):
+    """Each kernel, the same bits: with groups of its own and with those of align. Gates before their ups,
+    between them, and none."""
+    for seed in (0, 3, 5):
         call, quantization = quantized(seed, name, 20)
         expected = call(lambda tensor: tensor, quantization=quantization)
         results = {}
@@ -181,9 +193,9 @@ def test_emulated(name: str) -> None:
 
 
 @needs_compiler
-@pytest.mark.parametrize("tokens", [8, 9, 16, 33])
+@pytest.mark.parametrize("tokens", [8, 9, 16, 33, 49])
 def test_emulated_with_groups(tokens: int) -> None:
-    """Of one expert: groups of up to 8 and 16 pairs; more tiles than blocks, more stages than steps."""
+    """Of one expert: groups of up to 8, 16 and 48 pairs; more tiles than blocks, more stages than steps."""
     for name, hidden, inner in (("fp8 by blocks", 528, 128), ("int4 by 32 with zeros", 1056, 96)):
         sizes = {"tokens": tokens, "topk": 1, "experts": 1, "hidden": hidden, "inner": inner}
         call, quantization = quantized(tokens, name, **sizes)

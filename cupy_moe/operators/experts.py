@@ -98,8 +98,8 @@ def fused_experts(
     10.0, 10.3, 12.0 and 12.1 from 32 pairs an expert on: rows of both products become e4m3, too, with an
     fp32 scale for 128 columns, as in DeepSeek-V3; on Hopper that takes less time. It is so where the hidden
     size is a multiple of 128, and a row of weights has one scale, or blocks of 128 x 128 have fp32 ones;
-    kernel="quantized_16" keeps 16 bits, and "wgmma_fp8", or "mma_fp8" for those without wgmma, tells the
-    result on a CPU, too.
+    kernel="quantized_16" or "quantized_48" keeps 16 bits, and "wgmma_fp8", or "mma_fp8" for those without
+    wgmma, tells the result on a CPU, too.
 
     >>> eye = torch.eye(8, dtype=torch.bfloat16)
     >>> w1 = torch.stack([eye, 2 * eye])  # two experts without a gate

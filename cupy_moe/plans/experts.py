@@ -25,11 +25,21 @@ DIRECT_MEAN_PAIRS = 4
 # Two blocks find room on an SM, but with so much each: one.
 DIRECT_ALONE_BYTES = 116 * 1024
 DIRECT_STATIC_BYTES = 6 * 1024  # `Groups`, rounded up
+RESERVED_BYTES = 1024  # of a block, by CUDA
 
-QUANTIZED_WEIGHT_ROWS = Constant(64, "experts/quantized.cuh:kTileWeights")
-QUANTIZED_FEW_STAGES = Constant(3, "experts/quantized.cuh:kFewStages")
-QUANTIZED_MANY_STAGES = Constant(4, "experts/quantized.cuh:kManyStages")
-QUANTIZED_BLOCKS = Constant(6, "experts/quantized.cuh:kBlocks")  # on an SM, at most
+QUANTIZED_FEW_ROWS = Constant(64, "experts/quantized.cuh:kFewWeights")
+QUANTIZED_MANY_ROWS = Constant(128, "experts/quantized.cuh:kManyWeights")
+QUANTIZED_STAGES = Constant(3, "experts/quantized.cuh:kStages")
+QUANTIZED_BIG_STAGES = Constant(2, "experts/quantized.cuh:kBigStages")
+QUANTIZED_BIG_PAIRS = Constant(48, "experts/quantized.cuh:kBigPairs")
+# Of an expert, on average, up to which blocks of 16 take less time than those of 48 on an H200.
+QUANTIZED_MEAN_PAIRS = 32
+# On an SM, at most, by the pairs of a block.
+QUANTIZED_BLOCKS = {
+    8: Constant(6, "experts/quantized.cuh:kFewBlocks"),
+    16: Constant(3, "experts/quantized.cuh:kManyBlocks"),
+    48: Constant(2, "experts/quantized.cuh:kBigBlocks"),
+}
 QUANTIZED_BITS = {"fp8": 8, "int8": 8, "int4": 4}
 
 WGMMA_ROWS = Constant(128, "experts/wgmma.cuh:kTileRows")
@@ -78,14 +88,14 @@ MMA_FP8_TILE = Tile(
     threads=int(Constant(256, "experts/experts_mma_fp8.cu:kThreads")),
     scale_bytes=4 * (MMA_FP8_ROWS + 4),  # sizeof(StageScales)
 )
-# Of an expert, on average: quantized_16 then reads its weights twice or more, but leaves rows as they are.
+# Of an expert, on average: quantized_16 and quantized_48 leave rows as they are, but take more time then.
 # From where on mma_fp8 takes less time, nobody has measured yet.
 MMA_FP8_MEAN_ROWS = 32
 
 # Which take products of fp8, as rows are then, too: one or the other by what a device has.
 FP8_KERNELS = ("wgmma_fp8", "mma_fp8")
 # By the pairs that share what is read and decoded of the weights.
-QUANTIZED_KERNELS = ("quantized_8", "quantized_16", *FP8_KERNELS)
+QUANTIZED_KERNELS = ("quantized_8", "quantized_16", "quantized_48", *FP8_KERNELS)
 
 
 class Reading(NamedTuple):
@@ -224,7 +234,7 @@ def _reads_faster_by_8(num_pairs: int, num_experts: int, hidden: int, intermedia
             for height, depth in sizes
         )
 
-    return us(READING_8, QUANTIZED_WEIGHT_ROWS) <= us(READING_FP8, WGMMA_WEIGHT_ROWS)
+    return us(READING_8, QUANTIZED_FEW_ROWS) <= us(READING_FP8, WGMMA_WEIGHT_ROWS)
 
 
 def _plan_quantized(
@@ -239,15 +249,18 @@ def _plan_quantized(
     kernel: str | None,
     few: bool,
 ) -> ExpertsPlan:
-    name = kernel or ("quantized_8" if few else "quantized_16")
+    is_big = num_pairs > QUANTIZED_MEAN_PAIRS * all_experts
+    name = kernel or ("quantized_8" if few else "quantized_48" if is_big else "quantized_16")
     pairs = int(name.removeprefix("quantized_"))
     if pairs == DIRECT_GROUP_PAIRS and num_pairs > DIRECT_MAX_PAIRS:
         raise ValueError(f"kernel={name!r}: at most {DIRECT_MAX_PAIRS} pairs, got {num_pairs}")
-    stage_bytes = QUANTIZED_WEIGHT_ROWS * ROW_BYTES + pairs * ROW_BYTES * 16 // QUANTIZED_BITS[weight_format]
-    stages = QUANTIZED_FEW_STAGES if pairs == DIRECT_GROUP_PAIRS else QUANTIZED_MANY_STAGES
-    shared_bytes = stages * stage_bytes
-    per_sm = min(QUANTIZED_BLOCKS, max(1, limits.shared_bytes // (shared_bytes + DIRECT_STATIC_BYTES)))
-    columns = tuple(int(QUANTIZED_WEIGHT_ROWS) // (2 if kind == "gated" else 1) for kind in kinds)
+    is_few = pairs == DIRECT_GROUP_PAIRS
+    rows = int(QUANTIZED_FEW_ROWS if is_few else QUANTIZED_MANY_ROWS)
+    stages = QUANTIZED_BIG_STAGES if pairs == QUANTIZED_BIG_PAIRS else QUANTIZED_STAGES
+    shared_bytes = stages * ROW_BYTES * (rows + pairs * 16 // QUANTIZED_BITS[weight_format])
+    beside = DIRECT_STATIC_BYTES if is_few else RESERVED_BYTES
+    per_sm = min(QUANTIZED_BLOCKS[pairs], max(1, limits.shared_bytes // (shared_bytes + beside)))
+    columns = tuple(rows // (2 if kind == "gated" else 1) for kind in kinds)
     # The most groups, where every expert has a pair, and all others go to one.
     groups = min(num_pairs, all_experts) + max(0, num_pairs - all_experts) // pairs
 
@@ -257,7 +270,7 @@ def _plan_quantized(
         return LaunchPlan(f"experts_{weight_format}", entry, grid, int(DIRECT_THREADS), shared_bytes, True)
 
     first, second = map(launch, kinds, widths, columns)
-    block_size = 0 if pairs == DIRECT_GROUP_PAIRS else pairs
+    block_size = 0 if is_few else pairs
     return ExpertsPlan(name, block_size, 1, (first, second), (columns[0], columns[1]))
 
 

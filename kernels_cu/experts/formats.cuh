@@ -6,10 +6,54 @@
 
 enum ScaleType : u32 { kScaleF32, kScaleBF16, kScaleF16 };
 
+// Both without a branch.
+struct ScaleReader {
+  bool is_word, is_half;
+  u32 size, shift;
+
+  __device__ __forceinline__ explicit ScaleReader(u32 scale_type)
+      : is_word(scale_type == kScaleF32),
+        is_half(scale_type == kScaleF16),
+        size(is_word ? 4 : 2),
+        shift(scale_type == kScaleBF16 ? 16 : 0) {}
+
+  __device__ __forceinline__ u32 bits(const char* place) const {
+#if EMULATED
+    return is_word ? *reinterpret_cast<const u32*>(place) : *reinterpret_cast<const u16*>(place);
+#else
+    u32 result;
+    asm volatile(
+        "{\n"
+        ".reg .pred is_word;\n"
+        "setp.ne.u32 is_word, %2, 0;\n"
+        "@is_word ld.global.u32 %0, [%1];\n"
+        "@!is_word ld.global.u16 %0, [%1];\n"
+        "}"
+        : "=r"(result)
+        : "l"(place), "r"((u32)is_word));
+    return result;
+#endif
+  }
+  __device__ __forceinline__ float value(u32 bits) const {
+    const float half = F16::to_float((u16)bits), other = __uint_as_float(bits << shift);
+    return is_half ? half : other;
+  }
+};
 __device__ __forceinline__ float load_scale(const char* scales, u32 scale_type, i64 index) {
-  if (scale_type == kScaleF32) return reinterpret_cast<const float*>(scales)[index];
-  const u16 bits = reinterpret_cast<const u16*>(scales)[index];
-  return scale_type == kScaleBF16 ? BF16::to_float(bits) : F16::to_float(bits);
+  const ScaleReader read(scale_type);
+  return read.value(read.bits(scales + index * read.size));
+}
+
+// word & kMask | bits, where compilers would take two instructions for two constants.
+template <u32 kMask>
+__device__ __forceinline__ u32 keep_and_set(u32 word, u32 bits) {
+#if EMULATED
+  return (word & kMask) | bits;
+#else
+  u32 result;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(result) : "r"(word), "n"(kMask), "r"(bits));
+  return result;
+#endif
 }
 
 // a * b + c of two elements each.
@@ -55,6 +99,10 @@ __device__ __forceinline__ u32 select_bytes(u32 word, u32 selector) {
 #endif
 }
 
+// Elements 0 and 1 of two words each, paired.
+__device__ __forceinline__ u32 lower_halves(u32 a, u32 b) { return __byte_perm(a, b, 0x5410); }
+__device__ __forceinline__ u32 upper_halves(u32 a, u32 b) { return __byte_perm(a, b, 0x7632); }
+
 // The same element twice.
 template <typename Element>
 __device__ __forceinline__ u32 twice(float value) {
@@ -63,10 +111,13 @@ __device__ __forceinline__ u32 twice(float value) {
 
 // A format has kBits, kPerWord values in a word, and `decode`, which gives them as pairs of elements: those for the first
 // and second half of the first product, then of the second, if there is one. `zero` is what `zero_word` has made of a
-// zero point.
+// zero point. The values of a pair are those that lie 16 bits apart, but for Fp8, which has neighbours; `in_order` brings
+// eight elements of a row, that are multiplied by eight values, into the same order.
 
 struct Fp8 {  // e4m3; NaN becomes 480
   static constexpr u32 kBits = 8, kPerWord = 4;
+  static constexpr bool kHasOrder = false;
+  static __device__ __forceinline__ uint4 in_order(uint4 row) { return row; }
   template <typename Element>
   static __device__ __forceinline__ u32 zero_word(u32) {
     return 0;
@@ -88,22 +139,29 @@ struct Fp8 {  // e4m3; NaN becomes 480
 
 struct Int8 {  // signed
   static constexpr u32 kBits = 8, kPerWord = 4;
+  static constexpr bool kHasOrder = true;
+  static __device__ __forceinline__ uint4 in_order(uint4 row) {
+    return make_uint4(lower_halves(row.x, row.y), upper_halves(row.x, row.y), lower_halves(row.z, row.w),
+                      upper_halves(row.z, row.w));
+  }
   template <typename Element>
   static __device__ __forceinline__ u32 zero_word(u32) {
     return 0;
   }
+  // Values 0 and 2, 1 and 3.
   template <typename Element>
   static __device__ __forceinline__ void decode(u32 word, u32, u32 (&pairs)[2]) {
 #pragma unroll
     for (u32 i = 0; i < 2; ++i) {
-      const u32 spread = __byte_perm(word, 0, i == 0 ? 0x4140 : 0x4342);
+      const u32 bytes = word >> (8 * i);
       if constexpr (Element::kExponentBits == 8) {
         // 128 + the lower 7 bits, less 128 or, with the sign bit, which is the lowest one of the exponent, 256
-        pairs[i] = multiply_add_pair<Element>((spread & 0x00800080u) | 0x43004300u, twice<Element>(-1.0f),
-                                              (spread & 0x007f007fu) | 0x43004300u);
+        pairs[i] = multiply_add_pair<Element>(keep_and_set<0x00800080u>(bytes, 0x43004300u), twice<Element>(-1.0f),
+                                              keep_and_set<0x007f007fu>(bytes, 0x43004300u));
       } else {
         // 1024 + the value + 128
-        pairs[i] = multiply_add_pair<Element>(spread ^ 0x64806480u, twice<Element>(1.0f), twice<Element>(-1152.0f));
+        pairs[i] = multiply_add_pair<Element>(keep_and_set<0x00ff00ffu>(bytes ^ 0x00800080u, 0x64006400u),
+                                              twice<Element>(1.0f), twice<Element>(-1152.0f));
       }
     }
   }
@@ -111,6 +169,11 @@ struct Int8 {  // signed
 
 struct Int4 {
   static constexpr u32 kBits = 4, kPerWord = 8;
+  static constexpr bool kHasOrder = true;
+  static __device__ __forceinline__ uint4 in_order(uint4 row) {
+    return make_uint4(lower_halves(row.x, row.z), upper_halves(row.x, row.z), lower_halves(row.y, row.w),
+                      upper_halves(row.y, row.w));
+  }
   template <typename Element>
   static constexpr float kOffset = Element::kExponentBits == 8 ? 128.0f : 1024.0f;
   template <typename Element>
@@ -120,10 +183,11 @@ struct Int4 {
   // Values 0 and 4, 1 and 5, 2 and 6, 3 and 7.
   template <typename Element>
   static __device__ __forceinline__ void decode(u32 word, u32 zero, u32 (&pairs)[4]) {
+    constexpr u32 kOffsetBits = Element::kExponentBits == 8 ? 0x43004300u : 0x64006400u;
 #pragma unroll
     for (u32 i = 0; i < 4; ++i) {
-      const u32 offset = Element::kExponentBits == 8 ? 0x43004300u : 0x64006400u;
-      pairs[i] = multiply_add_pair<Element>((word >> (4 * i) & 0x000f000fu) | offset, twice<Element>(1.0f), zero);
+      pairs[i] = multiply_add_pair<Element>(keep_and_set<0x000f000fu>(word >> (4 * i), kOffsetBits),
+                                            twice<Element>(1.0f), zero);
     }
   }
 };

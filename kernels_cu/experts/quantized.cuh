@@ -6,21 +6,24 @@
 //          num_tokens_post_pad of moe_align_block_size with blocks of kPairs
 //          rows, weights, scales, zeros, bias and topk_weights as in ExpertsQuantizedArgs
 // out      output [num_pairs, num_columns] of Element, the rows of pairs whose expert is here; in GEMM 2 zeros for others
-// grid     any number of blocks; best two for each SM; block: kThreads
-// shared   kStages * kStageBytes of QuantizedTile
+// grid     any number of blocks; best as many as find room, up to kBlocks on each SM; block: kThreads
+// shared   kNumStages * kStageBytes of QuantizedTile
 // limits   with kPairs = 8: num_pairs <= kMaxPairs; depth is a multiple of 16 bytes of weights, num_columns of 8; a group
 //          of columns with one scale is a multiple of 32; rows and weights are aligned to 16 bytes
 //
 // As experts_direct.cu: weights are what takes time, so each is read and decoded once for kPairs pairs, and what is asked
-// for runs ahead of what is multiplied, from one tile to the next.
+// for runs ahead of what is multiplied, from one tile to the next. Decoding takes as many instructions as an SM has while
+// weights come, so the loop has little else: rows come into the order that makes decoding cheap by those who copied them,
+// and scales and zero points are asked for a group ahead.
 //
 //   1  groups: up to kPairs pairs of one expert
-//   2  a block takes kTileWeights rows of weights of a group at a time; per kWeightBytes of them: wait for this step, ask
-//      for what comes kStages - 1 steps later, decode, multiply; where a group of columns ends, its scale
+//   2  a block takes kTileWeights rows of weights of a group at a time; per kWeightBytes of them: wait for this step, put
+//      its rows in order, ask for what comes kNumStages - 1 steps later, decode, multiply; after each kUnit columns, or
+//      after each group of columns with one scale, if these are no multiple of kUnit, the scale
 //   3  bias, router weight, activation; write
 //
-// Order: over the depth ascending, 16 or 32 at a time, a group of columns by itself, for each element alone: a row has the
-// same bits in every batch, and with every kPairs.
+// Order: over the depth ascending, 16 or 32 at a time, kUnit columns or such a group by themselves, for each element
+// alone: a row has the same bits in every batch, and with every kPairs.
 #pragma once
 #include "experts/formats.cuh"
 #include "experts/swapped.cuh"
@@ -57,20 +60,33 @@ struct ExpertsQuantizedArgs {
   float alpha, beta, limit;  // of kSwiglu
 };
 
-constexpr u32 kThreads = kMaxPairs, kTileWeights = 64;
+constexpr u32 kThreads = kMaxPairs;
 constexpr u32 kWeightBytes = kRowBytes;  // of a row, of a step
-// With groups of its own, and with blocks of align: kBlocks of the former find room on an SM of 227 KB.
-constexpr u32 kFewStages = 3, kManyStages = 4, kBlocks = 6;
+// By the pairs of a block: few, in groups of its own; those of a block of align; kBigPairs. Rows of weights of a tile,
+// stages, and blocks that an SM has room and registers for, if it has 227 KB.
+constexpr u32 kFewWeights = 64, kManyWeights = 128;
+constexpr u32 kStages = 3, kBigStages = 2, kBigPairs = 48;
+constexpr u32 kFewBlocks = 6, kManyBlocks = 3, kBigBlocks = 2;
+constexpr u32 kUnit = 128;  // of the depth, whose products are added up by themselves
 
 template <typename ElementType, bool kHasGate, typename FormatType, u32 kNumPairs>
-struct QuantizedTile : TileOf<ElementType, kHasGate, kNumPairs, kTileWeights, kThreads> {
+struct QuantizedTile
+    : TileOf<ElementType, kHasGate, kNumPairs, kNumPairs == kGroupPairs ? kFewWeights : kManyWeights, kThreads> {
   using Format = FormatType;
   static constexpr u32 kPairs = kNumPairs;
+  static constexpr u32 kTileWeights = kPairs == kGroupPairs ? kFewWeights : kManyWeights;
+  static constexpr u32 kM = kTileWeights / (kThreads / kWarpSize * 16), kN = kPairs / 8;  // products of a warp
   static constexpr bool kFinds = kPairs == kGroupPairs;           // groups by itself, without align
   static constexpr u32 kStep = kWeightBytes * 8 / Format::kBits;  // of the depth
   static constexpr u32 kRowChunks = kStep / 8;                    // of a row, of a step
   static constexpr u32 kStageBytes = kTileWeights * kWeightBytes + kPairs * kStep * 2;
-  static constexpr u32 kStages = kFinds ? kFewStages : kManyStages;
+  static constexpr bool kIsBig = kPairs == kBigPairs;
+  static constexpr u32 kNumStages = kIsBig ? kBigStages : kStages;
+  static constexpr u32 kBlocks = kIsBig               ? kBigBlocks
+                                 : !kFinds            ? kManyBlocks
+                                 : Format::kBits == 8 ? kFewBlocks
+                                                      : kFewBlocks - 1;
+  static constexpr u32 kUnitChunks = kUnit * Format::kBits / 128;  // 16 bytes of weights
 
   // Where a chunk of a row lies behind the weights of a stage. What a warp reads at once, 32 bytes of 4 rows each or 64 of
   // 2, does not meet in a bank.
@@ -101,9 +117,12 @@ struct Source {
 // What a block has asked for: steps in order, from one tile to the next. Eight threads copy a step of a row of weights.
 template <typename Tile>
 struct Stream {
-  static constexpr u32 kWeightsAtOnce = kThreads / kChunks, kMyWeights = kTileWeights / kWeightsAtOnce;
-  static constexpr u32 kRowsAtOnce = kThreads / Tile::kRowChunks,
-                       kMyRows = (Tile::kPairs + kRowsAtOnce - 1) / kRowsAtOnce;
+  static constexpr u32 kWeightsAtOnce = kThreads / kChunks, kMyWeights = Tile::kTileWeights / kWeightsAtOnce;
+  static constexpr u32 kRowsAtOnce = kThreads / Tile::kRowChunks, kMyRows = Tile::kPairs / kRowsAtOnce;
+  static constexpr u32 kRowsOfWarp = kWarpSize / Tile::kRowChunks;  // at once
+  static_assert(Tile::kPairs % kRowsAtOnce == 0 && kRowsAtOnce % 4 == 0,
+                "row_offset depends on the row's number below 4");
+  static_assert(kRowsOfWarp * kMyRows <= kWarpSize, "a lane for each row of a warp");
   const ExpertsQuantizedArgs& args;
   Source<Tile> source;
   u32 num_steps;                // of a tile
@@ -111,8 +130,10 @@ struct Stream {
   u32 left;                     // steps of this tile
   u32 stage;                    // in bytes
   u32 weight_depth, row_depth;  // values of a row that are left for the chunks of this thread, or fewer than 1
-  const char *weights[kMyWeights], *rows[kMyRows];
-  u32 row_bytes[kMyRows];  // 0: zeros
+  const char *weights, *rows;   // of the next step; from one row of weights to the next are `weights_apart` bytes
+  i64 weights_apart;
+  u32 num_weights;  // of kMyWeights; the others are behind the last column
+  u32 row;          // one of those that the warp copies, or kNobody
 
   __device__ __forceinline__ Stream(const ExpertsQuantizedArgs& args, const Source<Tile>& source)
       : args(args),
@@ -120,37 +141,42 @@ struct Stream {
         num_steps(ceil_div(args.depth, Tile::kStep)),
         place(blockIdx.x),
         end(source.count() * args.tiles.value),
-        stage(0) {
+        stage(0),
+        weights_apart(Tile::column(kWeightsAtOnce) * args.row_step * args.weight_stride) {
     begin();
   }
 
   __device__ __forceinline__ u32 group() const { return args.tiles.quotient(place); }
   __device__ __forceinline__ u32 first_column() const { return (place - group() * args.tiles.value) * Tile::kColumns; }
 
-  // Rows of weights behind the last column, and of an expert that is not here, are any rows: what comes of them is not
-  // used.
+  // Of an expert that is not here, rows of weights are any: what comes of them is not used.
   __device__ __forceinline__ void begin() {
     left = num_steps;
     if (place >= end) return;
     const u32 group = this->group(), first_column = this->first_column(), expert = source.expert(group);
     const u32 weight_chunk = threadIdx.x % kChunks, row_chunk = threadIdx.x % Tile::kRowChunks;
-    const char* mine = args.weights + (expert < args.num_experts ? expert : 0) * args.expert_stride + weight_chunk * 16;
+    const u32 first = threadIdx.x / kChunks;
+    num_weights = 0;
 #pragma unroll
-    for (u32 i = 0; i < kMyWeights; ++i) {
-      const u32 r = threadIdx.x / kChunks + i * kWeightsAtOnce;
-      const bool exists = first_column + Tile::column(r) < args.num_columns;
-      weights[i] = mine + (exists ? Tile::weight_row(args, first_column, r) : 0) * args.weight_stride;
+    for (u32 i = 0; i < kMyWeights; ++i)
+      num_weights += first_column + Tile::column(first + i * kWeightsAtOnce) < args.num_columns;
+    weights = args.weights + (expert < args.num_experts ? expert : 0) * args.expert_stride + weight_chunk * 16 +
+              (num_weights > 0 ? Tile::weight_row(args, first_column, first) : 0) * args.weight_stride;
+    row = kNobody;
+    if (lane_id() < kRowsOfWarp * kMyRows) {
+      const u32 r = warp_id() * kRowsOfWarp + lane_id() / kMyRows + lane_id() % kMyRows * kRowsAtOnce;
+      const u32 pair = source.pairs(group)[r];
+      if (pair < args.num_pairs) row = args.rows_shared.quotient(pair);
     }
-#pragma unroll
-    for (u32 i = 0; i < kMyRows; ++i) {
-      const u32 r = threadIdx.x / Tile::kRowChunks + i * kRowsAtOnce;
-      const u32 pair = r < Tile::kPairs ? source.pairs(group)[r] : kNobody;
-      const bool exists = pair < args.num_pairs;
-      rows[i] = args.rows + (exists ? args.rows_shared.quotient(pair) : 0) * args.row_stride + row_chunk * 16;
-      row_bytes[i] = exists ? 16 : 0;
-    }
+    rows = args.rows + row_chunk * 16;
     weight_depth = args.depth - weight_chunk * (128 / Tile::Format::kBits);
     row_depth = args.depth - row_chunk * 8;
+  }
+
+  // Where this thread's first chunk of a stage's rows is; the others are kRowsAtOnce lines apart.
+  __device__ __forceinline__ static u32 row_place() {
+    return Tile::kTileWeights * kWeightBytes +
+           Tile::row_offset(threadIdx.x / Tile::kRowChunks, threadIdx.x % Tile::kRowChunks);
   }
 
   // The next step, of one of them or of both; without a commit_copies, which is due even where there is no step left.
@@ -158,25 +184,24 @@ struct Stream {
     if (place < end) {
       if (for_weights) {
         char* to = stages + stage + chunk_offset(threadIdx.x / kChunks, threadIdx.x % kChunks);
+        const u32 num_here = (i32)weight_depth > 0 ? num_weights : 0;
+        const char* from = weights;
 #pragma unroll
-        for (u32 i = 0; i < kMyWeights; ++i) {
-          copy_async(to + i * kWeightsAtOnce * kRowBytes, weights[i], (i32)weight_depth > 0);
-        }
+        for (u32 i = 0; i < kMyWeights; ++i, from += weights_apart)
+          copy_async(to + i * kWeightsAtOnce * kRowBytes, from, i < num_here);
       }
       if (for_rows) {
-        char* to = stages + stage + kTileWeights * kWeightBytes;
+        char* to = stages + stage + row_place();
 #pragma unroll
         for (u32 i = 0; i < kMyRows; ++i) {
-          const u32 r = threadIdx.x / Tile::kRowChunks + i * kRowsAtOnce;
-          if (Tile::kPairs % kRowsAtOnce != 0 && r >= Tile::kPairs) continue;
-          copy_async_of((i32)row_depth > 0 ? row_bytes[i] : 0, to + Tile::row_offset(r, threadIdx.x % Tile::kRowChunks),
-                        rows[i]);
+          const u32 its_row = __shfl_sync(kFullWarp, row, lane_id() / Tile::kRowChunks * kMyRows + i);
+          const bool exists = its_row != kNobody;
+          copy_async(to + i * kRowsAtOnce * kRowBytes, rows + (u64)(exists ? its_row : 0) * args.row_stride,
+                     exists && (i32)row_depth > 0);
         }
       }
-#pragma unroll
-      for (u32 i = 0; i < kMyWeights; ++i) weights[i] += kWeightBytes;
-#pragma unroll
-      for (u32 i = 0; i < kMyRows; ++i) rows[i] += Tile::kStep * 2;
+      weights += kWeightBytes;
+      rows += Tile::kStep * 2;
       weight_depth -= Tile::kStep;
       row_depth -= Tile::kStep;
       if (--left == 0) {
@@ -185,107 +210,189 @@ struct Stream {
       }
     }
     stage += Tile::kStageBytes;
-    if (stage == Tile::kStages * Tile::kStageBytes) stage = 0;
+    if (stage == Tile::kNumStages * Tile::kStageBytes) stage = 0;
   }
 };
 
-// Scales and zero points of the two rows of weights that a lane has, from one group of columns to the next; they are asked
-// for a group ahead.
+// Brings what this thread has copied of a stage's rows into the order in which weights are decoded.
+template <typename Tile>
+__device__ __forceinline__ void put_rows_in_order(char* stage) {
+  if (!Tile::Format::kHasOrder) return;
+  char* place = stage + Stream<Tile>::row_place();
+#pragma unroll
+  for (u32 i = 0; i < Stream<Tile>::kMyRows; ++i) {
+    uint4* row = reinterpret_cast<uint4*>(place + i * Stream<Tile>::kRowsAtOnce * kRowBytes);
+    *row = Tile::Format::in_order(*row);
+  }
+}
+
+// Scales and zero points of the rows of weights that a lane has, from one group of columns to the next. They are asked for
+// a group ahead, and nothing is made of them before they are used, which would wait for them.
 template <typename Tile>
 struct Scales {
   using Element = typename Tile::Element;
   using Format = typename Tile::Format;
+  static constexpr u32 kRows = 2 * Tile::kM;
   const ExpertsQuantizedArgs& args;
-  i64 scale_at[2], zero_at[2];
-  u32 group, left;  // chunks of this group
-  float scale[2];
-  u32 zero[2], next_zero[2];
+  const ScaleReader read;
+  const i64 group_bytes;            // from a scale to that of the next group
+  const char* scale_places[kRows];  // of the group to ask for, of which there are `coming`
+  const u8* zero_places[kRows];
+  u32 coming, left;  // left: chunks of this group
+  u32 scale[kRows], next_scale[kRows], next_zero[kRows];
+  u32 zero[kRows];  // as Format wants it
 
   __device__ __forceinline__ Scales(const ExpertsQuantizedArgs& args, u32 expert, u32 first_column,
                                     u32 first_weight_row)
-      : args(args), group(0), left(args.group_chunks) {
+      : args(args), read(args.scale_type), group_bytes(args.scale_group_stride * read.size), coming(args.num_groups) {
 #pragma unroll
-    for (u32 half = 0; half < 2; ++half) {
-      const u32 r = first_weight_row + lane_id() / 4 + half * 8;
+    for (u32 i = 0; i < kRows; ++i) {
+      const u32 r = first_weight_row + lane_id() / 4 + i * 8;
       const bool exists = expert < args.num_experts && first_column + Tile::column(r) < args.num_columns;
       const u32 row = exists ? Tile::weight_row(args, first_column, r) : 0, of = exists ? expert : 0;
-      scale_at[half] = of * args.scale_expert_stride + args.scale_rows.quotient(row) * args.scale_row_stride;
-      zero_at[half] = of * args.zero_expert_stride + row * args.zero_row_stride;
-      scale[half] = load_scale(args.scales, args.scale_type, scale_at[half]);
-      zero[half] = load_zero(half, 0);
-      next_zero[half] = load_zero(half, 1);
+      const i64 at = of * args.scale_expert_stride + args.scale_rows.quotient(row) * args.scale_row_stride;
+      scale_places[i] = args.scales + at * read.size;
+      zero_places[i] = args.zeros + of * args.zero_expert_stride + row * args.zero_row_stride;
+      zero[i] = Format::template zero_word<Element>(8);
+      next_zero[i] = has_zeros() ? *zero_places[i] : 8;
+      zero_places[i] += args.zero_group_stride;
     }
+    ask();
+    next();
   }
+  __device__ __forceinline__ bool has_zeros() const { return Format::kBits == 4 && args.zeros != nullptr; }
 
-  __device__ __forceinline__ u32 load_zero(u32 half, u32 of_group) const {
-    if (Format::kBits != 4) return 0;
-    const u32 zero = args.zeros == nullptr
-                         ? 8
-                         : args.zeros[zero_at[half] + min_u32(of_group, args.num_groups - 1) * args.zero_group_stride];
-    return Format::template zero_word<Element>(zero);
-  }
-
-  // The sums of a group of columns to those of all.
-  template <u32 kN>
-  __device__ __forceinline__ void add(float (&sums)[kN][4], float (&part)[kN][4]) const {
+  __device__ __forceinline__ void ask() {
+    if (coming == 0) return;
+    --coming;
 #pragma unroll
-    for (u32 n = 0; n < kN; ++n) {
-#pragma unroll
-      for (u32 e = 0; e < 4; ++e) {
-        sums[n][e] += part[n][e] * scale[e / 2];
-        part[n][e] = 0.0f;
-      }
+    for (u32 i = 0; i < kRows; ++i) {
+      next_scale[i] = read.bits(scale_places[i]);
+      scale_places[i] += group_bytes;
     }
   }
 
   __device__ __forceinline__ void next() {
-    ++group;
     left = args.group_chunks;
 #pragma unroll
-    for (u32 half = 0; half < 2; ++half) {
-      scale[half] = load_scale(args.scales, args.scale_type,
-                               scale_at[half] + min_u32(group, args.num_groups - 1) * args.scale_group_stride);
-      zero[half] = next_zero[half];
-      next_zero[half] = load_zero(half, group + 1);
+    for (u32 i = 0; i < kRows; ++i) scale[i] = next_scale[i];
+    if (has_zeros()) next_zeros();
+    ask();
+  }
+
+  // As most calls have none, not among the products: a jump takes less than instructions that do nothing.
+  __device__ __forceinline__ void next_zeros() {
+#pragma unroll
+    for (u32 i = 0; i < kRows; ++i) zero[i] = Format::template zero_word<Element>(next_zero[i]);
+    if (coming == 0) return;
+#pragma unroll
+    for (u32 i = 0; i < kRows; ++i) {
+      next_zero[i] = *zero_places[i];
+      zero_places[i] += args.zero_group_stride;
+    }
+  }
+
+  // Whether the group ends with the next `num_chunks`.
+  __device__ __forceinline__ bool ends(u32 num_chunks) {
+    left -= num_chunks;
+    return left == 0;
+  }
+
+  // Sums of products of this group to those of all.
+  __device__ __forceinline__ void add(float (&sums)[Tile::kM][Tile::kN][4],
+                                      float (&part)[Tile::kM][Tile::kN][4]) const {
+#pragma unroll
+    for (u32 m = 0; m < Tile::kM; ++m) {
+#pragma unroll
+      for (u32 half = 0; half < 2; ++half) {
+        const float factor = read.value(scale[m * 2 + half]);
+#pragma unroll
+        for (u32 n = 0; n < Tile::kN; ++n) {
+#pragma unroll
+          for (u32 e = half * 2; e < half * 2 + 2; ++e) {
+            sums[m][n][e] = fmaf(part[m][n][e], factor, sums[m][n][e]);
+            part[m][n][e] = 0.0f;
+          }
+        }
+      }
     }
   }
 };
 
-// Where a lane finds what it needs in a stage: rows of weights, by two chunks, and its part of a row of the pairs' for a
-// chunk of weights.
-__device__ __forceinline__ u32 weights_offset(u32 first_weight_row, u32 chunk) {
-  return chunk_offset(first_weight_row + lane_id() % 16, chunk + lane_id() / 16);
+// Where a lane finds what it needs in a stage: its part of a warp's rows of weights, by two chunks, and its part of a row of
+// the pairs' for a chunk of weights.
+template <typename Tile>
+__device__ __forceinline__ u32 weights_place(u32 chunk) {
+  return chunk_offset(warp_id() * (16 * Tile::kM) + lane_id() % 16, chunk + lane_id() / 16);
 }
 template <typename Tile>
-__device__ __forceinline__ u32 rows_offset(u32 chunk) {
+__device__ __forceinline__ u32 rows_place(u32 chunk) {
   const u32 r = lane_id() / 4, quad_lane = lane_id() % 4;
   const u32 offset = Tile::Format::kBits == 8 ? Tile::row_offset(r, chunk * 2 + quad_lane / 2) + quad_lane % 2 * 8
                                               : Tile::row_offset(r, chunk * 4 + quad_lane);
-  return kTileWeights * kWeightBytes + offset;
+  return Tile::kTileWeights * kWeightBytes + offset;
 }
 
-// A chunk of two rows of weights in each lane, by all pairs.
+// All of these; those for rows come again, so many lines further on.
 template <typename Tile>
-__device__ __forceinline__ void multiply_chunk(const char* rows, u32 word, u32 lower_word, const u32 (&zero)[2],
-                                               float (&part)[Tile::kPairs / 8][4]) {
+struct Places {
+  static constexpr u32 kRows = Tile::Format::kBits == 8 ? 4 : 2;
+  u32 weights[kChunks / 2], rows[kRows];
+
+  __device__ __forceinline__ Places() {
+#pragma unroll
+    for (u32 i = 0; i < kChunks / 2; ++i) keep_in_register(weights[i] = weights_place<Tile>(i * 2));
+#pragma unroll
+    for (u32 i = 0; i < kRows; ++i) keep_in_register(rows[i] = rows_place<Tile>(i));
+  }
+  __device__ __forceinline__ u32 of_rows(u32 chunk) const {
+    return rows[chunk % kRows] + chunk / kRows * (Tile::kPairs * kRowBytes);
+  }
+};
+
+// Two chunks of the rows of weights of a warp: of rows l / 4 and l / 4 + 8, and of the next chunk.
+template <typename Tile>
+__device__ __forceinline__ void load_chunks(const char* weights, u32 (&words)[Tile::kM][4]) {
+#pragma unroll
+  for (u32 m = 0; m < Tile::kM; ++m) load_matrices(words[m], weights + m * 16 * kRowBytes);
+}
+
+// Those of the two from `begin` to `end`, by all pairs; in `rows` a lane finds its part of these for each chunk.
+template <typename Tile>
+__device__ __forceinline__ void multiply_chunks(const u32 (&words)[Tile::kM][4], const char* const (&rows)[2],
+                                                const u32 (&zero)[2 * Tile::kM], u32 begin, u32 end,
+                                                float (&part)[Tile::kM][Tile::kN][4]) {
   using Element = typename Tile::Element;
   using Format = typename Tile::Format;
-  constexpr u32 kDecoded = Format::kPerWord / 2;
-  u32 first[kDecoded], second[kDecoded];
-  Format::template decode<Element>(word, zero[0], first);
-  Format::template decode<Element>(lower_word, zero[1], second);
 #pragma unroll
-  for (u32 n = 0; n < Tile::kPairs / 8; ++n) {
-    const char* row = rows + n * 8 * kRowBytes;
-    const u32 a[4] = {first[0], second[0], first[1], second[1]};
-    if constexpr (Format::kBits == 8) {
-      const uint2 b = *reinterpret_cast<const uint2*>(row);
-      multiply_add<Element>(part[n], a, b.x, b.y);
-    } else {
-      const u32 rest[4] = {first[2], second[2], first[3], second[3]};
-      const uint4 b = *reinterpret_cast<const uint4*>(row);
-      multiply_add<Element>(part[n], a, __byte_perm(b.x, b.z, 0x5410), __byte_perm(b.x, b.z, 0x7632));
-      multiply_add<Element>(part[n], rest, __byte_perm(b.y, b.w, 0x5410), __byte_perm(b.y, b.w, 0x7632));
+  for (u32 c = 0; c < 2; ++c) {
+    if (c < begin || c >= end) continue;
+    u32 first[Tile::kM][Format::kPerWord / 2], second[Tile::kM][Format::kPerWord / 2];
+#pragma unroll
+    for (u32 m = 0; m < Tile::kM; ++m) {
+      Format::template decode<Element>(words[m][c * 2], zero[m * 2], first[m]);
+      Format::template decode<Element>(words[m][c * 2 + 1], zero[m * 2 + 1], second[m]);
+    }
+#pragma unroll
+    for (u32 n = 0; n < Tile::kN; ++n) {
+      const char* row = rows[c] + n * 8 * kRowBytes;
+      if constexpr (Format::kBits == 8) {
+        const uint2 b = *reinterpret_cast<const uint2*>(row);
+#pragma unroll
+        for (u32 m = 0; m < Tile::kM; ++m) {
+          const u32 a[4] = {first[m][0], second[m][0], first[m][1], second[m][1]};
+          multiply_add<Element>(part[m][n], a, b.x, b.y);
+        }
+      } else {
+        const uint4 b = *reinterpret_cast<const uint4*>(row);
+#pragma unroll
+        for (u32 m = 0; m < Tile::kM; ++m) {
+          const u32 a[4] = {first[m][0], second[m][0], first[m][1], second[m][1]};
+          const u32 rest[4] = {first[m][2], second[m][2], first[m][3], second[m][3]};
+          multiply_add<Element>(part[m][n], a, b.x, b.y);
+          multiply_add<Element>(part[m][n], rest, b.z, b.w);
+        }
+      }
     }
   }
 }
@@ -296,7 +403,6 @@ __device__ __forceinline__ void experts_quantized(const ExpertsQuantizedArgs& ar
   __shared__ Groups groups;
   using Element = typename Tile::Element;
   using Format = typename Tile::Format;
-  constexpr u32 kN = Tile::kPairs / 8;
   if (args.is_first) wait_for_kernel_before();
   let_next_kernel_begin();
   if (Tile::kFinds) find_groups(args, groups);  // of ids that were there before the first product
@@ -304,7 +410,7 @@ __device__ __forceinline__ void experts_quantized(const ExpertsQuantizedArgs& ar
   const Source<Tile> source = {args, groups};
   Stream<Tile> stream(args, source), done = stream;
 #pragma unroll 1
-  for (u32 i = 0; i + 1 < Tile::kStages; ++i) {
+  for (u32 i = 0; i + 1 < Tile::kNumStages; ++i) {
     stream.ask(stages, true, args.is_first);
     if (args.is_first) commit_copies();
   }
@@ -312,79 +418,84 @@ __device__ __forceinline__ void experts_quantized(const ExpertsQuantizedArgs& ar
     wait_for_kernel_before();
     Stream<Tile> late = done;
 #pragma unroll 1
-    for (u32 i = 0; i + 1 < Tile::kStages; ++i) {
+    for (u32 i = 0; i + 1 < Tile::kNumStages; ++i) {
       late.ask(stages, false, true);
       commit_copies();
     }
     if (Tile::kFinds) clear_unknown(args, groups);
   }
-  const u32 my_weights = warp_id() * 16;
-  // Those of the first half of a stage; its other rows are kRowsOffset lines behind, its other weights have one bit more.
-  constexpr u32 kRowsOffset = Tile::kRowChunks / 8 / 2 * Tile::kPairs;
-  const u32 weight_offsets[2] = {weights_offset(my_weights, 0), weights_offset(my_weights, 2)};
-  u32 row_offsets[kChunks / 2];
-#pragma unroll
-  for (u32 i = 0; i < kChunks / 2; ++i) row_offsets[i] = rows_offset<Tile>(i);
+  const u32 my_weights = warp_id() * (16 * Tile::kM);
+  const Places<Tile> places;
+  const bool has_units = args.group_chunks % Tile::kUnitChunks == 0;
 #pragma unroll 1
   for (; done.place < done.end; done.place += gridDim.x) {
     const u32 group = done.group(), first_column = done.first_column(), expert = source.expert(group);
     Scales<Tile> scales(args, expert, first_column, my_weights);
-    float sums[kN][4] = {}, part[kN][4] = {};
-    const auto end_group = [&](u32 num_chunks) {
-      scales.left -= num_chunks;
-      if (scales.left != 0) return;
-      scales.add(sums, part);
-      scales.next();
-    };
+    float sums[Tile::kM][Tile::kN][4] = {}, part[Tile::kM][Tile::kN][4] = {};
 #pragma unroll 1
     for (u32 step = 0; step < done.num_steps; ++step) {
-      wait_copies<Tile::kStages - 2>();
+      wait_copies<Tile::kNumStages - 2>();
+      put_rows_in_order<Tile>(stages + done.stage);
       __syncthreads();  // all have waited for their part of this step, and are done with the one before
       stream.ask(stages, true, true);
       commit_copies();
       const char* stage = stages + done.stage;
       done.stage += Tile::kStageBytes;
-      if (done.stage == Tile::kStages * Tile::kStageBytes) done.stage = 0;
-      if (args.group_chunks % 4 == 0) {  // most often, and without branches between the products of four chunks
+      if (done.stage == Tile::kNumStages * Tile::kStageBytes) done.stage = 0;
+      u32 words[Tile::kM][4];
+      if (has_units) {  // most often, and without branches between products
 #pragma unroll
-        for (u32 half = 0; half < 2; ++half) {
-          u32 words[2][4];  // of the first rows and the others, and of the next chunk
-          load_matrices(words[0], stage + (weight_offsets[0] ^ half * 64));
-          load_matrices(words[1], stage + (weight_offsets[1] ^ half * 64));
+        for (u32 unit = 0; unit < kChunks; unit += Tile::kUnitChunks) {
 #pragma unroll
-          for (u32 i = 0; i < 4; ++i) {
-            const char* rows = stage + row_offsets[i] + half * (kRowsOffset * kRowBytes);
-            multiply_chunk<Tile>(rows, words[i / 2][i % 2 * 2], words[i / 2][i % 2 * 2 + 1], scales.zero, part);
+          for (u32 chunk = unit; chunk < unit + Tile::kUnitChunks; chunk += 2) {
+            const char* const rows[2] = {stage + places.of_rows(chunk), stage + places.of_rows(chunk + 1)};
+            load_chunks<Tile>(stage + places.weights[chunk / 2], words);
+            multiply_chunks<Tile>(words, rows, scales.zero, 0, 2, part);
           }
-          end_group(4);
+          scales.add(sums, part);
+          if (scales.ends(Tile::kUnitChunks)) scales.next();
         }
       } else {
+        constexpr u32 kAtOnce = Format::kBits == 4 ? 1 : 2;  // chunks, that have one scale
 #pragma unroll 1
         for (u32 chunk = 0; chunk < kChunks; chunk += 2) {
-          u32 words[4];
-          load_matrices(words, stage + weights_offset(my_weights, chunk));
-          multiply_chunk<Tile>(stage + rows_offset<Tile>(chunk), words[0], words[1], scales.zero, part);
-          if (Format::kBits == 4) end_group(1);
-          multiply_chunk<Tile>(stage + rows_offset<Tile>(chunk + 1), words[2], words[3], scales.zero, part);
-          end_group(Format::kBits == 4 ? 1 : 2);
+          const char* const rows[2] = {stage + rows_place<Tile>(chunk), stage + rows_place<Tile>(chunk + 1)};
+          load_chunks<Tile>(stage + weights_place<Tile>(chunk), words);
+#pragma unroll
+          for (u32 begin = 0; begin < 2; begin += kAtOnce) {
+            multiply_chunks<Tile>(words, rows, scales.zero, begin, begin + kAtOnce, part);
+            if (!scales.ends(kAtOnce)) continue;
+            scales.add(sums, part);
+            scales.next();
+          }
         }
       }
     }
-    scales.add(sums, part);
+    if (!has_units) scales.add(sums, part);  // of a group that the depth ends before
+    const bool is_known = Tile::kFinds || expert < args.num_experts;
+#pragma unroll 1
+    for (u32 n = 0; n < Tile::kN; ++n) {  // the sums move on, so that this is not compiled for each of them
 #pragma unroll
-    for (u32 n = 0; n < kN; ++n) {
-      if (!Tile::kFinds && expert >= args.num_experts) sums[n][0] = sums[n][1] = sums[n][2] = sums[n][3] = 0.0f;
-      write_swapped<Tile>(args, source.pairs(group) + n * 8, expert, first_column, my_weights, sums[n]);
+      for (u32 m = 0; m < Tile::kM; ++m) {
+        float (&sum)[4] = sums[m][0];
+        if (!is_known) sum[0] = sum[1] = sum[2] = sum[3] = 0.0f;
+        write_swapped<Tile>(args, source.pairs(group) + n * 8, expert, first_column, my_weights + m * 16, sum);
+#pragma unroll
+        for (u32 i = 0; i + 1 < Tile::kN; ++i) {
+#pragma unroll
+          for (u32 e = 0; e < 4; ++e) sums[m][i][e] = sums[m][i + 1][e];
+        }
+      }
     }
   }
   wait_copies<0>();
 }
 
-// All kernels of a format: the whole of its unit. Rows of 4-bit weights leave room for a block fewer on an SM.
-#define QUANTIZED_ENTRY(format, Format, name, type, Element, kGated, kPairs)                             \
-  extern "C" __global__ void __launch_bounds__(kThreads, Format::kBits == 8 ? kBlocks : kBlocks - 1)     \
-      experts_##format##_##name##_##kPairs##_##type(const __grid_constant__ ExpertsQuantizedArgs args) { \
-    experts_quantized<QuantizedTile<Element, kGated, Format, kPairs>>(args);                             \
+// All kernels of a format: the whole of its unit.
+#define QUANTIZED_ENTRY(format, Format, name, type, Element, kGated, kPairs)                                        \
+  extern "C" __global__ void __launch_bounds__(kThreads, (QuantizedTile<Element, kGated, Format, kPairs>::kBlocks)) \
+      experts_##format##_##name##_##kPairs##_##type(const __grid_constant__ ExpertsQuantizedArgs args) {            \
+    experts_quantized<QuantizedTile<Element, kGated, Format, kPairs>>(args);                                        \
   }
 #define QUANTIZED_ENTRIES(format, Format)                       \
   QUANTIZED_ENTRY(format, Format, gated, bf16, BF16, true, 8)   \
@@ -394,4 +505,8 @@ __device__ __forceinline__ void experts_quantized(const ExpertsQuantizedArgs& ar
   QUANTIZED_ENTRY(format, Format, gated, bf16, BF16, true, 16)  \
   QUANTIZED_ENTRY(format, Format, gated, f16, F16, true, 16)    \
   QUANTIZED_ENTRY(format, Format, plain, bf16, BF16, false, 16) \
-  QUANTIZED_ENTRY(format, Format, plain, f16, F16, false, 16)
+  QUANTIZED_ENTRY(format, Format, plain, f16, F16, false, 16)   \
+  QUANTIZED_ENTRY(format, Format, gated, bf16, BF16, true, 48)  \
+  QUANTIZED_ENTRY(format, Format, gated, f16, F16, true, 48)    \
+  QUANTIZED_ENTRY(format, Format, plain, bf16, BF16, false, 48) \
+  QUANTIZED_ENTRY(format, Format, plain, f16, F16, false, 48)
