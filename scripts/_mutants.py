@@ -68,6 +68,7 @@ ROWS_FP8 = "kernels_cu/experts/rows_fp8.cuh"
 DIRECT, WGMMA = "kernels_cu/experts/experts_direct.cu", "kernels_cu/experts/wgmma.cuh"
 WGMMA_16, WGMMA_FP8 = "kernels_cu/experts/experts_wgmma.cu", "kernels_cu/experts/experts_wgmma_fp8.cu"
 SWAPPED = "kernels_cu/experts/swapped.cuh"
+QUANTIZED, FORMATS = "kernels_cu/experts/quantized.cuh", "kernels_cu/experts/formats.cuh"
 HOPPER = "kernels_cu/hopper.cuh"
 QUANTIZE, PLAN_QUANTIZE = "kernels_cu/quantize/quantize.cu", "cupy_moe/plans/quantize.py"
 PLAN, PLAN_GATE, PLAN_SUM = "cupy_moe/plans/align.py", "cupy_moe/plans/gate.py", "cupy_moe/plans/moe_sum.py"
@@ -348,6 +349,25 @@ MUTANTS = [
     Mutant("sums are read back before all lanes have stored them", WGMMA, "    __syncwarp();\n    const u32 column", "    const u32 column"),
     Mutant("sums are stored over those that are still read", WGMMA, "+ column * 2) = words;\n    }\n    __syncwarp();\n", "+ column * 2) = words;\n    }\n"),
     Mutant("two warps write through the same memory", WGMMA, "shared.written[warp_id() % kProductWarps]", "shared.written[warp_id() % 4]"),
+    # quantised weights
+    Mutant("rows for quantised weights stay in their order", QUANTIZED, "      put_rows_in_order<Tile>(stages + done.stage);\n", ""),
+    Mutant("no barrier after quantised weights have come", QUANTIZED, "      __syncthreads();  // all have waited for their part of this step, and are done with the one before\n", ""),
+    Mutant("quantised weights are read while they are on their way", QUANTIZED, "wait_copies<Tile::kNumStages - 2>();", "wait_copies<Tile::kNumStages - 1>();"),
+    Mutant("all groups of quantised weights have the first scale", QUANTIZED, "      scale_places[i] += group_bytes;\n", ""),
+    Mutant("all groups of quantised weights have the first zero point", QUANTIZED, "    if (has_zeros()) next_zeros();\n", ""),
+    Mutant("a group of quantised weights does not end", QUANTIZED, "    return left == 0;", "    return left == ~0u;"),
+    Mutant("sums of a unit of quantised weights count twice", QUANTIZED, "            part[m][n][e] = 0.0f;\n", ""),
+    Mutant("all pairs of quantised weights get the first sums", QUANTIZED, "sums[m][i][e] = sums[m][i + 1][e];", "sums[m][i][e] = sums[m][i][e];"),
+    Mutant("another lane's row for quantised weights", QUANTIZED, "lane_id() / Tile::kRowChunks * kMyRows + i", "lane_id() / Tile::kRowChunks + i"),
+    Mutant("rows for quantised weights go on behind their end", QUANTIZED, "exists && (i32)row_depth > 0", "exists"),
+    Mutant("quantised weights behind the last column are read", QUANTIZED, "from, i < num_here)", "from, true)"),
+    Mutant("rows of quantised weights are too close", QUANTIZED, "Tile::column(kWeightsAtOnce) * args.row_step", "Tile::column(kWeightsAtOnce)"),
+    Mutant("halves of a row for quantised int4 change places", FORMATS, "make_uint4(lower_halves(row.x, row.z), upper_halves(row.x, row.z)", "make_uint4(upper_halves(row.x, row.z), lower_halves(row.x, row.z)"),
+    Mutant("the sign of quantised int8 in fp16", FORMATS, "(bytes ^ 0x00800080u", "(bytes"),
+    Mutant("the upper half of quantised int4 is as the lower", FORMATS, "keep_and_set<0x000f000fu>", "keep_and_set<0x00070007u>"),
+    Mutant("fp32 scales of quantised weights are bf16", FORMATS, "shift(scale_type == kScaleBF16 ? 16 : 0)", "shift(16)"),
+    Mutant("fp16 scales of quantised weights are bf16", FORMATS, "return is_half ? half : other;", "return other;"),
+    Mutant("too many pairs for blocks of 16 of quantised weights", "cupy_moe/plans/experts.py", "num_pairs > QUANTIZED_MEAN_PAIRS * all_experts", "num_pairs > QUANTIZED_MEAN_PAIRS * all_experts + 1"),
     # wgmma of fp8
     Mutant("halves are both the first", WGMMA_FP8, "const u32 from = b + half * (kBoxBytes / 16);", "const u32 from = b;"),
     Mutant("the same 32 elements of rows four times", WGMMA_FP8, "multiply_128_e4m3(part, a + k * 2, from + k * 2, 1);", "multiply_128_e4m3(part, a, from + k * 2, 1);"),
@@ -429,6 +449,7 @@ MUTANTS = [
     Mutant("rows beyond the capacity are sent", PACK, "position < args.capacity.value;", "position <= args.capacity.value;"),
     Mutant("rows without a token keep their ids", PACK, "if (args.is_exact) return;", "return;"),
     Mutant("pairs of a row in the same slot", EXPAND, "if (other == k) slot = num_pairs;", ""),
+    Mutant("rows without a pair are read", EXPAND, "num_pairs > 0 ? min_u32(begin + args.units_per_part, args.units_per_row) : begin", "min_u32(begin + args.units_per_part, args.units_per_row)", "nothing is done with them: only initcheck sees it"),
     Mutant("slots without a pair keep their ids", EXPAND, "if (args.is_exact || part > 0) return;", "return;"),
     Mutant("rows go back to the first rank", PUSH, "args.peers[peer]", "args.peers[0]"),
     Mutant("a flag for oneself", SYNC, "args.peers[peer]) + args.rank", "args.peers[args.rank]) + peer"),
@@ -452,6 +473,7 @@ MUTANTS = [
     Mutant("what no token has is sent as it was", CLUSTER8, "fill(mine, used, ids_per_block", "fill(mine, ids_per_block, ids_per_block"),
     Mutant("ids are sent before all are there", CLUSTER8, "~0u, threadIdx.x, num_threads);\n  __syncthreads();\n", "~0u, threadIdx.x, num_threads);\n"),
     Mutant("ids are sent to a block that does not run yet", CLUSTER8, "  cluster_wait<kCluster>();\n", ""),
+    Mutant("the inbox for ids expects too little", CLUSTER8, "inbox.expect((kCluster - 1) * ids_per_block * sizeof(u32))", "inbox.expect((kCluster - 2) * ids_per_block * sizeof(u32))"),
     Mutant("nobody waits for the ids of others", CLUSTER8, "  inbox.wait();\n", ""),
     Mutant("the last tokens of a cluster are not gated", "cupy_moe/plans/route.py", "round_up(ceil_div(sizes.num_tokens, ROUTE_CLUSTER), step)", "round_up(sizes.num_tokens // ROUTE_CLUSTER, step)"),
     Mutant("ids of a block are no whole vectors", "cupy_moe/plans/route.py", "step = 4 // gcd(4, sizes.ids_per_token)", "step = 1"),
@@ -462,7 +484,7 @@ MUTANTS = [
 
 def _is_first(test: str, file: str) -> bool:
     """Whether a test is that of a file's own stem."""
-    fp8 = ("fp8", "int8", "int4", "quantized")
+    fp8 = ("fp8", "int8", "int4", "quantized", "formats")
     return test == "quantized_experts" if any(name in file for name in fp8) else f"/{test}" in file
 
 
