@@ -195,7 +195,7 @@ _FP8_CASES = tuple(
     for model, targets in _TARGETS.items()
     for tokens, target in zip(_TOKENS, targets, strict=True)
 )
-_INT_CASES = tuple(LayerCase("DeepSeek-V3/64", tokens) for tokens in _TOKENS[:3])
+_INT_CASES = tuple(LayerCase("DeepSeek-V3/64", tokens) for tokens in _TOKENS[:5])
 _NOTE = (
     'As in bf16. "roofline" is for weights of so many bits, and products at 1580 TFLOP/s. Errors are'
     " against fp64 of what the weights stand for, with hidden states as they are"
