@@ -184,9 +184,10 @@ class Sent:
         )  # fmt: skip
         words = sent[:, layout.row_bytes : layout.scales].view(torch.int32)
         used = (words[:, : self.topk] >= 0).any(dim=1)
-        no_place = () if pairs else range(layout.scales - 4, layout.scales)  # which means nothing
-        written = [n for n in range(layout.scales + layout.scale_bytes) if n not in no_place]
-        kept = sent[used.nonzero(), torch.tensor(written, device=sent.device)]
+        # Without pairs, where the first of them comes back means nothing; behind the scales is padding.
+        first_pair = () if pairs else range(layout.scales - 4, layout.scales)
+        compared = [n for n in range(layout.scales + layout.scale_bytes) if n not in first_pair]
+        kept = sent[used.nonzero(), torch.tensor(compared, device=sent.device)]
         results = routed._asdict() | {"slots": slots, "dropped": dropped, "kept": kept}
         results["ids"] = words[:, : self.topk]
         if pairs:  # as if all had been sent to one rank
